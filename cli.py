@@ -1,0 +1,94 @@
+"""What every script shares at the terminal: flags, and errors of one line."""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import tyro
+
+from config import Config
+
+if TYPE_CHECKING:
+    from readers import CaptionData
+
+T = TypeVar("T")
+
+
+def parse_flags(kind: type[T], *, default: T | None = None, argv: Sequence[str] | None = None) -> T:
+    """Fill the dataclass `kind` from the command line; a wrong flag ends the program with one line and exit code 2."""
+    errors = io.StringIO()
+    options = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(kind, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
+    except SystemExit as stop:
+        if stop.code:
+            print(f"error: {_one_line(errors.getvalue())} (--help lists the flags)", file=sys.stderr)
+        raise
+
+
+def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
+    """The value of one flag, read ahead of all others, or None."""
+    argv = sys.argv[1:] if argv is None else argv
+    for position, word in enumerate(argv):
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+        if word == flag and position + 1 < len(argv):
+            return argv[position + 1]
+    return None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a script; a user's mistake ends it with one line and exit code 2 (`python -X dev` shows the traceback)."""
+    # Both libraries look for news on the internet at import, and tokenizers warns when loader processes start.
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DISABLE_KAGGLE_CACHE_UPDATE_CHECK", "1")
+    try:
+        main()
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped. {stop}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # `| head` closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def open_data(config: Config, data_dir: Path | None = None) -> "CaptionData":
+    """The data set that the configuration names, or its copy in `data_dir`."""
+    from readers import open_dataset  # pandas; after the flags are known to be right
+
+    return open_dataset(
+        config.dataset,
+        data_dir=data_dir or config.data_dir,
+        cache_dir=config.cache_dir,
+        split_seed=config.split_seed,
+    )
+
+
+def existing_folder(path: str | Path, what: str) -> Path:
+    """The path, if it is a folder; else an error that says what was looked for."""
+    path = Path(path).expanduser()
+    if not path.is_dir():
+        raise FileNotFoundError(f"no such folder: {path} ({what})")
+    return path
+
+
+def _one_line(message: str) -> str:
+    """tyro's framed error, without the frame: its first part, and the flag it takes for the intended one."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in message.splitlines()]
+    parts = " ".join("\n" if line and set(line) <= {"─"} else line for line in lines[1:]).split("\n")
+    text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(parts[0].split()))
+    if len(parts) > 1 and (meant := re.search(r"Perhaps you meant:\s+(?:\S+, )?(--[\w-]+)", parts[1])):
+        text += f"; did you mean {meant[1]}?"
+    return text

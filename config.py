@@ -1,0 +1,119 @@
+"""Every setting of a training run, with its default.
+
+Edit a default here, or override it for one run by its name: `--alpha 0.2 --batch-size 64 --no-pretrained`.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an image-text retrieval model. Every setting below is a default of config.py."""
+
+    # Data
+    dataset: str = "sample"  # "sample" (rendered scenes), "flickr8k", or a folder with images and a caption file
+    data_dir: str | None = None  # where the data set lies; without it flickr8k is downloaded with kagglehub
+    split_seed: int = 0  # which images are held out where the data set brings no split lists
+    image_size: int = 224  # pixels; photos are resized to a square
+    captions_per_image: int = 5  # captions that come along with each image of a batch
+    max_tokens: int = 64  # a longer caption is cut
+    augment: bool = True  # random crops and mirror images ("left" and "right" are swapped in the caption)
+    min_crop: float = 0.6  # smallest part of a photo's area that a random crop keeps; 1 never crops
+
+    # Model
+    image_encoder: str = "resnet50"  # a timm model, or a folder or file with its weights
+    text_encoder: str = "distilbert-base-uncased"  # a transformers text model, or a folder with its weights
+    pretrained: bool = True  # False: random weights; the text tower is then a small DistilBERT with its own vocabulary
+    freeze_image: bool = False  # keep the image tower as it is
+    freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
+    fold_batch_norm: bool = True  # pretrained only: fixed batch norm statistics, absorbed by the convolutions (faster)
+    text_pooling: Literal["mean", "cls"] = "mean"  # "mean" over a caption's tokens, or its first token
+    embed_dim: int = 512  # dimensions of the space that photos and captions share
+    dropout: float = 0.1  # in the projection heads
+
+    # Objective: InfoNCE + alpha * triplet margin with the hardest negatives of the batch
+    alpha: float = 0.1  # weight of the triplet term; 0 is plain InfoNCE
+    alpha_warmup_epochs: float = 2.0  # alpha grows from 0: the hardest negatives of an untrained model lead nowhere
+    margin: float = 0.2  # Euclidean distance between unit vectors, so at most 2
+    temperature: float = 0.07  # where the learned temperature starts; it divides the cosines
+
+    # Optimisation
+    epochs: int = 12  # passes over the training images
+    batch_size: int = 128  # images; each brings its captions, and the others are its negatives
+    lr_image: float = 5e-5  # highest learning rate of the image tower
+    lr_text: float = 5e-5  # ... of the text tower
+    lr_heads: float = 5e-4  # ... of the projection heads and the temperature
+    weight_decay: float = 0.05  # AdamW; never on norms, biases and the temperature
+    warmup_epochs: float = 1.0  # learning rates grow from 0, then fall along a cosine
+    max_grad_norm: float = 1.0  # longer gradients are cut to this length
+
+    # Run
+    name: str | None = None  # folder of the run below runs_dir; without it, the data set and the time
+    runs_dir: str = "runs"  # a run's checkpoints, log and pictures
+    cache_dir: str = "cache"  # stored features of frozen towers; safe to delete
+    seed: int = 0  # weights, order, crops and dropout
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is always float32
+    compile: bool = False  # torch.compile the image tower: faster steps after a minute's wait; needs a C++ compiler
+    num_workers: int = -1  # processes that load photos; -1 chooses by the cores and the device
+
+    def __post_init__(self):
+        _require(self, "at least 1", lambda v: v >= 1, "captions_per_image", "epochs", "batch_size", "embed_dim")
+        _require(self, "at least 16", lambda v: v >= 16, "image_size")
+        _require(self, "at least 3", lambda v: v >= 3, "max_tokens")  # [CLS], a word, [SEP]
+        _require(self, "at least -1", lambda v: v >= -1, "num_workers")
+        _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed")
+        _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "min_crop")
+        _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout")
+        _require(
+            self, "at least 0.01 (the logits would explode) and finite", lambda v: 0.01 <= v < math.inf, "temperature"
+        )
+        _require(self, "above 0 and finite", lambda v: 0 < v < math.inf, "max_grad_norm")
+        _require(
+            self,
+            "at least 0 and finite",
+            lambda v: 0 <= v < math.inf,
+            *(
+                "alpha",
+                "alpha_warmup_epochs",
+                "margin",
+                "lr_image",
+                "lr_text",
+                "lr_heads",
+                "weight_decay",
+                "warmup_epochs",
+            ),
+        )
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
+            raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
+
+
+# What suits a data set better than the defaults above. A flag on the command line wins over this table.
+PRESETS = {
+    # Small towers from scratch: no download, and minutes on two CPU cores.
+    "sample": {
+        "pretrained": False,
+        "image_encoder": "resnet10t",
+        "image_size": 96,
+        "min_crop": 0.9,
+        "epochs": 20,
+        "batch_size": 64,
+        "lr_image": 1e-3,
+        "lr_text": 1e-3,
+        "lr_heads": 1e-3,
+    },
+}
+
+
+def default_config(dataset: str) -> Config:
+    """The configuration of a data set before any flag: Config's defaults and the data set's preset."""
+    return Config(dataset=dataset, **PRESETS.get(dataset, {}))
+
+
+def _require(config, bounds, holds, *names):
+    for name in names:
+        value = getattr(config, name)
+        if not holds(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")

@@ -1,0 +1,42 @@
+"""Where to compute, and in which precision."""
+
+import os
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the first of CUDA, MPS (Apple) and CPU that is there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no such device here; use auto or cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_computes_bfloat16() else torch.float32
+
+
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """A context in which towers and heads compute in `precision`."""
+    return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
+
+
+def pick_workers(num_workers: int, device: torch.device) -> int:
+    """How many loader processes; on a CPU the step itself wants the cores, and one process keeps ahead of it."""
+    if num_workers >= 0:
+        return num_workers
+    return 1 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+
+
+def _cpu_computes_bfloat16():
+    # Without these instructions bfloat16 is emulated and slower than float32.
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)

@@ -1,0 +1,145 @@
+"""Photos and captions of a split to embeddings or features, without gradients and in bounded memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from checkpoint import load_run
+from dataset import ImageFiles, leave_interrupts_to_parent
+from device import autocast, pick_device, pick_precision, pick_workers
+from modules import CLIPModel
+from readers import Part, few
+from tokenizer import pad, tokenize
+
+IMAGE_BATCH = 64
+CAPTION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N readable photos and their M captions as rows; caption m belongs to image row caption_image_ids[m]."""
+
+    images: Tensor  # (N, F) float32
+    texts: Tensor  # (M, H) float32
+    caption_image_ids: Tensor  # (M,) int64
+    kept_images: Tensor  # (N,) int64, their places in the part that was encoded
+    kept_captions: Tensor  # (M,) int64
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How to turn pixels and captions into rows: the functions, and what they need to run."""
+
+    encode_image: Callable[[Tensor], Tensor]
+    encode_text: Callable[[Tensor, Tensor], Tensor]
+    tokenizer: PreTrainedTokenizerBase
+    image_size: int
+    max_tokens: int
+    device: torch.device
+    precision: torch.dtype
+    num_workers: int
+
+    def part(self, part: Part, name: str) -> Encoded:
+        """Encode a split; photos that cannot be read are named and left out with their captions."""
+        images, kept = self.images(part.paths, f"{name}: photos")
+        unreadable = [part.paths[row].name for row in np.flatnonzero(~kept.numpy())]
+        if len(unreadable) == len(part.paths):
+            raise ValueError(f"none of the {len(unreadable):,} photos of {name} could be read: {few(unreadable)}")
+        if unreadable:
+            print(f"{name}: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
+        owner = torch.from_numpy(part.caption_image_ids)
+        kept_captions = kept[owner].nonzero().squeeze(1)
+        new_row = kept.cumsum(0) - 1
+        texts = self.captions([part.captions[m] for m in kept_captions], f"{name}: captions")
+        return Encoded(images, texts, new_row[owner[kept_captions]], kept.nonzero().squeeze(1), kept_captions)
+
+    @torch.inference_mode()
+    def images(self, paths: Sequence[Path], progress: str) -> tuple[Tensor, Tensor]:
+        """Rows (N, F) of the readable photos in their order, float32 on the CPU, and which were readable, (paths,)."""
+        loader = DataLoader(
+            ImageFiles(paths, image_size=self.image_size),
+            batch_size=IMAGE_BATCH,
+            num_workers=min(self.num_workers, -(-len(paths) // IMAGE_BATCH)),
+            collate_fn=_stack_readable,
+            worker_init_fn=leave_interrupts_to_parent,
+        )
+        rows, readable = [], []
+        for pixels, was_readable in _progress(loader, len(paths), progress, lambda batch: len(batch[1])):
+            readable.extend(was_readable)
+            if pixels is not None:
+                with autocast(self.device, self.precision):
+                    rows.append(self.encode_image(pixels.to(self.device)).float().cpu())
+        return torch.cat(rows) if rows else torch.empty(0), torch.tensor(readable, dtype=torch.bool)
+
+    @torch.inference_mode()
+    def captions(self, captions: Sequence[str], progress: str) -> Tensor:
+        """Rows (M, H) of the captions in their order, float32 on the CPU; similar lengths share a batch."""
+        token_ids = tokenize(self.tokenizer, captions, max_tokens=self.max_tokens)
+        order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
+        batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
+        rows = []
+        for batch in _progress(batches, len(captions), progress, len):
+            input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
+            with autocast(self.device, self.precision):
+                rows.append(self.encode_text(input_ids.to(self.device), attention_mask.to(self.device)).float().cpu())
+        return torch.cat(rows)[torch.from_numpy(np.argsort(order))]
+
+
+def build_encoder(
+    model: CLIPModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    image_size: int,
+    max_tokens: int,
+    device: str,
+    precision: str,
+    num_workers: int,
+) -> Encoder:
+    """The Encoder of a model, which moves to the device; device, precision and num_workers may be "auto" and -1."""
+    chosen = pick_device(device)
+    model.to(chosen)
+    return Encoder(
+        encode_image=model.encode_image,
+        encode_text=model.encode_text,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        max_tokens=max_tokens,
+        device=chosen,
+        precision=pick_precision(precision, chosen),
+        num_workers=pick_workers(num_workers, chosen),
+    )
+
+
+def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder, CLIPModel]:
+    """The Encoder of a finished run's best checkpoint, and its model."""
+    run = load_run(folder)
+    encoder = build_encoder(
+        run.model,
+        run.tokenizer,
+        image_size=run.config.image_size,
+        max_tokens=run.config.max_tokens,
+        device=device,
+        precision=precision,
+        num_workers=-1,
+    )
+    return encoder, run.model
+
+
+def _stack_readable(items):
+    readable = [item is not None for item in items]
+    return (torch.stack([item for item in items if item is not None]) if any(readable) else None), readable
+
+
+def _progress(batches, total, description, size):
+    """The batches, with a bar in items per second on a terminal that disappears when done."""
+    with tqdm(total=total, desc=description, unit=" items", leave=False, disable=None) as bar:
+        for batch in batches:
+            yield batch
+            bar.update(size(batch))

@@ -1,0 +1,83 @@
+"""Stored features: what a frozen tower says of a photo or caption never changes, so it is computed once and kept."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dataset import EpochSampler, choose_captions
+from encode import Encoded, Encoder
+from readers import Part
+
+
+def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, *, cache_dir: str) -> Encoded:
+    """`encoder.part(part)`, from disk if it was computed before with the same weights, data and settings."""
+    path = Path(cache_dir) / "features" / f"{_fingerprint(encoder, towers, part)}.safetensors"
+    try:
+        return Encoded(**load_file(path))
+    except (FileNotFoundError, SafetensorError, TypeError):
+        pass  # not there yet, or left incomplete by a full disk
+    encoded = encoder.part(part, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    save_file({field.name: getattr(encoded, field.name).contiguous() for field in fields(Encoded)}, unfinished)
+    os.replace(unfinished, path)
+    return encoded
+
+
+def _fingerprint(encoder, towers, part):
+    """Changes with anything that changes the features: weights, settings, captions, and the photos' sizes and times."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(towers.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    settings = (
+        encoder.image_size,
+        encoder.max_tokens,
+        encoder.precision,
+        str(towers),
+        sorted(encoder.tokenizer.get_vocab()),
+    )
+    digest.update(repr(settings).encode())
+    for path in part.paths:
+        stat = path.stat()
+        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    digest.update("\0".join(part.captions).encode())
+    digest.update(part.caption_image_ids.tobytes())
+    return digest.hexdigest()[:32]
+
+
+class FeatureBatches:
+    """The batches of an epoch over stored features: as TrainingBatches, but with image_features and text_features."""
+
+    def __init__(self, encoded: Encoded, *, batch_size: int, captions_per_image: int, seed: int, device: torch.device):
+        self.sampler = EpochSampler(len(encoded.images), batch_size, seed)
+        self.images, self.texts = encoded.images.to(device), encoded.texts.to(device)
+        self.first_caption = np.searchsorted(encoded.caption_image_ids.numpy(), np.arange(len(encoded.images) + 1))
+        self.captions_per_image, self.seed = captions_per_image, seed
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def epoch(self, epoch: int) -> Iterator[dict]:
+        self.sampler.epoch_number = epoch
+        rng = np.random.default_rng((self.seed, epoch, 1))  # another stream than the sampler's
+        for keys in self.sampler:
+            images = np.array([index for _, index in keys])
+            captions = [choose_captions(rng, self.first_caption, index, self.captions_per_image) for index in images]
+            chosen = torch.from_numpy(np.concatenate(captions))
+            image_ids = torch.from_numpy(images)
+            yield {
+                "unreadable": [],
+                "image_features": self.images[image_ids],
+                "text_features": self.texts[chosen],
+                "image_ids": image_ids,
+                "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(c) for c in captions])),
+            }

@@ -1,0 +1,100 @@
+"""Pictures: curves of a run, bars of its metrics, and the matches of a query."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from run_folder import replace_file
+
+DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
+COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
+GRID_COLUMNS = 4
+
+
+def plot_curves(history: Sequence[dict], path: Path) -> None:
+    """Loss and validation recall over the epochs of log.jsonl."""
+    figure, (loss_axes, recall_axes) = _figure(10, 4, columns=2)
+    epochs = [record["epoch"] for record in history]
+    for key, label in (("loss", "loss"), ("info_nce", "InfoNCE"), ("triplet", "triplet (before α)")):
+        loss_axes.plot(epochs, [record[key] for record in history], label=label)
+    for way, name in DIRECTIONS.items():
+        for k, style in ((1, "-"), (5, "--"), (10, ":")):
+            values = [record[f"{way}_R@{k}"] for record in history]
+            recall_axes.plot(epochs, values, style, color=COLOURS[way], label=f"{name} R@{k}")
+    loss_axes.set(xlabel="epoch", title="training loss")
+    recall_axes.set(xlabel="epoch", ylabel="%", ylim=(0, 100), title="recall on the validation split")
+    for axes in (loss_axes, recall_axes):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _save(figure, path)
+
+
+def plot_metrics(metrics: dict, title: str, path: Path) -> None:
+    """Bars of R@K and mAP@10 in both directions."""
+    figure, axes = _figure(7, 4)
+    names = [key.removeprefix("i2t_") for key in metrics if key.startswith("i2t_") and not key.endswith("medR")]
+    for offset, (way, label) in zip((-0.2, 0.2), DIRECTIONS.items(), strict=True):
+        values = [metrics[f"{way}_{name}"] for name in names]
+        bars = axes.bar([x + offset for x in range(len(names))], values, width=0.38, color=COLOURS[way], label=label)
+        axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(ylabel="%", ylim=(0, 110), title=title)
+    axes.set_yticks(range(0, 101, 20))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def plot_photos(query: str, photos: Sequence[Path], scores: Sequence[float], path: Path) -> None:
+    """The photos that fit a sentence, best first, each with its score."""
+    columns = min(GRID_COLUMNS, len(photos))
+    rows = -(-len(photos) // columns)
+    figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)
+    for axes in grid.flat:
+        axes.axis("off")
+    for rank, (axes, photo, score) in enumerate(zip(grid.flat, photos, scores, strict=False), start=1):
+        axes.imshow(_thumbnail(photo))
+        axes.set_title(f"{rank}.  {score:.3f}\n{textwrap.shorten(photo.name, 30, placeholder='…')}", fontsize=9)
+    figure.suptitle(textwrap.fill(query, 22 * columns), fontsize=13)
+    _save(figure, path)
+
+
+def plot_captions(photo: Path, captions: Sequence[str], scores: Sequence[float], path: Path) -> None:
+    """A photo, and beside it the captions that fit, best first."""
+    figure, (left, right) = _figure(11, 4.5, columns=2)
+    left.imshow(_thumbnail(photo))
+    lines = [
+        textwrap.fill(f"{score:.3f}  {caption}", 62, subsequent_indent=" " * 12)
+        for caption, score in zip(captions, scores, strict=True)
+    ]
+    right.text(0, 1, "\n\n".join(lines), va="top", fontsize=10, transform=right.transAxes)
+    for axes in (left, right):
+        axes.axis("off")
+    _save(figure, path)
+
+
+def _thumbnail(photo):
+    from dataset import load_image
+
+    return load_image(photo, 256)
+
+
+def _figure(width, height, *, rows=1, columns=1):
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen is needed, and none is asked for
+    import matplotlib.pyplot as plt
+
+    # A caption or a file name may hold a dollar sign, which must not be read as a formula.
+    plt.rcParams["text.parse_math"] = False
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return figure, axes[0, 0] if rows == columns == 1 else axes.squeeze() if rows == 1 and columns == 2 else axes
+
+
+def _save(figure, path):
+    import matplotlib.pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or "png"))
+    plt.close(figure)

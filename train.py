@@ -1,0 +1,51 @@
+"""Train a model: `python train.py`, `python train.py --dataset flickr8k`, `python train.py --resume runs/NAME`."""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import cli
+from config import Config, default_config
+from run_folder import read_config
+
+QUERIES = {"sample": "a red circle left of a blue star"}
+QUERY = "a dog in snow"
+
+
+@dataclass(frozen=True)
+class Flags(Config):
+    """Train an image-text retrieval model. The defaults stand in config.py, with what differs for a data set."""
+
+    resume: Path | None = None  # folder of a run to go on with, by its own settings; flags given beside it win
+
+
+def main() -> None:
+    config, resume = parse_flags()
+    # torch and the libraries above it take seconds to load: what can be wrong without them is told before.
+    data = cli.open_data(config)
+    print(data.describe(), flush=True)
+    from trainer import train
+
+    folder = train(config, data, resume)
+    print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
+    print(f"  python evaluate.py {folder} --split test")
+    print(f'  python infer.py "{QUERIES.get(config.dataset, QUERY)}"')
+
+
+def parse_flags() -> tuple[Config, Path | None]:
+    """The configuration: the flags given, over the resumed run's settings or the data set's defaults."""
+    resumed = cli.given("--resume")
+    if resumed is None:
+        default = default_config(cli.given("--dataset") or Config.dataset)
+    else:
+        default = read_config(cli.existing_folder(resumed, "--resume"))
+    flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
+    config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
+    if Path(config.dataset).expanduser().is_dir():  # so that the run finds its photos from any working folder
+        config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
+    if config.data_dir is not None:
+        config = replace(config, data_dir=str(Path(config.data_dir).expanduser().resolve()))
+    return config, flags.resume
+
+
+if __name__ == "__main__":
+    cli.run(main)
