@@ -49,10 +49,6 @@ def build_batches(
 ) -> tuple[FeatureBatches | TrainingBatches, Encoded | Part]:
     """The training batches, and the validation part; both as stored features where both towers are frozen."""
     train, val = data.part("train"), data.part("val")
-    if len(train.paths) < config.batch_size:
-        raise ValueError(
-            f"--batch-size {config.batch_size} is more than the {len(train.paths)} training images; lower it"
-        )
     if config.freeze_image and config.freeze_text:
         return _feature_batches(config, model, encoder, train, val)
     return _photo_batches(config, encoder, train), val

@@ -81,7 +81,7 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
         raise FileNotFoundError(f"no such run: {folder}")
     config = read_config(folder)
     if not (folder / checkpoint).is_file():
-        raise FileNotFoundError(f"{folder} has no {checkpoint}: its training has not finished a first epoch")
+        raise FileNotFoundError(f"{folder} has no {checkpoint}: its training did not finish an epoch; start it anew")
     try:
         image_encoder, text_encoder, tokenizer = load_towers(folder / TOWERS, pooling=config.text_pooling)
     except (OSError, KeyError, ValueError) as error:

@@ -33,6 +33,8 @@ class Config:
     embed_dim: int = 512  # dimensions of the space that photos and captions share
     dropout: float = 0.1  # in the projection heads
 
+    start_from: str | None = None  # a run's folder: training starts from its best weights, and its towers
+
     # Objective: InfoNCE + alpha * triplet margin with the hardest negatives of the batch
     alpha: float = 0.1  # weight of the triplet term; 0 is plain InfoNCE
     alpha_warmup_epochs: float = 2.0  # alpha grows from 0: the hardest negatives of an untrained model lead nowhere
@@ -89,6 +91,17 @@ class Config:
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
+
+# What a run that starts from another takes over from it.
+MODEL_FIELDS = (
+    "image_encoder",
+    "text_encoder",
+    "pretrained",
+    "fold_batch_norm",
+    "text_pooling",
+    "embed_dim",
+    "image_size",
+)
 
 # What suits a data set better than the defaults above. A flag on the command line wins over this table.
 PRESETS = {

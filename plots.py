@@ -68,7 +68,7 @@ def plot_captions(photo: Path, captions: Sequence[str], scores: Sequence[float],
         textwrap.fill(f"{score:.3f}  {caption}", 62, subsequent_indent=" " * 12)
         for caption, score in zip(captions, scores, strict=True)
     ]
-    right.text(0, 1, "\n\n".join(lines), va="top", fontsize=10, transform=right.transAxes)
+    right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
     for axes in (left, right):
         axes.axis("off")
     _save(figure, path)

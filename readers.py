@@ -158,7 +158,7 @@ def _download(handle):
     try:
         return Path(kagglehub.dataset_download(handle))
     except Exception as error:  # kagglehub passes on whatever its network library raises
-        reason = f"{type(error).__name__}: {error}"[:160]
+        reason = f"{type(error).__name__}: {error}"[:80]
         raise ConnectionError(
             f"could not download {handle} from Kaggle ({reason}); try again, or fetch it by hand from "
             f"kaggle.com/datasets/{handle} and pass its folder with --data-dir"

@@ -1,10 +1,14 @@
 """Exact search and ranking metrics, chunk by chunk: the full matrix of scores is never held. Scores are float32."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 CHUNK_SIZE = 1024  # rows or columns of scores held at a time: large for the matrix product, small for a CPU's cache
-TIE_TOLERANCE = 1e-6  # cosines nearer than this are equal: matrix products of different shapes round differently
+# Cosines nearer than this are equal: a matrix product rounds the same sum differently from entry to entry, and by that
+# alone a collapsed model would beat its negatives.
+TIE_TOLERANCE = 1e-6
 
 
 @torch.no_grad()
@@ -18,18 +22,19 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = CHUNK_SIZE
     if k < 1:
         raise ValueError(f"k is {k}: ask for at least 1 match")
     _check(queries, gallery, chunk_size)
-    queries, k, chunk_size = queries.float(), min(k, len(gallery)), max(1, min(chunk_size, len(gallery)))
-    # The largest key marks an empty place; as a score it is nan, which no chunk's maximum is "<=" to.
+    queries, k = queries.float(), min(k, len(gallery))
+    # The largest key marks an empty place; as a score it is nan, which no score is "<=" to.
     best = torch.full((len(queries), k), torch.iinfo(torch.int64).max, device=queries.device)
     for start in range(0, len(gallery), chunk_size):
-        # The last chunk reaches back to keep its shape: rounding depends on the shape, and equal rows must tie.
-        first = min(start, len(gallery) - chunk_size)
-        scores = _cosines(queries, gallery[first : first + chunk_size])[:, start - first :]
-        # Later indices lose ties, so a row whose maximum does not beat its k-th best keeps what it has.
-        rows = (~(scores.amax(1) <= _unpack(best[:, -1])[0])).nonzero().squeeze(1)
-        keys = _pack(scores[rows], torch.arange(start, start + scores.shape[1], device=queries.device))
-        keys = keys.topk(min(k, keys.shape[1]), largest=False).values
-        best[rows] = torch.cat([best[rows], keys], 1).topk(k, largest=False).values
+        chunk, skip = _full_chunk(gallery, start, chunk_size)
+        scores = _cosines(queries, chunk)[:, skip:]
+        # Only scores above the k-th best so far can enter, since later indices lose ties: soon few rows have any.
+        entering = scores.shape[1] - _count(torch.le, scores, _unpack(best[:, -1:])[0], 1)
+        rows = entering.nonzero().squeeze(1)
+        if len(rows):
+            # As wide as the most that enter: whatever topk picks among equals, none that enters is left out.
+            values, columns = scores[rows].topk(int(entering.max()), sorted=False)
+            best[rows] = torch.cat([best[rows], _pack(values, start + columns)], 1).topk(k, largest=False).values
     return _unpack(best)
 
 
@@ -56,6 +61,15 @@ def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
     """Multiply rows (R,D) by columns (C,D) -> (R,C) in float32, under autocast too."""
     with torch.autocast(rows.device.type, enabled=False):
         return rows.float() @ columns.float().T
+
+
+def _full_chunk(emb: Tensor, start: int, size: int) -> tuple[Tensor, int]:
+    """Take size rows of emb (N,D) from start -> (min(size,N),D) and how many at its head come before start.
+
+    The last chunk reaches back: a product's rounding depends on its shape, and equal rows must score alike everywhere.
+    """
+    first = max(0, min(start, len(emb) - size))
+    return emb[first : first + size], start - first
 
 
 def _check(rows: Tensor, columns: Tensor, chunk_size: int) -> None:
@@ -85,8 +99,8 @@ def retrieval_metrics(
     # No metric depends on the order of the captions; sorted by image, those of one image are neighbours.
     owner, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
     i2t_above, t2i_above = _negatives_above(image_emb, text_emb[order], owner, chunk_size)
-    i2t_rank, average_precision = _rank_images(owner, i2t_above)
-    t2i_rank = 1 + t2i_above
+    i2t_rank, average_precision = _rank_images(owner.cpu(), i2t_above.cpu())  # not every device has float64
+    t2i_rank = 1 + t2i_above.cpu()
     metrics = {f"i2t_R@{k}": _percent(i2t_rank <= k) for k in ks} | {f"t2i_R@{k}": _percent(t2i_rank <= k) for k in ks}
     return metrics | {
         "i2t_mAP@10": _percent(average_precision),
@@ -107,7 +121,7 @@ def _rank_images(owner: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
     place = _place_in_group(owner)
     caption_rank = 1 + place + above  # better captions of the same image stand above too
     precision = (1 + place).double() / caption_rank * (caption_rank <= 10)
-    total = torch.zeros(len(captions), dtype=torch.float64, device=owner.device).index_add_(0, owner, precision)
+    total = precision.new_zeros(len(captions)).index_add_(0, owner, precision)
     return 1 + above[place == 0], (total / captions.clamp(max=10))[captions > 0]
 
 
@@ -118,44 +132,50 @@ def _negatives_above(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_s
     """
     floor = _positive_scores(image_emb, text_emb, owner, chunk_size) - TIE_TOLERANCE
     place = _place_in_group(owner)
+    position = torch.arange(len(owner), device=owner.device)
     captions_above, images_above = torch.zeros_like(owner), torch.zeros_like(owner)
     for start in range(0, len(image_emb), chunk_size):
-        images = image_emb[start : start + chunk_size]
-        own = slice(*torch.searchsorted(owner, owner.new_tensor([start, start + len(images)])).tolist())
+        own = slice(*torch.searchsorted(owner, owner.new_tensor([start, start + chunk_size])).tolist())
         row, column = owner[own] - start, place[own]
-        # One column for each image's first caption, one for its second ...; nothing reaches the inf where one is missing.
-        floors = floor.new_full((len(images), int(place[own].max()) + 1 if len(row) else 0), torch.inf)
+        # A column for the images' first captions, one for their second ...; inf, out of reach, where one is missing.
+        shape = min(chunk_size, len(image_emb) - start), int(column.max()) + 1 if len(column) else 0
+        floors = floor.new_full(shape, torch.inf)
         floors[row, column] = floor[own]
         above = torch.zeros_like(floors, dtype=torch.int64)
         for left in range(0, len(owner), chunk_size):
             part = slice(left, left + chunk_size)
-            sim = _cosines(images, text_emb[part])
-            inside = slice(max(own.start, left), min(own.stop, left + chunk_size))  # own captions in this block
-            if inside.start < inside.stop:
-                sim[owner[inside] - start, torch.arange(inside.start, inside.stop) - left] = -torch.inf
+            sim = _block(image_emb, text_emb, start, left, chunk_size)
+            inside = slice(max(own.start, left), min(own.stop, left + chunk_size))  # own captions, if any, in the block
+            sim[owner[inside] - start, position[inside] - left] = -torch.inf
             for j in range(floors.shape[1]):
-                above[:, j] += _count_at_least(sim, floors[:, j, None], 1)
-            images_above[part] += _count_at_least(sim, floor[part], 0)
+                above[:, j] += _count(torch.ge, sim, floors[:, j, None], 1)
+            images_above[part] += _count(torch.ge, sim, floor[part], 0)
         captions_above[own] = above[row, column]
     return captions_above, images_above
 
 
-def _count_at_least(sim: Tensor, floor: Tensor, dim: int) -> Tensor:
-    """Count the entries of sim (R,C) that reach floor, along dim -> int64."""
-    hits = torch.ge(sim, floor, out=torch.empty_like(sim))  # as floats, for a CPU sums bools several times slower
-    return hits.sum(dim).long()
+def _count(compare: Callable, scores: Tensor, bound: Tensor, dim: int) -> Tensor:
+    """Count along dim where compare(scores (R,C), bound) holds -> int64."""
+    return compare(scores, bound, out=torch.empty_like(scores)).sum(dim).long()  # bools would sum slower on a CPU
 
 
 def _positive_scores(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_size: int) -> Tensor:
-    """Score each caption with its own image -> (M,).
+    """Score each caption with its own image -> (M,), from the very blocks that its negatives are scored in."""
+    scores = torch.empty(len(owner), device=owner.device)
+    for left in range(0, len(owner), chunk_size):
+        part = owner[left : left + chunk_size]
+        for start in (part // chunk_size * chunk_size).unique_consecutive().tolist():
+            inside = ((part >= start) & (part < start + chunk_size)).nonzero().squeeze(1)
+            sim = _block(image_emb, text_emb, start, left, chunk_size)
+            scores[left + inside] = sim[part[inside] - start, inside]
+    return scores
 
-    By matrix products, as the negatives are: where a user allows TF32, both must lose the same bits for ties to hold.
-    """
-    scores = []
-    for part, texts in zip(owner.split(chunk_size), text_emb.split(chunk_size), strict=True):
-        images, row = part.unique_consecutive(return_inverse=True)
-        scores.append(_cosines(image_emb[images], texts).gather(0, row[None]).squeeze(0))
-    return torch.cat(scores)
+
+def _block(image_emb: Tensor, text_emb: Tensor, start: int, left: int, size: int) -> Tensor:
+    """Cosines of at most size images from start and size captions from left."""
+    images, above = _full_chunk(image_emb, start, size)
+    texts, before = _full_chunk(text_emb, left, size)
+    return _cosines(images, texts)[above:, before:]
 
 
 def _place_in_group(owner: Tensor) -> Tensor:

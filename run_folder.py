@@ -15,12 +15,12 @@ TOWERS = "towers"
 
 
 def create_run(config: Config) -> Path:
-    """A new folder for a run; an existing one is never touched."""
+    """A new folder for a run; one that holds an epoch, or anything else of value, is never touched."""
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
-    if folder.exists():
+    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG, TOWERS, FROZEN}:
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 

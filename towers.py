@@ -190,10 +190,12 @@ def _tower_error(tower, name, error):
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     where = f"{tower} encoder {name!r}"
     if isinstance(error, OSError) and not Path(name).expanduser().exists():
+        hub = huggingface_hub.constants
+        fault = "which does not answer" if hub.HF_HUB_OFFLINE else reason
         return ConnectionError(
-            f"{where} is neither in the cache nor to be had from {huggingface_hub.constants.ENDPOINT} ({reason}); "
-            f"check the name, set HF_ENDPOINT to a mirror, pass a folder that holds it with --{tower}-encoder, "
-            f"or start from random weights with --no-pretrained"
+            f"{where} is not in the local cache and could not be had from {hub.ENDPOINT} ({fault}): check the name, "
+            f"set HF_ENDPOINT to a mirror, pass a folder that holds it with --{tower}-encoder, or start from random "
+            f"weights with --no-pretrained"
         )
     return ValueError(f"{where} could not be loaded: {reason}")
 

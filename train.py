@@ -1,14 +1,14 @@
 """Train a model: `python train.py`, `python train.py --dataset flickr8k`, `python train.py --resume runs/NAME`."""
 
+import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import cli
-from config import Config, default_config
+from config import MODEL_FIELDS, Config, default_config
 from run_folder import read_config
 
-QUERIES = {"sample": "a red circle left of a blue star"}
-QUERY = "a dog in snow"
+QUERIES = {"sample": "a red circle left of a blue star", "flickr8k": "a dog in snow"}
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,20 @@ def main() -> None:
     folder = train(config, data, resume)
     print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
     print(f"  python evaluate.py {folder} --split test")
-    print(f'  python infer.py "{QUERIES.get(config.dataset, QUERY)}"')
+    query = QUERIES.get(config.dataset) or data.part("test").captions[0]
+    print(f"  python infer.py {shlex.quote(query)}")
 
 
 def parse_flags() -> tuple[Config, Path | None]:
     """The configuration: the flags given, over the resumed run's settings or the data set's defaults."""
-    resumed = cli.given("--resume")
+    resumed, start_from = cli.given("--resume"), cli.given("--start-from")
     if resumed is None:
         default = default_config(cli.given("--dataset") or Config.dataset)
     else:
         default = read_config(cli.existing_folder(resumed, "--resume"))
+    if start_from is not None:
+        model = asdict(read_config(cli.existing_folder(start_from, "--start-from")))
+        default = replace(default, **{name: model[name] for name in MODEL_FIELDS})
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
     if Path(config.dataset).expanduser().is_dir():  # so that the run finds its photos from any working folder

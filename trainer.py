@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from build import build_batches, build_model, describe_model
 from checkpoint import load_run, load_state, save_state, split_frozen
 from config import Config
+from device import pick_device
 from encode import Encoder, build_encoder
 from losses import contrastive_loss
 from modules import CLIPModel
@@ -30,14 +32,15 @@ SEED_STRIDE = 1_000_003  # keeps the dropout of two seeds apart
 
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     """Train on `data` as `config` says, in a new run's folder or on from where `resume` stopped; returns the folder."""
+    pick_device(config.device)  # a mistake should leave no run's folder behind
+    images = len(data.part("train").paths)
+    if images < config.batch_size:
+        raise ValueError(f"--batch-size {config.batch_size} is more than the {images} training images: lower it")
     torch.manual_seed(config.seed)
     if resume is None:
         folder, model, tokenizer = _start(config, data)
     else:
-        folder, run = resume, load_run(resume, LAST)
-        model, tokenizer = run.model, run.tokenizer
-        model.image_encoder.freeze(config.freeze_image)
-        model.text_encoder.freeze(config.freeze_text)
+        folder, (model, tokenizer) = resume, _continue(config, resume, LAST)
     write_config(folder, config)
     encoder = build_encoder(
         model,
@@ -55,14 +58,28 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
 
 
 def _start(config, data):
-    """A new model and its run's folder, which gets what never changes: the towers' settings and frozen weights."""
-    model, tokenizer, specification = build_model(config, data)
-    folder = create_run(config)
-    save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
+    """A new run: its folder gets what never changes, the towers' settings and the weights of frozen ones."""
+    if config.start_from is None:
+        model, tokenizer, specification = build_model(config, data)
+        folder = create_run(config)
+        save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
+    else:
+        model, tokenizer = _continue(config, Path(config.start_from), BEST)
+        folder = create_run(config)
+        shutil.copytree(Path(config.start_from) / TOWERS, folder / TOWERS, dirs_exist_ok=True)
     _, frozen = split_frozen(model)
     if frozen:
         save_state(folder / FROZEN, frozen)
     return folder, model, tokenizer
+
+
+def _continue(config, folder, checkpoint):
+    """The model of a run's checkpoint, with the freezing and dropout of `config`."""
+    run = load_run(folder, checkpoint)
+    run.model.image_encoder.freeze(config.freeze_image)
+    run.model.text_encoder.freeze(config.freeze_text)
+    run.model.image_head.dropout.p = run.model.text_head.dropout.p = config.dropout
+    return run.model, run.tokenizer
 
 
 @dataclass
@@ -108,6 +125,8 @@ class Trainer:
     def fit(self) -> Path:
         """Train the epochs that are left; Ctrl-C keeps the last finished one."""
         config, progress = self.config, self.progress
+        if progress.epoch >= config.epochs:
+            raise ValueError(f"{self.folder} has trained its {progress.epoch} epochs: to go on, raise --epochs")
         try:
             while progress.epoch < config.epochs:
                 record = self._train_epoch(progress.epoch) | self._validate()
@@ -116,12 +135,11 @@ class Trainer:
                 self._save(record)
                 print(_epoch_line(record, config.epochs), flush=True)
         except KeyboardInterrupt:
-            where = (
-                f"Epoch {progress.epoch} of {config.epochs} is in {self.folder}"
-                if progress.epoch
-                else "No epoch was finished"
-            )
-            raise KeyboardInterrupt(f"{where}; go on with: python train.py --resume {self.folder}") from None
+            if not progress.epoch:
+                raise KeyboardInterrupt("No epoch was finished, so nothing is kept.") from None
+            raise KeyboardInterrupt(
+                f"Epoch {progress.epoch} of {config.epochs} is kept; go on with: python train.py --resume {self.folder}"
+            ) from None
         plot_curves(progress.history, self.folder / "curves.png")
         return self.folder
 

@@ -1,0 +1,217 @@
+"""The objectives against plain loops, torch's own losses and numerical gradients."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from losses import contrastive_loss, hardest_triplet, info_nce, positive_mask
+
+MARGIN = 0.3
+
+
+def unit(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=-1)
+
+
+def ragged_batch(seed=0, dtype=torch.float32):
+    """Five images with 1 to 3 captions each, in shuffled order -> image_emb, text_emb, image_ids, caption_image_ids."""
+    generator = torch.Generator().manual_seed(seed)
+    image_ids = torch.tensor([40, 7, 19, 3, 88])
+    captions = image_ids.repeat_interleave(torch.tensor([1, 3, 2, 1, 2]))
+    captions = captions[torch.randperm(len(captions), generator=generator)]
+    return unit(5, 8, seed=seed, dtype=dtype), unit(9, 8, seed=seed + 100, dtype=dtype), image_ids, captions
+
+
+def info_nce_by_loops(sim, positives, temperature):
+    def direction(sim, positives):
+        total = 0.0
+        for scores, own in zip(sim, positives, strict=True):
+            exps = [math.exp(s / temperature) for s in scores]
+            total -= sum(math.log(e / sum(exps)) for e, is_own in zip(exps, own, strict=True) if is_own) / sum(own)
+        return total / len(sim)
+
+    transposed = [list(column) for column in zip(*sim, strict=True)], [list(c) for c in zip(*positives, strict=True)]
+    return (direction(sim, positives) + direction(*transposed)) / 2
+
+
+def triplet_by_torch(image_emb, text_emb, positives, margin):
+    def direction(anchors, others, positives):
+        losses = []
+        for anchor, own in zip(anchors, positives, strict=True):
+            negatives = others[~own]
+            for positive in others[own]:
+                if len(negatives) == 0:
+                    losses.append(torch.zeros((), dtype=anchors.dtype))
+                    continue
+                nearest = negatives[(negatives - anchor).norm(dim=1).argmin()]
+                losses.append(F.triplet_margin_loss(anchor[None], positive[None], nearest[None], margin=margin))
+        return torch.stack(losses).mean()
+
+    return (direction(image_emb, text_emb, positives) + direction(text_emb, image_emb, positives.T)) / 2
+
+
+def test_positive_mask_marks_exactly_the_captions_of_each_image():
+    mask = positive_mask(torch.tensor([5, 2]), torch.tensor([2, 5, 9, 2]))
+    assert mask.dtype == torch.bool
+    assert mask.tolist() == [[False, True, False, False], [True, False, False, True]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_info_nce_is_the_cross_entropy_to_uniform_positives(seed):
+    image_emb, text_emb, image_ids, captions = ragged_batch(seed)
+    sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, captions)
+    expected = info_nce_by_loops(sim.tolist(), positives.tolist(), 0.07)
+    assert info_nce(sim, positives, 0.07).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_nce_with_one_caption_per_image_is_clips_symmetric_cross_entropy():
+    sim = unit(6, 8, seed=1) @ unit(6, 8, seed=2).T
+    target = torch.arange(6)
+    expected = (F.cross_entropy(sim / 0.07, target) + F.cross_entropy(sim.T / 0.07, target)) / 2
+    torch.testing.assert_close(info_nce(sim, torch.eye(6, dtype=torch.bool), 0.07), expected)
+
+
+def test_info_nce_survives_extreme_and_masked_similarities():
+    positives = torch.eye(3, dtype=torch.bool)
+    sim = torch.where(positives, 1.0, -torch.inf).requires_grad_()
+    loss = info_nce(sim, positives, 1e-4)
+    loss.backward()
+    assert loss.item() == 0
+    assert sim.grad.isfinite().all()
+
+
+def test_info_nce_gradients_reach_similarity_and_temperature():
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    sim = (image_emb @ text_emb.T).requires_grad_()
+    temperature = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    positives = positive_mask(image_ids, captions)
+    assert torch.autograd.gradcheck(lambda s, t: info_nce(s, positives, t), (sim, temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_similarities_are_raised_to_float32(dtype):
+    image_emb, text_emb, image_ids, captions = ragged_batch()
+    sim, positives = (image_emb @ text_emb.T).to(dtype), positive_mask(image_ids, captions)
+    for loss in (lambda s: info_nce(s, positives, 0.07), lambda s: hardest_triplet(s, positives, MARGIN)):
+        assert loss(sim).dtype == torch.float32
+        torch.testing.assert_close(loss(sim), loss(sim.float()))
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.3, 2.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_hardest_triplet_is_torchs_triplet_margin_loss_on_the_nearest_negative(seed, margin):
+    image_emb, text_emb, image_ids, captions = ragged_batch(seed)
+    positives = positive_mask(image_ids, captions)
+    expected = triplet_by_torch(image_emb, text_emb, positives, margin)
+    torch.testing.assert_close(hardest_triplet(image_emb @ text_emb.T, positives, margin), expected, atol=1e-5, rtol=0)
+
+
+def test_hardest_triplet_passes_the_gradient_of_torchs_loss_to_both_towers():
+    grads = []
+    for loss in (
+        lambda i, t, p: hardest_triplet(i @ t.T, p, MARGIN),
+        lambda i, t, p: triplet_by_torch(i, t, p, MARGIN),
+    ):
+        image_raw, text_raw, image_ids, captions = ragged_batch(3, dtype=torch.float64)
+        image_raw.requires_grad_(), text_raw.requires_grad_()
+        image_emb, text_emb = F.normalize(image_raw, dim=1), F.normalize(text_raw, dim=1)
+        loss(image_emb, text_emb, positive_mask(image_ids, captions)).backward()
+        grads.append((image_raw.grad, text_raw.grad))
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-5, rtol=0)
+
+
+def test_hardest_triplet_gradient_is_the_numerical_one():
+    image_emb, text_emb, image_ids, captions = ragged_batch(1, dtype=torch.float64)
+    sim = (image_emb @ text_emb.T).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: hardest_triplet(s, positive_mask(image_ids, captions), MARGIN), (sim,))
+
+
+def test_gradient_flows_through_the_positive_and_the_hardest_negative_only():
+    sim = torch.tensor([[0.5, 0.1, 0.4]], requires_grad=True)
+    hardest_triplet(sim, torch.tensor([[True, False, False]]), 1.0).backward()
+    assert sim.grad[0, 0] < 0 < sim.grad[0, 2]  # descending pulls the positive up and pushes the negative down
+    assert sim.grad[0, 1] == 0
+
+
+def test_sibling_caption_is_never_a_negative():
+    image_emb = torch.eye(2)
+    text_emb = torch.eye(2).repeat_interleave(2, 0)  # siblings lie on each other, the nearest thing to a hard negative
+    positives = positive_mask(torch.tensor([0, 1]), torch.tensor([0, 0, 1, 1]))
+    assert hardest_triplet(image_emb @ text_emb.T, positives, 1.0) == 0
+
+
+def test_row_or_column_without_negatives_adds_nothing_to_loss_or_gradient():
+    sim = torch.tensor([[0.9, 0.2, 0.1], [0.3, 0.8, 0.2]], requires_grad=True)
+    positives = torch.tensor([[True, True, True], [False, True, False]])
+    loss = hardest_triplet(sim, positives, 1.0)
+    loss.backward()
+
+    def d(cosine):
+        return math.sqrt(2 - 2 * cosine)
+
+    by_image = [0, 0, 0, 1 + d(0.8) - d(0.3)]  # the first image owns every caption
+    by_caption = [1 + d(0.9) - d(0.3), 0, 1 + d(0.1) - d(0.2), 0]  # the second caption belongs to both images
+    expected = (sum(by_image) / 4 + sum(by_caption) / 4) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert sim.grad.isfinite().all()
+
+
+def test_batch_of_one_image_costs_nothing():
+    sim = torch.tensor([[0.1, -0.3]], requires_grad=True)
+    loss = hardest_triplet(sim, torch.ones(1, 2, dtype=torch.bool), 1.0) + info_nce(sim[:, :1], torch.ones(1, 1) > 0, 1)
+    loss.backward()
+    assert loss == 0
+    assert (sim.grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_stays_finite_where_image_and_caption_coincide(dtype):
+    emb = unit(4, 8, dtype=dtype).requires_grad_()
+    collapsed = emb[:1].expand(4, 8)
+    for sim in (emb @ emb.T, collapsed @ collapsed.T, torch.ones(4, 4, dtype=dtype) * emb.sum() / emb.sum()):
+        emb.grad = None
+        hardest_triplet(sim, torch.eye(4, dtype=torch.bool), MARGIN).backward()
+        assert emb.grad.isfinite().all()
+
+
+def test_contrastive_loss_adds_alpha_times_the_triplet():
+    image_emb, text_emb, image_ids, captions = ragged_batch()
+    terms = contrastive_loss(image_emb, text_emb, image_ids, captions, temperature=0.07, alpha=0.4, margin=MARGIN)
+    sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, captions)
+    torch.testing.assert_close(terms.info_nce, info_nce(sim, positives, 0.07))
+    torch.testing.assert_close(terms.triplet, hardest_triplet(sim, positives, MARGIN))
+    torch.testing.assert_close(terms.total, terms.info_nce + 0.4 * terms.triplet)
+    assert all(term.shape == () for term in terms)
+
+
+def test_alpha_zero_reports_the_triplet_without_its_gradient():
+    image_emb, text_emb, image_ids, captions = ragged_batch()
+    image_emb.requires_grad_()
+    terms = contrastive_loss(image_emb, text_emb, image_ids, captions, temperature=0.07, alpha=0, margin=1.0)
+    assert terms.triplet > 0
+    assert not terms.triplet.requires_grad
+    assert terms.total == terms.info_nce
+    terms.total.backward()
+    assert image_emb.grad.abs().sum() > 0
+
+
+def test_contrastive_loss_is_float32_under_autocast():
+    image_emb, text_emb, image_ids, captions = ragged_batch()
+    arguments = dict(temperature=torch.tensor(0.07), alpha=1.0, margin=MARGIN)
+    expected = contrastive_loss(image_emb, text_emb, image_ids, captions, **arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = contrastive_loss(image_emb, text_emb, image_ids, captions, **arguments)
+    assert terms == expected
+    assert terms.total.dtype == torch.float32
+
+
+def test_order_of_captions_does_not_change_the_loss():
+    image_emb, text_emb, image_ids, captions = ragged_batch()
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(0))
+    arguments = dict(temperature=0.07, alpha=1.0, margin=MARGIN)
+    expected = contrastive_loss(image_emb, text_emb, image_ids, captions, **arguments)
+    shuffled = contrastive_loss(image_emb, text_emb[order], image_ids, captions[order], **arguments)
+    torch.testing.assert_close(shuffled.total, expected.total)
