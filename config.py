@@ -44,6 +44,7 @@ class Config:
     # Optimisation
     epochs: int = 12  # passes over the training images
     batch_size: int = 128  # images; each brings its captions, and the others are its negatives
+    micro_batch_size: int | None = None  # images in memory at a time; fewer than batch_size need less, and more time
     lr_image: float = 5e-5  # highest learning rate of the image tower
     lr_text: float = 5e-5  # ... of the text tower
     lr_heads: float = 5e-4  # ... of the projection heads and the temperature
@@ -88,6 +89,9 @@ class Config:
                 "warmup_epochs",
             ),
         )
+        if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
+            bounds = f"from 1 to --batch-size ({self.batch_size})"
+            raise ValueError(f"--micro-batch-size must be {bounds}, got {self.micro_batch_size}")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 

@@ -71,13 +71,21 @@ def hardest_triplet(sim: Tensor, positives: Tensor, margin: float) -> Tensor:
     """
     sim = _at_least_float32(sim)
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
-    positive = _distance(sim[image, caption])
     # A row of positives only gets -inf, a negative infinitely far away: it never violates the margin.
     negatives = sim.masked_fill(positives, -torch.inf)
-    negative_caption = _distance(negatives.max(1).values)  # (B,)
-    negative_image = _distance(negatives.max(0).values)  # (M,)
-    by_image = (margin + positive - negative_caption[image]).relu().mean()
-    by_caption = (margin + positive - negative_image[caption]).relu().mean()
+    hardest_caption, hardest_image = negatives.max(1).values, negatives.max(0).values  # (B,), (M,)
+    return triplet_from_cosines(sim[image, caption], hardest_caption[image], hardest_image[caption], margin)
+
+
+def triplet_from_cosines(positive: Tensor, hardest_caption: Tensor, hardest_image: Tensor, margin: float) -> Tensor:
+    """Average the margin violations of positive pairs, given their cosines and their hardest negatives' -> ().
+
+    positive, hardest_caption, hardest_image (P,): the pair's own cosine, that of its image with the hardest negative
+    caption, and that of its caption with the hardest negative image; -inf where there is none.
+    """
+    distance = _distance(positive)
+    by_image = (margin + distance - _distance(hardest_caption)).relu().mean()
+    by_caption = (margin + distance - _distance(hardest_image)).relu().mean()
     return (by_image + by_caption) / 2
 
 

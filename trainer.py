@@ -13,10 +13,12 @@ from tqdm import tqdm
 
 from build import build_batches, build_model, describe_model
 from checkpoint import load_run, load_state, save_state, split_frozen
+from chunked_losses import chunked_contrastive_loss
 from config import Config
 from device import pick_device
 from encode import Encoder, build_encoder
-from losses import contrastive_loss
+from gradcache import cached_backward, split_batch
+from losses import LossTerms, contrastive_loss
 from modules import CLIPModel
 from optimizer import build_optimizer, build_schedule
 from plots import plot_curves
@@ -26,8 +28,8 @@ from run_folder import BEST, FROZEN, LAST, LOG, TOWERS, create_run, write_config
 from towers import save_towers
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+LOSS_CHUNK = 8192  # captions; for more, the objective is computed by chunks of as many, not from the full matrix
 PLOT_EVERY = 30  # seconds; short epochs should not spend their time on drawing
-SEED_STRIDE = 1_000_003  # keeps the dropout of two seeds apart
 
 
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
@@ -134,6 +136,12 @@ class Trainer:
                 progress.history.append(record)
                 self._save(record)
                 print(_epoch_line(record, config.epochs), flush=True)
+        except (torch.OutOfMemoryError, MemoryError):
+            size = config.micro_batch_size or config.batch_size
+            raise ValueError(
+                f"out of memory with {size} images at a time: lower --micro-batch-size (the loss stays that of "
+                f"--batch-size) to {max(1, size // 2)} or less; finished epochs are kept in {self.folder}"
+            ) from None
         except KeyboardInterrupt:
             if not progress.epoch:
                 raise KeyboardInterrupt("No epoch was finished, so nothing is kept.") from None
@@ -180,30 +188,44 @@ class Trainer:
 
     def _step(self, batch: dict, step: int, alpha: float) -> dict[str, float]:
         """Forward, backward, update; dropout depends on (seed, step) alone. Returns the loss and its terms."""
-        torch.manual_seed(self.config.seed * SEED_STRIDE + step)
-        batch = {key: tensor.to(self.encoder.device, non_blocking=True) for key, tensor in batch.items()}
-        image_emb, text_emb = self.model(batch)
-        loss = contrastive_loss(
-            image_emb,
-            text_emb,
-            batch["image_ids"],
-            batch["caption_image_ids"],
-            temperature=self.unwrapped.temperature,
-            alpha=alpha,
-            margin=self.config.margin,
-        )
-        terms = {"loss": loss.total.item(), "info_nce": loss.info_nce.item(), "triplet": loss.triplet.item()}
-        if not math.isfinite(terms["loss"]):
-            raise ValueError(
-                f"the loss is {terms['loss']} at step {step + 1}, epoch {step // len(self.batches) + 1}: lower the "
-                f"learning rates, or try --precision float32; the last finished epoch is in {self.folder}"
+        config, device = self.config, self.encoder.device
+        image_ids, caption_image_ids = batch["image_ids"].to(device), batch["caption_image_ids"].to(device)
+
+        def objective(image_emb: torch.Tensor, text_emb: torch.Tensor) -> LossTerms:
+            chunks = {"chunk_size": LOSS_CHUNK} if len(text_emb) > LOSS_CHUNK else {}
+            terms = (chunked_contrastive_loss if chunks else contrastive_loss)(
+                image_emb,
+                text_emb,
+                image_ids,
+                caption_image_ids,
+                temperature=self.unwrapped.temperature,
+                alpha=alpha,
+                margin=config.margin,
+                **chunks,
             )
-        self.accelerator.backward(loss.total)
-        self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+            self._require_finite(terms.total, step)
+            return terms
+
+        terms = cached_backward(
+            lambda part: self.model({key: part[key].to(device, non_blocking=True) for key in part}),
+            split_batch(batch, config.micro_batch_size or config.batch_size),
+            objective,
+            model=self.unwrapped,
+            backward=self.accelerator.backward,
+            seed=(config.seed, step),
+        )
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.unwrapped.clamp_temperature()
-        return terms
+        return {"loss": terms.total.item(), "info_nce": terms.info_nce.item(), "triplet": terms.triplet.item()}
+
+    def _require_finite(self, loss: torch.Tensor, step: int):
+        if not math.isfinite(loss.item()):
+            raise ValueError(
+                f"the loss is {loss.item()} at step {step + 1}, epoch {step // len(self.batches) + 1}: lower the "
+                f"learning rates, or try --precision float32; the last finished epoch is in {self.folder}"
+            )
 
     @torch.inference_mode()
     def _validate(self) -> dict:

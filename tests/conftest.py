@@ -94,6 +94,28 @@ def tiny_tokenizer():
     return train_tokenizer(sentences + ["a picture of red beside blue"] * 5)
 
 
+def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout=0.1):
+    """A dual encoder with random weights, and its tokenizer; two calls give the same."""
+    import timm
+    import torch
+    from transformers import DistilBertConfig, DistilBertModel
+
+    from modules import CLIPModel, ImageEncoder, TextEncoder
+
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(7)
+    backbone = timm.create_model("test_resnet", num_classes=0)
+    text = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    model = CLIPModel(
+        ImageEncoder(backbone, dim=backbone.num_features, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, frozen=freeze_image),
+        TextEncoder(DistilBertModel(text), pooling=pooling, frozen=freeze_text),
+        embed_dim=16,
+        dropout=dropout,
+        temperature=0.07,
+    )
+    return model, tokenizer
+
+
 @pytest.fixture
 def tiny(photos, image_tower, text_tower, tmp_path):
     """Makes a Config that trains in a second; keywords go to Config."""

@@ -1,0 +1,351 @@
+"""Photos and captions to batches: no image twice, nothing lost, and the same batches however they are loaded."""
+
+import shutil
+from collections import Counter
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_photos
+from PIL import Image, ImageOps
+
+from dataset import (
+    CLIPDataset,
+    EpochSampler,
+    ImageFiles,
+    TrainingBatches,
+    choose_captions,
+    collate,
+    image_transform,
+    load_image,
+    mirror_caption,
+)
+from readers import Part
+from tokenizer import pad, tokenize, train_tokenizer
+
+SIZE = 32
+MIRROR_SHIFT = 1000  # in these tests a mirrored caption's ids are its own plus this
+
+
+def tiny_part(paths, counts):
+    """A part with counts[i] captions for image i; each caption's ids are (its number + 1), once per place it has."""
+    owner = np.repeat(np.arange(len(paths)), counts)
+    token_ids = [np.full(1 + m % 3, m + 1, dtype=np.int32) for m in range(len(owner))]
+    return Part(list(paths), [f"caption {m}" for m in range(len(owner))], owner), token_ids
+
+
+def tiny_dataset(paths, counts=None, **changes):
+    part, token_ids = tiny_part(paths, counts or [3] * len(paths))
+    settings = {"image_size": SIZE, "captions_per_image": 2, "augment": True, "min_crop": 0.5, "seed": 0}
+    return CLIPDataset(part, token_ids, [ids + MIRROR_SHIFT for ids in token_ids], **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def paths(photos):
+    return sorted((photos / "Images").iterdir())
+
+
+def epoch_of(dataset, epoch, *, batch_size=4, num_workers=0):
+    batches = TrainingBatches(dataset, batch_size=batch_size, pad_id=0, num_workers=num_workers, pin_memory=False)
+    return list(batches.epoch(epoch))
+
+
+def same(batch, other):
+    return batch.keys() == other.keys() and all(
+        torch.equal(batch[key], other[key]) if torch.is_tensor(batch[key]) else batch[key] == other[key]
+        for key in batch
+    )
+
+
+@pytest.mark.parametrize(
+    ("caption", "mirrored"),
+    [
+        ("a dog on the left", "a dog on the right"),
+        ("from left to right", "from right to left"),
+        ("左边的狗", "右边的狗"),
+        ("狗从左边跑到右边", "狗从右边跑到左边"),
+        ("left, not leftover or bright", "right, not leftover or bright"),
+        ("a bright light, upright", "a bright light, upright"),
+        ("left-hand side", "right-hand side"),
+        ("", ""),
+    ],
+)
+def test_left_and_right_change_places_as_whole_words(caption, mirrored):
+    assert mirror_caption(caption) == mirrored
+    assert mirror_caption(mirrored) == caption
+
+
+def test_left_and_right_change_places_in_capitals():
+    assert mirror_caption("Left of it, on the RIGHT").lower() == "right of it, on the left"
+
+
+@pytest.mark.parametrize(("images", "batch_size"), [(30, 8), (30, 30), (31, 8), (7, 3), (5, 1), (100, 64)])
+def test_batches_are_of_one_size_and_hold_no_image_twice_in_an_epoch(images, batch_size):
+    sampler = EpochSampler(images, batch_size, seed=0)
+    batches = [[index for _, index in batch] for batch in sampler]
+    assert len(batches) == len(sampler) == -(-images // batch_size)
+    assert len({len(batch) for batch in batches}) == 1 and 1 <= len(batches[0]) <= batch_size
+    seen = Counter(index for batch in batches for index in batch)
+    assert max(seen.values()) == 1 and set(seen) <= set(range(images))
+    assert images - len(seen) < len(batches)
+
+
+def test_every_epoch_and_every_seed_has_its_own_order():
+    def order(epoch, seed):
+        sampler = EpochSampler(50, 8, seed)
+        sampler.epoch_number = epoch
+        return [index for batch in sampler for _, index in batch]
+
+    assert order(1, 0) == order(1, 0)
+    assert len({tuple(order(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
+
+
+def test_images_left_out_of_one_epoch_come_in_another():
+    sampler = EpochSampler(7, 3, seed=0)
+    seen = set()
+    for sampler.epoch_number in range(20):
+        seen |= {index for batch in sampler for _, index in batch}
+    assert seen == set(range(7))
+
+
+def test_two_loader_processes_give_the_batches_of_none(paths):
+    for epoch in (0, 3):
+        alone = epoch_of(tiny_dataset(paths), epoch)
+        shared = epoch_of(tiny_dataset(paths), epoch, num_workers=2)
+        assert len(alone) == len(shared) and all(map(same, alone, shared))
+
+
+def test_an_epoch_has_its_own_crops_and_repeats_them(paths):
+    dataset = tiny_dataset(paths)
+    first, again, second = (torch.stack([dataset[epoch, k]["pixels"] for k in range(10)]) for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert (first != second).flatten(1).any(1).all()
+
+
+def test_a_photo_is_cropped_and_mirrored_only_with_augment(paths):
+    dataset = tiny_dataset(paths, augment=False)
+    still = torch.from_numpy(image_transform(SIZE)(image=load_image(paths[3], SIZE))["image"].copy()).permute(2, 0, 1)
+    for epoch in range(4):
+        assert torch.equal(dataset[epoch, 3]["pixels"], still)
+        assert all(ids[0] < MIRROR_SHIFT for ids in dataset[epoch, 3]["captions"])
+
+
+def test_the_mirror_image_comes_with_the_mirrored_captions(paths):
+    """Each photo's two halves have different colours, so its left edge tells whether it was mirrored."""
+    dataset = tiny_dataset(paths, min_crop=1.0)
+    seen = set()
+    for epoch in range(8):
+        for index in range(10):
+            item = dataset[epoch, index]
+            original = torch.from_numpy(load_image(paths[index], SIZE).copy())
+            left = item["pixels"][:, SIZE // 2, 0]
+            mirrored = torch.equal(left, original[20, -1])
+            assert mirrored != torch.equal(left, original[20, 0])
+            assert all((ids[0] > MIRROR_SHIFT) == mirrored for ids in item["captions"])
+            seen.add(mirrored)
+    assert seen == {True, False}
+
+
+def test_captions_per_image_is_respected_and_all_are_used_where_fewer_exist(paths):
+    counts = [1, 2, 3, 5, 2]
+    dataset = tiny_dataset(paths[:5], counts, captions_per_image=3, augment=False)
+    first = np.cumsum([0, *counts])
+    for index, count in enumerate(counts):
+        drawn = [ids[0] - 1 for ids in dataset[0, index]["captions"]]
+        assert len(set(drawn)) == len(drawn) == min(3, count)
+        assert set(drawn) <= set(range(first[index], first[index + 1]))
+
+
+def test_every_caption_is_drawn_in_some_epoch(paths):
+    dataset = tiny_dataset(paths[:2], [5, 5], captions_per_image=1, augment=False)
+    assert {dataset[epoch, 1]["captions"][0][0] - 1 for epoch in range(60)} == {5, 6, 7, 8, 9}
+
+
+def test_chosen_captions_are_distinct_and_ascending():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        chosen = choose_captions(rng, np.array([0, 4, 12]), 1, 5)
+        assert chosen.tolist() == sorted(set(chosen.tolist())) and len(chosen) == 5
+        assert set(chosen) <= set(range(4, 12))
+
+
+def test_a_batch_names_the_image_of_every_caption(paths):
+    for batch in epoch_of(tiny_dataset(paths, [1 + k % 4 for k in range(30)], augment=False), 0, batch_size=7):
+        first = np.cumsum([0] + [1 + k % 4 for k in range(30)])
+        captions = batch["input_ids"][:, 0].numpy() - 1
+        assert (np.searchsorted(first, captions, side="right") - 1).tolist() == batch["caption_image_ids"].tolist()
+        assert batch["image_ids"].tolist() == list(dict.fromkeys(batch["caption_image_ids"].tolist()))
+        assert batch["pixels"].shape == (len(batch["image_ids"]), 3, SIZE, SIZE)
+        assert batch["pixels"].dtype == torch.uint8
+
+
+def test_padding_follows_the_longest_caption_of_the_batch():
+    captions = [np.array([5, 6], dtype=np.int32), np.array([7, 8, 9], dtype=np.int32), np.array([4], dtype=np.int32)]
+    input_ids, attention_mask = pad(captions, pad_id=1)
+    assert input_ids.tolist() == [[5, 6, 1], [7, 8, 9], [4, 1, 1]]
+    assert attention_mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
+    assert input_ids.dtype == attention_mask.dtype == torch.int64
+
+
+def test_a_caption_that_is_too_long_is_cut():
+    tokenizer = train_tokenizer(["a red dog runs in deep snow"] * 3)
+    short, long = tokenize(tokenizer, ["a", "a red dog runs in deep snow"], max_tokens=5)
+    assert len(short) < 5 and len(long) == 5
+    assert tokenize(tokenizer, [], max_tokens=5) == []
+
+
+def test_a_learned_vocabulary_frames_each_caption_as_bert_does():
+    tokenizer = train_tokenizer(["a red dog runs in deep snow"] * 3)
+    short, long = tokenize(tokenizer, ["dog", "a red dog runs in deep snow"], max_tokens=5)
+    assert short[0] == long[0] == tokenizer.cls_token_id and short[-1] == long[-1] == tokenizer.sep_token_id
+    assert len(short) == 3
+
+
+def test_a_learned_vocabulary_ignores_case_and_splits_chinese_into_characters():
+    tokenizer = train_tokenizer(["雪地里的狗", "雪地里的猫", "Red dog"] * 3)
+    upper, lower = tokenize(tokenizer, ["RED DOG", "red dog"], max_tokens=9)
+    assert upper.tolist() == lower.tolist()
+    assert tokenizer.tokenize("雪地里的狗") == list("雪地里的狗")
+
+
+def break_photos(folder):
+    """Four photos that cannot be read, the rest as they were."""
+    images = folder / "Images"
+    (images / "photo_01.png").write_bytes(b"this is no image")
+    Image.new("RGB", (64, 64), "red").save(images / "whole.jpg")
+    (images / "photo_04.png").write_bytes((images / "whole.jpg").read_bytes()[:400])
+    (images / "photo_06.png").unlink()
+    (images / "photo_08.png").write_bytes(b"")
+    (images / "whole.jpg").unlink()
+    return {1, 4, 6, 8}
+
+
+def test_photos_that_cannot_be_read_are_named_and_left_out(tmp_path):
+    folder = write_photos(tmp_path / "photos", 10)
+    names = sorted((folder / "Images").iterdir())
+    broken = break_photos(folder)
+    batches = epoch_of(tiny_dataset(names), 0, batch_size=5)
+    unreadable = [line for batch in batches for line in batch["unreadable"]]
+    assert len(unreadable) == 4
+    assert {index for index in range(10) if any(str(names[index]) in line for line in unreadable)} == broken
+    rest = [index for batch in batches for index in batch["image_ids"].tolist()]
+    assert sorted(rest) == sorted(set(range(10)) - broken)
+    for batch in batches:
+        assert set(batch["caption_image_ids"].tolist()) == set(batch["image_ids"].tolist())
+
+
+def test_a_batch_without_a_readable_photo_only_names_them():
+    assert collate([{"unreadable": "a.jpg: broken"}, {"unreadable": "b.jpg: broken"}], 0) == {
+        "unreadable": ["a.jpg: broken", "b.jpg: broken"]
+    }
+
+
+def test_for_encoding_a_broken_photo_is_none_and_the_others_keep_their_places(tmp_path):
+    folder = write_photos(tmp_path / "photos", 10)
+    names = sorted((folder / "Images").iterdir())
+    broken = break_photos(folder)
+    files = ImageFiles(names, image_size=SIZE)
+    assert {k for k in range(10) if files[k] is None} == broken
+    assert files[0].shape == (3, SIZE, SIZE) and files[0].dtype == torch.uint8
+
+
+def test_a_photo_that_cannot_be_read_is_an_oserror_with_its_path(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(b"garbage")
+    with pytest.raises(OSError, match=r"x\.jpg"):
+        load_image(tmp_path / "x.jpg", SIZE)
+
+
+def test_a_truncated_jpeg_is_not_shown_half_grey(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "x.jpg")
+    whole = (tmp_path / "x.jpg").read_bytes()
+    (tmp_path / "x.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match=r"x\.jpg"):
+        load_image(tmp_path / "x.jpg", SIZE)
+
+
+def test_an_absurdly_large_image_is_an_oserror(tmp_path, monkeypatch):
+    Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(OSError, match=r"bomb\.png"):
+        load_image(tmp_path / "bomb.png", SIZE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_rotated_photo_is_shown_upright(tmp_path, orientation):
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:20, :30], pixels[20:, 30:] = (250, 0, 0), (0, 0, 250)
+    image = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    image.getexif()[0x0112] = orientation
+    upright = np.asarray(ImageOps.exif_transpose(image))
+    loaded = load_image(tmp_path / "x.png", SIZE)
+    assert loaded.shape == ((60, 40, 3) if orientation > 4 else (40, 60, 3))
+    assert np.array_equal(loaded, upright)
+    assert orientation == 1 or not np.array_equal(loaded, pixels)
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("L", "png"),
+        ("P", "gif"),
+        ("P", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("1", "png"),
+        ("CMYK", "jpg"),
+        ("L", "jpg"),
+    ],
+)
+def test_an_image_of_any_mode_loads_as_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (50, 40), (255, 255, 255)).convert(mode).save(path)
+    loaded = load_image(path, SIZE)
+    assert loaded.shape == (40, 50, 3) and loaded.dtype == np.uint8
+    assert (loaded >= 250).all()
+
+
+def test_a_large_jpeg_is_decoded_small_but_not_below_the_size_asked_for(tmp_path):
+    gradient = np.tile(np.linspace(0, 255, 800, dtype=np.uint8)[None, :, None], (600, 1, 3))
+    Image.fromarray(gradient).save(tmp_path / "x.jpg", quality=95)
+    loaded = load_image(tmp_path / "x.jpg", 64)
+    assert 64 <= min(loaded.shape[:2]) < 600
+    small = np.asarray(Image.fromarray(gradient).resize(loaded.shape[1::-1], Image.Resampling.BOX), dtype=int)
+    assert np.abs(small - loaded).mean() < 3
+
+
+def test_transforms_give_the_size_asked_for():
+    image = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
+    for transform in (image_transform(SIZE), image_transform(SIZE, min_crop=0.3)):
+        assert transform(image=image)["image"].shape == (SIZE, SIZE, 3)
+
+
+def test_a_crop_keeps_the_share_of_the_area_that_it_must():
+    """A photo whose pixels hold their own place: the crop's corners tell how much of it was kept."""
+    rows, columns = np.mgrid[0:250, 0:250].astype(np.uint8)
+    image = np.stack([rows, columns, rows], -1)
+    transform = image_transform(100, min_crop=0.7)
+    areas = []
+    for seed in range(50):
+        transform.set_random_seed(seed)
+        crop = transform(image=image)["image"].astype(int)
+        areas.append((crop[-1, 0, 0] - crop[0, 0, 0]) * (crop[0, -1, 1] - crop[0, 0, 1]) / 250**2)
+    assert min(areas) > 0.65 and min(areas) < 0.8
+
+
+def test_moving_the_data_set_does_not_change_the_batches(paths, tmp_path):
+    moved = [tmp_path / path.name for path in paths]
+    for path, place in zip(paths, moved, strict=True):
+        shutil.copy(path, place)
+    assert all(map(same, epoch_of(tiny_dataset(paths), 2), epoch_of(tiny_dataset(moved), 2)))
+
+
+def test_collate_pads_with_the_id_it_is_given(paths):
+    dataset = tiny_dataset(paths[:4])
+    batch = partial(collate, pad_id=77)([dataset[0, k] for k in range(4)])
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == 77).all()
+    assert (batch["input_ids"][batch["attention_mask"] == 1] != 77).all()
