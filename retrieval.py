@@ -1,7 +1,5 @@
 """Exact search and ranking metrics, chunk by chunk: the full matrix of scores is never held. Scores are float32."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -28,12 +26,14 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = CHUNK_SIZE
     for start in range(0, len(gallery), chunk_size):
         chunk, skip = _full_chunk(gallery, start, chunk_size)
         scores = _cosines(queries, chunk)[:, skip:]
-        # Only scores above the k-th best so far can enter, since later indices lose ties: soon few rows have any.
-        entering = scores.shape[1] - _count(torch.le, scores, _unpack(best[:, -1:])[0], 1)
-        rows = entering.nonzero().squeeze(1)
+        # Only a score above the k-th best so far can enter, since later indices lose ties: soon few rows have any.
+        kth = _unpack(best[:, -1:])[0]
+        rows = (~(scores.amax(1, keepdim=True) <= kth)).nonzero()[:, 0]
         if len(rows):
+            candidates = scores[rows]
             # As wide as the most that enter: whatever topk picks among equals, none that enters is left out.
-            values, columns = scores[rows].topk(int(entering.max()), sorted=False)
+            width = int((~(candidates <= kth[rows])).sum(1).max())
+            values, columns = candidates.topk(width, sorted=False)
             best[rows] = torch.cat([best[rows], _pack(values, start + columns)], 1).topk(k, largest=False).values
     return _unpack(best)
 
@@ -148,15 +148,15 @@ def _negatives_above(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_s
             inside = slice(max(own.start, left), min(own.stop, left + chunk_size))  # own captions, if any, in the block
             sim[owner[inside] - start, position[inside] - left] = -torch.inf
             for j in range(floors.shape[1]):
-                above[:, j] += _count(torch.ge, sim, floors[:, j, None], 1)
-            images_above[part] += _count(torch.ge, sim, floor[part], 0)
+                above[:, j] += _count_at_least(sim, floors[:, j, None], 1)
+            images_above[part] += _count_at_least(sim, floor[part], 0)
         captions_above[own] = above[row, column]
     return captions_above, images_above
 
 
-def _count(compare: Callable, scores: Tensor, bound: Tensor, dim: int) -> Tensor:
-    """Count along dim where compare(scores (R,C), bound) holds -> int64."""
-    return compare(scores, bound, out=torch.empty_like(scores)).sum(dim).long()  # bools would sum slower on a CPU
+def _count_at_least(sim: Tensor, floor: Tensor, dim: int) -> Tensor:
+    """Count along dim the entries of sim (R,C) that reach floor -> int64."""
+    return torch.ge(sim, floor, out=torch.empty_like(sim)).sum(dim).long()  # a CPU sums floats faster than bools
 
 
 def _positive_scores(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_size: int) -> Tensor:

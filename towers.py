@@ -12,7 +12,6 @@ from pathlib import Path
 
 import huggingface_hub
 import timm
-import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -131,11 +130,11 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
 def _load_text_backbone(name):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    backbone, report = AutoModel.from_pretrained(_expanded(name), dtype=torch.float32, output_loading_info=True)
+    backbone, report = AutoModel.from_pretrained(_expanded(name), output_loading_info=True)
     absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
     if absent:
         raise ValueError(f"its weights lack {len(absent)} tensors, {', '.join(absent[:SHOWN_KEYS])} among them")
-    return _without_pooler(backbone)
+    return _without_pooler(backbone).float()  # some weights are stored in half precision
 
 
 def _without_pooler(backbone):

@@ -1,20 +1,26 @@
 """What the tests share: a small data set on disk, tiny towers in the hubs' own layouts, and the program itself."""
 
+import contextlib
+import importlib
+import io
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["OMP_NUM_THREADS"] = "1"  # two threads on tiny tensors wait for each other, above all on a busy machine
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import cli
 
 ROOT = Path(__file__).parents[1]
 COLOURS = {
@@ -61,11 +67,11 @@ def image_tower(tmp_path_factory):
     model = timm.create_model("test_resnet", num_classes=7)
     for name, buffer in model.named_buffers():
         if name.endswith(("running_mean", "running_var")):
-            torch.nn.init.uniform_(buffer, 0.5, 1.5)
+            torch.nn.init.uniform_(buffer, *((-0.2, 0.2) if name.endswith("mean") else (0.5, 1.5)))
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-            torch.nn.init.uniform_(module.bias, -0.5, 0.5)
+            torch.nn.init.uniform_(module.bias, 0.0, 0.3)
     save_for_hf(model, folder, safe_serialization=True)
     return folder
 
@@ -87,7 +93,9 @@ def text_tower(tmp_path_factory):
     return folder
 
 
+@cache
 def tiny_tokenizer():
+    """A tokenizer of colours and sides, always the same object."""
     from tokenizer import train_tokenizer
 
     sentences = [f"{a} on the left and {b} on the right" for a in COLOURS for b in COLOURS]
@@ -95,7 +103,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout=0.1):
-    """A dual encoder with random weights, and its tokenizer; two calls give the same."""
+    """A dual encoder with random weights, and its tokenizer; two calls give the same weights."""
     import timm
     import torch
     from transformers import DistilBertConfig, DistilBertModel
@@ -142,8 +150,6 @@ def tiny(photos, image_tower, text_tower, tmp_path):
 
 def read(config):
     """The data set of a Config."""
-    import cli
-
     return cli.open_data(config)
 
 
@@ -160,6 +166,20 @@ def program(*words, cwd, check=True, **environment):
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def within(script, *words):
+    """Run `script` as `program` does, but in this process and folder, where torch is loaded already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [script, *map(str, words)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.run(importlib.import_module(script.removesuffix(".py")).main)
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def refused(done):

@@ -39,7 +39,7 @@ def test_every_field_is_a_flag_of_its_name(field):
         words, value = [flag if not default else f"--no-{flag[2:]}"], not default
     elif isinstance(default, float):
         words, value = [flag, "0.5"], 0.5
-    elif isinstance(default, int):
+    elif isinstance(default, int) or "int" in str(field.type):
         words, value = [flag, "17"], 17
     else:
         value = {"device": "cpu", "precision": "float32", "text_pooling": "cls"}.get(field.name, "word")
@@ -182,7 +182,7 @@ def test_help_names_the_flags_and_is_quick(script, tmp_path):
     started = time.perf_counter()
     done = program(script, "--help", cwd=tmp_path)
     assert "--runs-dir" in done.stdout
-    assert time.perf_counter() - started < 4  # loading torch and what stands on it takes longer
+    assert time.perf_counter() - started < 2  # loading torch and what stands on it takes longer
 
 
 @pytest.mark.parametrize(

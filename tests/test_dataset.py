@@ -202,6 +202,12 @@ def test_a_learned_vocabulary_frames_each_caption_as_bert_does():
     assert len(short) == 3
 
 
+def test_the_same_captions_give_the_same_vocabulary():
+    captions = [f"a {a} dog and the {b} cat" for a in ("red", "green", "blue") for b in ("old", "young", "grey")] * 2
+    first = train_tokenizer(captions).get_vocab()
+    assert all(train_tokenizer(captions).get_vocab() == first for _ in range(5))
+
+
 def test_a_learned_vocabulary_ignores_case_and_splits_chinese_into_characters():
     tokenizer = train_tokenizer(["雪地里的狗", "雪地里的猫", "Red dog"] * 3)
     upper, lower = tokenize(tokenizer, ["RED DOG", "red dog"], max_tokens=9)

@@ -1,4 +1,4 @@
-"""The model: unit rows in float32, one answer however a photo or caption is handed over, and towers that stay frozen."""
+"""The model: unit rows in float32, one answer however a photo or caption comes, and towers that stay frozen."""
 
 import math
 from types import SimpleNamespace

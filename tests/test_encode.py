@@ -1,0 +1,255 @@
+"""Encoding: every row stands where its photo or caption stood, and stored features are computed once and kept right."""
+
+import dataclasses
+import os
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model, write_photos
+
+from device import pick_device, pick_precision, pick_workers
+from encode import CAPTION_BATCH, Encoded, build_encoder
+from features import FeatureBatches, stored_features
+from readers import open_dataset
+
+
+def encoder_of(model, tokenizer, **changes):
+    settings = {"image_size": 32, "max_tokens": 16, "device": "cpu", "precision": "float32", "num_workers": 0}
+    return build_encoder(model.eval(), tokenizer, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def model_and_tokenizer():
+    return tiny_model()
+
+
+@pytest.fixture
+def part(tmp_path):
+    """The 7 training photos of a folder of their own, with 2 captions each."""
+    folder = write_photos(tmp_path / "photos", 10)
+    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).part("train")
+
+
+def same(encoded, other):
+    return all(
+        torch.equal(getattr(encoded, field.name), getattr(other, field.name)) for field in dataclasses.fields(Encoded)
+    )
+
+
+def test_rows_keep_the_order_of_photos_and_captions(model_and_tokenizer, part):
+    encoder = encoder_of(*model_and_tokenizer)
+    encoded = encoder.part(part, "train")
+    assert encoded.images.dtype == encoded.texts.dtype == torch.float32
+    for row, path in enumerate(part.paths):
+        alone, _ = encoder.images([path], "")
+        torch.testing.assert_close(encoded.images[row], alone[0], atol=1e-5, rtol=0)
+    for row, caption in enumerate(part.captions):
+        torch.testing.assert_close(encoded.texts[row], encoder.captions([caption], "")[0], atol=1e-5, rtol=0)
+    assert encoded.caption_image_ids.tolist() == part.caption_image_ids.tolist()
+    assert encoded.kept_images.tolist() == list(range(7)) and encoded.kept_captions.tolist() == list(range(14))
+
+
+def test_captions_of_more_than_one_batch_keep_their_order(model_and_tokenizer):
+    encoder = encoder_of(*model_and_tokenizer)
+    words = ["red", "green", "blue", "yellow", "black"]
+    captions = [" ".join(words[k % 5 :] * (1 + k % 3)) for k in range(CAPTION_BATCH + 17)]
+    rows = encoder.captions(captions, "")
+    for k in (0, 1, CAPTION_BATCH - 1, CAPTION_BATCH, CAPTION_BATCH + 16):
+        torch.testing.assert_close(rows[k], encoder.captions([captions[k]], "")[0], atol=1e-5, rtol=0)
+
+
+def test_loader_processes_change_nothing(model_and_tokenizer, part):
+    alone, shared = (encoder_of(*model_and_tokenizer, num_workers=workers).part(part, "") for workers in (0, 1))
+    assert same(alone, shared)
+
+
+def test_photos_that_cannot_be_read_are_named_and_left_out_with_their_captions(model_and_tokenizer, part, capsys):
+    encoder = encoder_of(*model_and_tokenizer)
+    whole = encoder.part(part, "train")
+    broken = [0, 3]
+    part.paths[0].write_bytes(b"garbage")
+    part.paths[3].unlink()
+    encoded = encoder.part(part, "train")
+    kept = [k for k in range(7) if k not in broken]
+    assert encoded.kept_images.tolist() == kept
+    assert encoded.kept_captions.tolist() == [m for m in range(14) if part.caption_image_ids[m] not in broken]
+    assert encoded.caption_image_ids.tolist() == [row for row in range(5) for _ in range(2)]
+    torch.testing.assert_close(encoded.images, whole.images[kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded.texts, whole.texts[encoded.kept_captions], atol=1e-5, rtol=0)
+    told = capsys.readouterr().out
+    assert "2 photos could not be read" in told and all(part.paths[k].name in told for k in broken)
+
+
+def test_no_readable_photo_at_all_is_an_error(model_and_tokenizer, part):
+    for path in part.paths:
+        path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"none of the 7 photos of val could be read: photo_\d\d\.png"):
+        encoder_of(*model_and_tokenizer).part(part, "val")
+
+
+def test_a_caption_longer_than_max_tokens_is_cut(model_and_tokenizer):
+    long, longer = "red green " * 30, "red green " * 60
+    encoder = encoder_of(*model_and_tokenizer)
+    assert torch.equal(encoder.captions([long], ""), encoder.captions([longer], ""))
+
+
+@pytest.mark.parametrize("text", ["", " ", "\u200b", "🐕", "zzz qqq"])
+def test_a_sentence_without_a_known_word_still_has_an_embedding(model_and_tokenizer, text):
+    rows = encoder_of(*model_and_tokenizer).captions([text], "")
+    assert rows.shape == (1, 16) and rows.isfinite().all()
+
+
+def test_bfloat16_encodes_to_float32_rows_near_those_of_float32(model_and_tokenizer, part):
+    full, half = (encoder_of(*model_and_tokenizer, precision=p).part(part, "") for p in ("float32", "bfloat16"))
+    assert half.images.dtype == half.texts.dtype == torch.float32
+    assert (full.images * half.images).sum(1).min() > 0.98 and (full.texts * half.texts).sum(1).min() > 0.98
+
+
+def test_device_and_precision_are_chosen_by_name():
+    cpu = torch.device("cpu")
+    assert pick_device("cpu") == cpu
+    assert pick_precision("float16", cpu) is torch.float16 and pick_precision("float32", cpu) is torch.float32
+    assert pick_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    assert pick_workers(3, cpu) == 3 and pick_workers(0, cpu) == 0 and pick_workers(-1, cpu) == 1
+
+
+def test_a_device_that_is_not_there_is_an_error_that_names_the_flag(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"--device cuda.*use auto or cpu"):
+        pick_device("cuda")
+
+
+class Counting:
+    """An Encoder that counts how often a part was encoded."""
+
+    def __init__(self, monkeypatch):
+        import encode
+
+        self.calls, real = 0, encode.Encoder.part
+
+        def counted(*arguments):
+            self.calls += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(encode.Encoder, "part", counted)
+
+
+@pytest.fixture
+def store(monkeypatch, tmp_path):
+    """stored(part) with a fresh model, and how often it computed."""
+    counting = Counting(monkeypatch)
+    model, tokenizer = tiny_model()
+
+    def stored(part, **changes):
+        return stored_features(encoder_of(model, tokenizer, **changes), model, part, "x", cache_dir=str(tmp_path / "c"))
+
+    return stored, model, counting
+
+
+def test_the_second_call_computes_nothing_and_gives_the_same(store, part):
+    stored, _, counting = store
+    first, second = stored(part), stored(part)
+    assert counting.calls == 1 and same(first, second)
+
+
+def test_other_weights_are_computed_anew(store, part):
+    stored, model, counting = store
+    first = stored(part)
+    with torch.no_grad():
+        model.text_head.norm.bias[0] += 0.5
+    assert not same(stored(part), first) and counting.calls == 2
+
+
+def test_other_batch_norm_statistics_are_computed_anew(store, part):
+    stored, model, counting = store
+    stored(part)
+    next(buffer for name, buffer in model.named_buffers() if name.endswith("running_mean")).add_(1)
+    stored(part)
+    assert counting.calls == 2
+
+
+def test_another_caption_is_computed_anew(store, part):
+    stored, _, counting = store
+    stored(part)
+    captions = ["blue on the right", *part.captions[1:]]
+    stored(dataclasses.replace(part, captions=captions))
+    assert counting.calls == 2
+
+
+def test_captions_of_other_images_are_computed_anew(store, part):
+    stored, _, counting = store
+    stored(part)
+    stored(dataclasses.replace(part, caption_image_ids=np.sort(np.minimum(part.caption_image_ids + 1, 6))))
+    assert counting.calls == 2
+
+
+def test_a_photo_written_anew_is_computed_anew(store, part):
+    stored, _, counting = store
+    stored(part)
+    later = time.time_ns() + 10**9
+    os.utime(part.paths[2], ns=(later, later))
+    stored(part)
+    assert counting.calls == 2
+
+
+@pytest.mark.parametrize("change", [{"image_size": 48}, {"max_tokens": 4}, {"precision": "bfloat16"}])
+def test_other_settings_are_computed_anew(store, part, change):
+    stored, _, counting = store
+    stored(part)
+    stored(part, **change)
+    assert counting.calls == 2
+
+
+def test_another_pooling_is_computed_anew(store, part):
+    stored, model, counting = store
+    stored(part)
+    model.text_encoder.pooling = "cls"
+    stored(part)
+    assert counting.calls == 2
+
+
+@pytest.mark.parametrize("left", [0, 4, 0.5, -1])
+def test_a_truncated_file_is_computed_anew(store, part, tmp_path, left):
+    stored, _, counting = store
+    first = stored(part)
+    (file,) = (tmp_path / "c").rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * left) if isinstance(left, float) else left])
+    assert same(stored(part), first) and counting.calls == 2
+    assert file.read_bytes() == whole or same(stored(part), first)
+    assert counting.calls == 2
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def feature_batches(images=10, captions=3, **changes):
+    owner = torch.arange(images).repeat_interleave(captions)
+    encoded = Encoded(
+        images=torch.arange(images).float()[:, None],
+        texts=torch.stack([owner.float(), torch.arange(images * captions).float()], 1),
+        caption_image_ids=owner,
+        kept_images=torch.arange(images),
+        kept_captions=torch.arange(images * captions),
+    )
+    settings = {"batch_size": 4, "captions_per_image": 2, "seed": 0, "device": torch.device("cpu")}
+    return FeatureBatches(encoded, **settings | changes)
+
+
+def test_batches_of_features_pair_each_caption_with_its_image():
+    batches = feature_batches()
+    seen = []
+    for batch in batches.epoch(0):
+        assert batch["image_features"].flatten().tolist() == batch["image_ids"].tolist()
+        assert batch["text_features"][:, 0].tolist() == batch["caption_image_ids"].tolist()
+        assert batch["caption_image_ids"].tolist() == [k for k in batch["image_ids"].tolist() for _ in range(2)]
+        assert len(set(batch["text_features"][:, 1].tolist())) == len(batch["text_features"])
+        seen += batch["image_ids"].tolist()
+    assert len(seen) == len(set(seen)) == 9 and len(batches) == 3
+
+
+def test_batches_of_features_repeat_with_the_epoch_and_differ_between_epochs():
+    def captions(epoch):
+        return torch.cat([batch["text_features"][:, 1] for batch in feature_batches().epoch(epoch)]).tolist()
+
+    assert captions(1) == captions(1) != captions(2)
