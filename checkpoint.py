@@ -38,7 +38,7 @@ def load_state(path: Path) -> dict:
         raise FileNotFoundError(f"no checkpoint {path}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
         reason = (
             "it holds more than tensors" if isinstance(error, pickle.UnpicklingError) else "it is cut off or damaged"
         )
@@ -84,10 +84,13 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
         raise FileNotFoundError(f"{folder} has no {checkpoint}: its training did not finish an epoch; start it anew")
     try:
         image_encoder, text_encoder, tokenizer = load_towers(folder / TOWERS, pooling=config.text_pooling)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {error}") from None
     model = CLIPModel(
         image_encoder, text_encoder, embed_dim=config.embed_dim, dropout=config.dropout, temperature=config.temperature
     )
-    load_weights(model, folder, load_state(folder / checkpoint)["model"])
+    state = load_state(folder / checkpoint)
+    if "model" not in state:
+        raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it holds no model")
+    load_weights(model, folder, state["model"])
     return Run(folder, config, model.eval(), tokenizer)

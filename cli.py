@@ -49,6 +49,9 @@ def run(main: Callable[[], None]) -> None:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DISABLE_KAGGLE_CACHE_UPDATE_CHECK", "1")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # an old terminal shows ? for a letter it lacks
     try:
         main()
     except KeyboardInterrupt as stop:
@@ -86,8 +89,9 @@ def existing_folder(path: str | Path, what: str) -> Path:
 
 def _one_line(message: str) -> str:
     """tyro's framed error, without the frame: its first part, and the flag it takes for the intended one."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in message.splitlines()]
-    parts = " ".join("\n" if line and set(line) <= {"─"} else line for line in lines[1:]).split("\n")
+    lines = [re.sub(r"[│╭╮╰╯]|^\s*[|+]|[|+]\s*$", "", line).strip() for line in message.splitlines()]
+    parts = " ".join("\n" if line and set(line) <= set("─-") else line for line in lines[1:]).split("\n")
+    parts = [part for part in parts if part.strip()]
     text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(parts[0].split()))
     if len(parts) > 1 and (meant := re.search(r"Perhaps you meant:\s+(?:\S+, )?(--[\w-]+)", parts[1])):
         text += f"; did you mean {meant[1]}?"

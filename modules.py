@@ -58,6 +58,9 @@ class TextEncoder(Tower):
         super().__init__(backbone, dim=backbone.config.hidden_size, frozen=frozen)
         self.pooling = pooling
 
+    def extra_repr(self) -> str:
+        return f"pooling={self.pooling}"  # part of what stored features are keyed by
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (M, L, dim)
         if self.pooling == "cls":

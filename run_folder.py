@@ -49,8 +49,11 @@ def newest_finished_run(runs_dir: str | Path) -> Path:
     """The run below `runs_dir` that reached its last epoch most recently."""
     logs = sorted(Path(runs_dir).glob(f"*/{LOG}"), key=lambda log: log.stat().st_mtime, reverse=True)
     for log in logs:
-        if (log.parent / BEST).is_file() and len(read_log(log.parent)) >= read_config(log.parent).epochs:
-            return log.parent
+        try:
+            if (log.parent / BEST).is_file() and len(read_log(log.parent)) >= read_config(log.parent).epochs:
+                return log.parent
+        except (OSError, ValueError):
+            pass  # a damaged run must not hide the others
     if logs:
         raise FileNotFoundError(
             f"no run in {runs_dir}/ has finished yet; use one as it is with --run {logs[0].parent}, "

@@ -18,9 +18,12 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     """An uncased WordPiece tokenizer whose vocabulary is learned from the captions; needs no network."""
     from tokenizers import BertWordPieceTokenizer
+    from tokenizers.processors import BertProcessing
 
     wordpiece = BertWordPieceTokenizer(lowercase=True)  # splits Chinese into characters
     wordpiece.train_from_iterator(captions, vocab_size=VOCABULARY_SIZE, min_frequency=2, show_progress=False)
+    ends = [("[SEP]", wordpiece.token_to_id("[SEP]")), ("[CLS]", wordpiece.token_to_id("[CLS]"))]
+    wordpiece._tokenizer.post_processor = BertProcessing(*ends)
     return PreTrainedTokenizerFast(
         tokenizer_object=wordpiece._tokenizer,
         unk_token="[UNK]",
