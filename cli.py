@@ -1,6 +1,8 @@
 """What every script shares at the terminal: flags, and errors of one line."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import os
 import re
@@ -22,13 +24,14 @@ T = TypeVar("T")
 def parse_flags(kind: type[T], *, default: T | None = None, argv: Sequence[str] | None = None) -> T:
     """Fill the dataclass `kind` from the command line; a wrong flag ends the program with one line and exit code 2."""
     errors = io.StringIO()
+    flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
     options = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_one_line(errors.getvalue())} (--help lists the flags)", file=sys.stderr)
+            print(f"error: {_one_line(errors.getvalue(), flags)} (--help lists the flags)", file=sys.stderr)
         raise
 
 
@@ -87,12 +90,13 @@ def existing_folder(path: str | Path, what: str) -> Path:
     return path
 
 
-def _one_line(message: str) -> str:
-    """tyro's framed error, without the frame: its first part, and the flag it takes for the intended one."""
+def _one_line(message: str, flags: Sequence[str]) -> str:
+    """tyro's framed error, without the frame: its first part, and the flag that was probably meant."""
     lines = [re.sub(r"[│╭╮╰╯]|^\s*[|+]|[|+]\s*$", "", line).strip() for line in message.splitlines()]
     parts = " ".join("\n" if line and set(line) <= set("─-") else line for line in lines[1:]).split("\n")
     parts = [part for part in parts if part.strip()]
     text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(parts[0].split()))
-    if len(parts) > 1 and (meant := re.search(r"Perhaps you meant:\s+(?:\S+, )?(--[\w-]+)", parts[1])):
-        text += f"; did you mean {meant[1]}?"
+    if unknown := re.match(r"Unrecognized options: (--[\w-]+)", text):
+        meant = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0.5)
+        text += f"; did you mean {meant[0]}?" if meant else ""
     return text

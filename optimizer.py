@@ -16,10 +16,15 @@ def build_optimizer(
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            lr = rates.get(name.partition(".")[0], lr_heads)
-            decay = weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((lr, decay), []).append(parameter)
-    return torch.optim.AdamW([{"params": p, "lr": lr, "weight_decay": wd} for (lr, wd), p in groups.items()])
+            tower = name.partition(".")[0]
+            part = tower if tower in rates else "heads"
+            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": parameters, "lr": rates.get(part, lr_heads), "weight_decay": weight_decay if decays else 0.0}
+            for (part, decays), parameters in groups.items()
+        ]
+    )
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -7,6 +7,13 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
 VOCABULARY_SIZE = 8192  # at most; 30,000 captions of Flickr8k hold about as many distinct words
 
 
@@ -18,20 +25,22 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     """An uncased WordPiece tokenizer whose vocabulary is learned from the captions; needs no network."""
     from tokenizers import BertWordPieceTokenizer
-    from tokenizers.processors import BertProcessing
 
-    wordpiece = BertWordPieceTokenizer(lowercase=True)  # splits Chinese into characters
-    wordpiece.train_from_iterator(captions, vocab_size=VOCABULARY_SIZE, min_frequency=2, show_progress=False)
-    ends = [("[SEP]", wordpiece.token_to_id("[SEP]")), ("[CLS]", wordpiece.token_to_id("[CLS]"))]
-    wordpiece._tokenizer.post_processor = BertProcessing(*ends)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=wordpiece._tokenizer,
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        pad_token="[PAD]",
-        mask_token="[MASK]",
+    trained = BertWordPieceTokenizer(lowercase=True)  # splits Chinese into characters
+    # The trainer numbers the letters it meets in an order that changes from call to call, those given here do not.
+    letters = sorted(
+        {letter for caption in captions for letter in trained._tokenizer.normalizer.normalize_str(caption)}
     )
+    trained.train_from_iterator(
+        captions,
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{letter}" for letter in letters if not letter.isspace())],
+    )
+    # Built anew from the vocabulary, it also frames each caption with [CLS] and [SEP].
+    wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
+    return PreTrainedTokenizerFast(tokenizer_object=wordpiece._tokenizer, **SPECIAL_TOKENS)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_tokens: int) -> list[np.ndarray]:

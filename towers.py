@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import timm
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -36,6 +37,8 @@ def build_image_encoder(
         _offline_if_unreachable()
     try:
         backbone = timm.create_model(source, pretrained=pretrained, num_classes=0)
+        if pretrained:
+            _require_all_weights(source, backbone)
     except Exception as error:  # timm lets every library below it raise its own
         raise _tower_error("image", name, error) from None
     settings = backbone.pretrained_cfg
@@ -102,6 +105,17 @@ def load_towers(folder: Path, *, pooling: str) -> tuple[ImageEncoder, TextEncode
     image_encoder = image_encoder_from(json.loads((folder / "image.json").read_text()), frozen=False)
     text_encoder = text_encoder_from(AutoConfig.from_pretrained(folder / "text"), pooling=pooling, frozen=False)
     return image_encoder, text_encoder, load_tokenizer(folder / "text")
+
+
+def _require_all_weights(source, backbone):
+    """timm loads what a local file holds and leaves the rest random without a word; here that is an error."""
+    folder = Path(source.removeprefix("local-dir:"))
+    if not source.startswith("local-dir:") or not (folder / "model.safetensors").is_file():
+        return
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        absent = sorted(backbone.state_dict().keys() - set(weights.keys()))
+    if absent:
+        raise ValueError(f"its weights lack {len(absent)} tensors, {', '.join(absent[:SHOWN_KEYS])} among them")
 
 
 def _image_encoder(backbone, specification, frozen):

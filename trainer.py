@@ -270,8 +270,17 @@ class Trainer:
             progress.last_plot = time.perf_counter()
 
     def _restore(self, state: dict):
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"{self.folder} trained other towers: resume it with the same --freeze-image and --freeze-text"
+            )
+        rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
+            # the flags given beside --resume win over what the checkpoint holds
+            group["initial_lr"], group["weight_decay"] = lr, decay
+            group["lr"] = lr * self.schedule.lr_lambdas[0](state["schedule"]["last_epoch"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(epoch=state["epoch"], best_rsum=state["best_rsum"], history=state["history"])
