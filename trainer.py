@@ -271,9 +271,8 @@ class Trainer:
 
     def _restore(self, state: dict):
         if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"{self.folder} trained other towers: resume it with the same --freeze-image and --freeze-text"
-            )
+            fault = f"{self.folder} trained other towers"
+            raise ValueError(f"{fault}: resume with its --freeze-image and --freeze-text, or --start-from it")
         rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):

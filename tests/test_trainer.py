@@ -53,11 +53,11 @@ def copy_with_a_broken_photo(config, tmp_path, split="train"):
 
 
 def test_the_loss_falls_and_the_photos_are_found(tiny):
-    config = tiny(epochs=10, lr_image=3e-3, lr_text=3e-3, lr_heads=3e-3, augment=False, dropout=0.0)
+    config = tiny(epochs=20, lr_image=3e-3, lr_text=3e-3, lr_heads=3e-3, augment=False, dropout=0.0)
     log = read_log(train(config, read(config), None))
-    assert [record["epoch"] for record in log] == list(range(1, 11))
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    assert log[-1]["info_nce"] < 0.7 * log[0]["info_nce"]
+    assert [record["epoch"] for record in log] == list(range(1, 21))
+    assert log[-1]["loss"] < log[0]["loss"] - 0.5  # several positives per photo keep it above 0
+    assert log[-1]["info_nce"] < log[0]["info_nce"] - 0.5
 
 
 def test_the_loss_is_info_nce_plus_alpha_times_triplet_where_alpha_is_constant(tiny):
@@ -222,23 +222,14 @@ def test_frozen_towers_do_not_change_and_are_written_once(tiny, frozen, image_to
         assert any(key.startswith(f"{tower}_encoder.") for key in kept) == (tower in frozen)
 
 
-def test_a_tower_frozen_on_resuming_keeps_what_it_has_learned(tiny):
-    config = tiny(lr_image=1e-2)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_another_freezing_beside_resume_is_refused_and_changes_nothing(tiny, frozen):
+    config = tiny(freeze_image=frozen)
     folder = train(config, read(config), None)
     learned = weights(folder)
-    train(dataclasses.replace(config, epochs=2, freeze_image=True), read(config), folder)
-    resumed = weights(folder)
-    assert all(torch.equal(t, learned[k]) for k, t in resumed.items() if k.startswith("image_encoder."))
-    assert not same_weights(resumed, learned)
-
-
-def test_a_frozen_tower_let_train_on_resuming_changes(tiny):
-    config = tiny(freeze_image=True)
-    folder = train(config, read(config), None)
-    before = weights(folder)
-    train(dataclasses.replace(config, epochs=2, freeze_image=False, lr_image=1e-2), read(config), folder)
-    after = weights(folder)
-    assert any(not torch.equal(t, before[k]) for k, t in after.items() if k.startswith("image_encoder."))
+    with pytest.raises(ValueError, match="freeze-image"):
+        train(dataclasses.replace(config, epochs=2, freeze_image=not frozen), read(config), folder)
+    assert same_weights(weights(folder), learned)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
