@@ -30,14 +30,16 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
 
     Raises OSError where the file is no image, is cut off or is too large to be one.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))  # lets the JPEG decoder skip the detail that resizing would throw away
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError(f"{path}: not an image, or of a kind that cannot be read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from None
+        raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def image_transform(size: int, *, min_crop: float = 1.0):

@@ -35,7 +35,7 @@ def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, 
 def _fingerprint(encoder, towers, part):
     """Changes with anything that changes the features: weights, settings, captions, and the photos' sizes and times."""
     digest = hashlib.sha256()
-    for key, tensor in sorted(towers.state_dict().items()):
+    for key, tensor in sorted((*towers.named_parameters(), *towers.named_buffers())):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     settings = (
@@ -47,11 +47,18 @@ def _fingerprint(encoder, towers, part):
     )
     digest.update(repr(settings).encode())
     for path in part.paths:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+        digest.update(f"{path.resolve()}\0{_size_and_time(path)}\0".encode())
     digest.update("\0".join(part.captions).encode())
     digest.update(part.caption_image_ids.tobytes())
     return digest.hexdigest()[:32]
+
+
+def _size_and_time(path):
+    try:
+        stat = path.stat()
+    except OSError:  # gone since it was listed: the encoder names it among the photos that cannot be read
+        return None
+    return stat.st_size, stat.st_mtime_ns
 
 
 class FeatureBatches:

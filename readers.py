@@ -84,8 +84,6 @@ def read_captions(path: str | Path) -> pd.DataFrame:
             rows = list(_rows(csv.reader(lines), path))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise ValueError(f"{path}: cannot be read as CSV: {error}; is a quote left open?") from None
     if not rows:
         raise ValueError(f"{path}: holds no captions; expected the header 'image,caption' and a row per caption")
     return pd.DataFrame(rows, columns=["image", "caption"])
@@ -102,10 +100,13 @@ def _rows(reader, path):
     if header and header != ["image", "caption"]:
         raise ValueError(f"{path}, line 1: expected the header 'image,caption', found {','.join(header)[:80]!r}")
     start = reader.line_num + 1
-    for row in reader:
-        if row:
-            yield _row(row, f"{path}, line {start}")
-        start = reader.line_num + 1
+    try:
+        for row in reader:
+            if row:
+                yield _row(row, f"{path}, line {start}")
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {start}: cannot be read as CSV: {error}; is a quote left open?") from None
 
 
 def _row(row, where):

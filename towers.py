@@ -44,6 +44,7 @@ def build_image_encoder(
     settings = backbone.pretrained_cfg
     specification = {
         "architecture": settings["architecture"],
+        "arguments": _factory_arguments(source),
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
         "folded": pretrained and fold_batch_norm,
@@ -53,7 +54,8 @@ def build_image_encoder(
 
 def image_encoder_from(specification: dict, *, frozen: bool) -> ImageEncoder:
     """The image tower of a specification, its weights still random."""
-    backbone = timm.create_model(specification["architecture"], pretrained=False, num_classes=0)
+    arguments = specification["arguments"] | {"num_classes": 0}
+    backbone = timm.create_model(specification["architecture"], pretrained=False, **arguments)
     return _image_encoder(backbone, specification, frozen)
 
 
@@ -105,6 +107,16 @@ def load_towers(folder: Path, *, pooling: str) -> tuple[ImageEncoder, TextEncode
     image_encoder = image_encoder_from(json.loads((folder / "image.json").read_text()), frozen=False)
     text_encoder = text_encoder_from(AutoConfig.from_pretrained(folder / "text"), pooling=pooling, frozen=False)
     return image_encoder, text_encoder, load_tokenizer(folder / "text")
+
+
+def _factory_arguments(source):
+    """What a repository's or folder's config.json passes to timm's model function beside the name."""
+    if source.startswith("hf-hub:"):
+        return timm.models.load_model_config_from_hf(source.removeprefix("hf-hub:"))[2] or {}
+    if source.startswith("local-dir:"):
+        config = json.loads((Path(source.removeprefix("local-dir:")) / "config.json").read_text("utf-8"))
+        return config.get("model_args") or {}
+    return {}
 
 
 def _require_all_weights(source, backbone):
@@ -168,6 +180,8 @@ def _timm_source(name):
             raise FileNotFoundError(
                 f"image encoder {name}: no config.json beside the weights (timm's layout) in {path}"
             )
+        if '"architecture"' not in (path / "config.json").read_text("utf-8", errors="replace"):
+            raise ValueError(f"image encoder {name}: its config.json names no timm 'architecture'; is it a text model?")
         return f"local-dir:{path}"
     _refuse_missing_path(name)
     if "/" in name:

@@ -168,7 +168,7 @@ class Trainer:
                     sums = {key: sums[key] + terms[key] * size for key in sums}
                     rate = images / (time.perf_counter() - started)
                     bar.set_postfix({key: f"{value:.3f}" for key, value in terms.items()} | {"images/s": f"{rate:.1f}"})
-                self.schedule.step()
+                    self.schedule.step()
                 bar.update()
         seconds = time.perf_counter() - started
         self._report_unreadable(images, epoch)
@@ -257,7 +257,6 @@ class Trainer:
         state = {
             "model": weights,
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "epoch": progress.epoch,
             "best_rsum": progress.best_rsum,
@@ -273,13 +272,14 @@ class Trainer:
         if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
             fault = f"{self.folder} trained other towers"
             raise ValueError(f"{fault}: resume with its --freeze-image and --freeze-text, or --start-from it")
+        step = state["epoch"] * len(self.batches)  # counted anew: --batch-size may have changed
         rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
             # the flags given beside --resume win over what the checkpoint holds
             group["initial_lr"], group["weight_decay"] = lr, decay
-            group["lr"] = lr * self.schedule.lr_lambdas[0](state["schedule"]["last_epoch"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+            group["lr"] = lr * self.schedule.lr_lambdas[0](step)
+        self.schedule.last_epoch = step
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(epoch=state["epoch"], best_rsum=state["best_rsum"], history=state["history"])

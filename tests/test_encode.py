@@ -170,6 +170,20 @@ def test_other_batch_norm_statistics_are_computed_anew(store, part):
     assert counting.calls == 2
 
 
+def test_other_colour_normalisation_is_computed_anew(store, part):
+    stored, model, counting = store
+    stored(part)
+    model.image_encoder.mean.add_(1)
+    stored(part)
+    assert counting.calls == 2
+
+
+def test_a_photo_deleted_after_it_was_listed_is_left_out_by_name(store, part, capsys):
+    stored, _, _ = store
+    part.paths[2].unlink()
+    assert len(stored(part).images) == 6 and part.paths[2].name in capsys.readouterr().out
+
+
 def test_another_caption_is_computed_anew(store, part):
     stored, _, counting = store
     stored(part)

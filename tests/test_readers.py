@@ -294,3 +294,11 @@ def test_a_failed_download_is_one_error_that_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize(("count", "text"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (7, "0, 1, 2, 3, 4 and 2 more")])
 def test_a_message_shows_the_first_five_names(count, text):
     assert few([str(k) for k in range(count)]) == text
+
+
+def test_a_quote_left_open_in_a_long_file_names_the_line(tmp_path):
+    rows = [f"photo_{n:05}.jpg,a caption of some length" for n in range(9000)]
+    rows[17] = 'photo_00017.jpg,"a caption whose quote never ends'
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    with pytest.raises(ValueError, match=r"line 19: .*quote"):
+        read_captions(tmp_path)

@@ -266,6 +266,23 @@ def test_saved_towers_filled_with_their_weights_give_identical_outputs(
     assert torch.equal(text.eval()(*inputs), text_again.eval()(*inputs))
 
 
+def test_the_arguments_in_a_folders_config_shape_the_tower_and_its_saved_copy(image_tower, tmp_path):
+    folder = tmp_path / "tower"
+    shutil.copytree(image_tower, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_args": {"output_stride": 8}}))
+    image, specification = build_image_encoder(str(folder), pretrained=True, fold_batch_norm=False, frozen=False)
+    save_towers(tmp_path / "saved", specification, *text_encoder("none", pretrained=False, captions=["a dog"]))
+    again, _, _ = load_towers(tmp_path / "saved", pooling="mean")
+    again.load_state_dict(image.state_dict())
+    assert torch.equal(image.eval()(IMAGES), again.eval()(IMAGES))
+    assert not torch.equal(image(IMAGES), image_encoder(image_tower).eval()(IMAGES))
+
+
+def test_a_text_model_given_as_the_image_tower_is_named_as_such(text_tower):
+    assert "is it a text model?" in one_line(lambda: image_encoder(text_tower), ValueError)
+
+
 def test_saved_towers_hold_no_weights(image_tower, text_tower, tmp_path):
     _, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True, frozen=False)
     save_towers(tmp_path, specification, *text_encoder(text_tower))
