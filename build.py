@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedTokenizerBase
 
+import processes
 from config import Config
-from dataset import CLIPDataset, TrainingBatches, mirror_caption
+from dataset import CLIPDataset, EpochSampler, TrainingBatches, mirror_caption
 from encode import Encoded, Encoder
 from features import FeatureBatches, stored_features
 from modules import CLIPModel
@@ -54,6 +55,17 @@ def build_batches(
     return _photo_batches(config, encoder, train), val
 
 
+def _sampler(config, images):
+    return EpochSampler(
+        images,
+        config.batch_size,
+        config.seed,
+        micro_batch_size=config.micro_batch_size or config.batch_size,
+        process=processes.rank(),
+        processes=processes.count(),
+    )
+
+
 def _feature_batches(config, model, encoder, train, val):
     towers = torch.nn.ModuleList([model.image_encoder, model.text_encoder])
     encoder = replace(encoder, encode_image=model.image_encoder, encode_text=model.text_encoder)
@@ -61,14 +73,9 @@ def _feature_batches(config, model, encoder, train, val):
         stored_features(encoder, towers, part, name, cache_dir=config.cache_dir)
         for part, name in ((train, "train"), (val, "val"))
     ]
-    batches = FeatureBatches(
-        stored[0],
-        batch_size=config.batch_size,
-        captions_per_image=config.captions_per_image,
-        seed=config.seed,
-        device=encoder.device,
-    )
-    return batches, stored[1]
+    sampler = _sampler(config, len(stored[0].images))
+    captions, device = config.captions_per_image, encoder.device
+    return FeatureBatches(stored[0], sampler, captions_per_image=captions, device=device), stored[1]
 
 
 def _photo_batches(config, encoder, part):
@@ -88,7 +95,7 @@ def _photo_batches(config, encoder, part):
     )
     return TrainingBatches(
         photos,
-        batch_size=config.batch_size,
+        _sampler(config, len(photos)),
         pad_id=encoder.tokenizer.pad_token_id,
         num_workers=encoder.num_workers,
         pin_memory=encoder.device.type == "cuda",

@@ -30,7 +30,7 @@ def parse_flags(kind: type[T], *, default: T | None = None, argv: Sequence[str] 
         with contextlib.redirect_stderr(errors):
             return tyro.cli(kind, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
     except SystemExit as stop:
-        if stop.code:
+        if stop.code and _process() == 0:
             print(f"error: {_one_line(errors.getvalue(), flags)} (--help lists the flags)", file=sys.stderr)
         raise
 
@@ -55,10 +55,14 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # an old terminal shows ? for a letter it lacks
+    if _process() > 0:
+        # Of many processes the first one speaks; errors say whose they are.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         main()
     except KeyboardInterrupt as stop:
-        print(f"\nstopped. {stop}", file=sys.stderr)
+        if _process() == 0:
+            print(f"\nstopped. {stop}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -66,7 +70,8 @@ def run(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        where = f"process {_process()}: " if _process() > 0 else ""
+        print(f"{where}error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -88,6 +93,11 @@ def existing_folder(path: str | Path, what: str) -> Path:
     if not path.is_dir():
         raise FileNotFoundError(f"no such folder: {path} ({what})")
     return path
+
+
+def _process() -> int:
+    """The number that a launcher gave this process, or 0."""
+    return int(os.environ.get("RANK", 0))
 
 
 def _one_line(message: str, flags: Sequence[str]) -> str:

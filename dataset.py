@@ -3,8 +3,9 @@
 import os
 import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from tokenizer import pad
 
 __all__ = ["CLIPDataset", "ImageFiles", "TrainingBatches", "collate", "load_image", "mirror_caption", "read_captions"]
 
+HELD_BYTES = 2**28  # of a batch's photos, decoded; a batch with more is read twice instead of held
 MIRRORED = {"left": "right", "right": "left", "左": "右", "右": "左"}
 MIRRORED_WORDS = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
 
@@ -143,14 +145,24 @@ def collate(items: Sequence[dict], pad_id: int) -> dict:
     return batch
 
 
-class TrainingBatches:
-    """The batches of an epoch: `batches.epoch(e)` iterates over them, len(batches) counts them."""
+Passes = tuple[Iterable[dict], Iterable[dict] | None]
 
-    def __init__(self, dataset: CLIPDataset, *, batch_size: int, pad_id: int, num_workers: int, pin_memory: bool):
-        self.sampler = EpochSampler(len(dataset), batch_size, dataset.seed)
+
+class TrainingBatches:
+    """The batches of an epoch: `batches.epoch(e)` iterates over them, len(batches) counts them.
+
+    A batch comes as two passes over its micro-batches, or as one and None where it is a single one. A batch whose
+    photos would fill memory is read again for the second pass, which gives the same: an item depends on its key alone.
+    """
+
+    def __init__(
+        self, dataset: CLIPDataset, sampler: "EpochSampler", *, pad_id: int, num_workers: int, pin_memory: bool
+    ):
+        pixels = 3 * dataset.image_size**2 * sampler.own_images  # bytes of a batch
+        self.sampler, self.reread = sampler, sampler.micro_batches > 1 and pixels > HELD_BYTES
         self.loader = DataLoader(
             dataset,
-            batch_sampler=self.sampler,
+            batch_sampler=MicroBatches(sampler, repeat=2 if self.reread else 1),
             collate_fn=partial(collate, pad_id=pad_id),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -161,30 +173,59 @@ class TrainingBatches:
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[dict]:
+    def epoch(self, epoch: int) -> Iterator[Passes]:
         self.sampler.epoch_number = epoch
-        return iter(self.loader)
+        parts, micro_batches = iter(self.loader), self.sampler.micro_batches
+        for _ in range(len(self)):
+            if self.reread:
+                yield islice(parts, micro_batches), islice(parts, micro_batches)
+            else:
+                held = list(islice(parts, micro_batches))
+                yield held, (held if micro_batches > 1 else None)
 
 
 class EpochSampler:
-    """Shuffled batches of (epoch, index), all of one size, at most `batch_size`; no image twice in an epoch.
+    """Shuffled batches of keys (epoch, index), this process's share of them cut into micro-batches.
 
-    The epoch is cut into as few batches as batch_size allows. Equal sizes keep the number of negatives, and the
-    shapes a compiled model sees, the same; fewer images than there are batches stay out of an epoch.
+    The epoch is cut into as few batches as batch_size allows, all of one size: that keeps the number of negatives, and
+    the shapes a compiled model sees, the same. The few images that are left over stay out of an epoch, others each
+    time. No image comes twice in an epoch.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int):
-        self.images, self.seed, self.epoch_number = images, seed, 0
+    def __init__(
+        self, images: int, batch_size: int, seed: int, *, micro_batch_size: int, process: int = 0, processes: int = 1
+    ):
+        self.images, self.seed, self.epoch_number, self.process = images, seed, 0, process
         self.batches = -(-images // batch_size)
+        self.own_images = images // self.batches // processes
+        self.batch_images = self.own_images * processes
+        self.micro_batches = -(-self.own_images // micro_batch_size)
 
     def __len__(self):
         return self.batches
 
-    def __iter__(self):
-        size = self.images // self.batches
+    def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
+        """For each batch this process's micro-batches, of sizes that differ by at most 1."""
         order = np.random.default_rng((self.seed, self.epoch_number)).permutation(self.images)
-        for start in range(0, size * self.batches, size):
-            yield [(self.epoch_number, int(index)) for index in order[start : start + size]]
+        first = self.process * self.own_images
+        for start in range(first, first + self.batch_images * self.batches, self.batch_images):
+            own = np.array_split(order[start : start + self.own_images], self.micro_batches)
+            yield [[(self.epoch_number, int(index)) for index in part] for part in own]
+
+
+class MicroBatches:
+    """The micro-batches of an EpochSampler one after another, those of each batch `repeat` times."""
+
+    def __init__(self, sampler: EpochSampler, repeat: int):
+        self.sampler, self.repeat = sampler, repeat
+
+    def __len__(self):
+        return len(self.sampler) * self.sampler.micro_batches * self.repeat
+
+    def __iter__(self):
+        for parts in self.sampler:
+            for _ in range(self.repeat):
+                yield from parts
 
 
 def leave_interrupts_to_parent(worker: int) -> None:

@@ -33,7 +33,8 @@ def pick_workers(num_workers: int, device: torch.device) -> int:
     """How many loader processes; on a CPU the step itself wants the cores, and one process keeps ahead of it."""
     if num_workers >= 0:
         return num_workers
-    return 1 if device.type == "cpu" else min(8, os.cpu_count() or 1)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that a launcher started on this machine
+    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // processes))
 
 
 def _cpu_computes_bfloat16():

@@ -15,6 +15,7 @@ from checkpoint import load_run
 from dataset import ImageFiles, leave_interrupts_to_parent
 from device import autocast, pick_device, pick_precision, pick_workers
 from modules import CLIPModel
+from processes import gather_rows, rank, share
 from readers import Part, few
 from tokenizer import pad, tokenize
 
@@ -47,7 +48,7 @@ class Encoder:
     num_workers: int
 
     def part(self, part: Part, name: str) -> Encoded:
-        """Encode a split; photos that cannot be read are named and left out with their captions."""
+        """Encode a split, each process its share; unreadable photos are named and left out with their captions."""
         images, kept = self.images(part.paths, f"{name}: photos")
         unreadable = [part.paths[row].name for row in np.flatnonzero(~kept.numpy())]
         if len(unreadable) == len(part.paths):
@@ -63,6 +64,7 @@ class Encoder:
     @torch.inference_mode()
     def images(self, paths: Sequence[Path], progress: str) -> tuple[Tensor, Tensor]:
         """Rows (N, F) of the readable photos in their order, float32 on the CPU, and which were readable, (paths,)."""
+        paths = paths[share(len(paths))]
         loader = DataLoader(
             ImageFiles(paths, image_size=self.image_size),
             batch_size=IMAGE_BATCH,
@@ -76,20 +78,22 @@ class Encoder:
             if pixels is not None:
                 with autocast(self.device, self.precision):
                     rows.append(self.encode_image(pixels.to(self.device)).float().cpu())
-        return torch.cat(rows) if rows else torch.empty(0), torch.tensor(readable, dtype=torch.bool)
+        everyone, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
+        return everyone, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str], progress: str) -> Tensor:
         """Rows (M, H) of the captions in their order, float32 on the CPU; similar lengths share a batch."""
-        token_ids = tokenize(self.tokenizer, captions, max_tokens=self.max_tokens)
+        token_ids = tokenize(self.tokenizer, captions[share(len(captions))], max_tokens=self.max_tokens)
         order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
         batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
         rows = []
-        for batch in _progress(batches, len(captions), progress, len):
+        for batch in _progress(batches, len(token_ids), progress, len):
             input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
             with autocast(self.device, self.precision):
                 rows.append(self.encode_text(input_ids.to(self.device), attention_mask.to(self.device)).float().cpu())
-        return torch.cat(rows)[torch.from_numpy(np.argsort(order))]
+        own = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
+        return gather_rows(own)[0]
 
 
 def build_encoder(
@@ -139,7 +143,7 @@ def _stack_readable(items):
 
 def _progress(batches, total, description, size):
     """The batches, with a bar in items per second on a terminal that disappears when done."""
-    with tqdm(total=total, desc=description, unit=" items", leave=False, disable=None) as bar:
+    with tqdm(total=total, desc=description, unit=" items", leave=False, disable=rank() > 0 or None) as bar:
         for batch in batches:
             yield batch
             bar.update(size(batch))

@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset import EpochSampler, choose_captions
+from dataset import EpochSampler, Passes, choose_captions
 from encode import Encoded, Encoder
+from processes import gather_lists, rank
 from readers import Part
 
 
@@ -21,15 +22,22 @@ def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, 
     """`encoder.part(part)`, from disk if it was computed before with the same weights, data and settings."""
     path = Path(cache_dir) / "features" / f"{_fingerprint(encoder, towers, part)}.safetensors"
     try:
-        return Encoded(**load_file(path))
+        encoded = Encoded(**load_file(path))
     except (FileNotFoundError, SafetensorError, TypeError):
-        pass  # not there yet, or left incomplete by a full disk
-    encoded = encoder.part(part, name)
+        encoded = None  # not there yet, or left incomplete by a full disk
+    if all(gather_lists([encoded is not None])):
+        return encoded
+    encoded = encoder.part(part, name)  # by all processes together
+    if rank() == 0:
+        _write(path, encoded)
+    return encoded
+
+
+def _write(path, encoded):
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}")
     save_file({field.name: getattr(encoded, field.name).contiguous() for field in fields(Encoded)}, unfinished)
     os.replace(unfinished, path)
-    return encoded
 
 
 def _fingerprint(encoder, towers, part):
@@ -64,27 +72,31 @@ def _size_and_time(path):
 class FeatureBatches:
     """The batches of an epoch over stored features: as TrainingBatches, but with image_features and text_features."""
 
-    def __init__(self, encoded: Encoded, *, batch_size: int, captions_per_image: int, seed: int, device: torch.device):
-        self.sampler = EpochSampler(len(encoded.images), batch_size, seed)
+    def __init__(self, encoded: Encoded, sampler: EpochSampler, *, captions_per_image: int, device: torch.device):
+        self.sampler, self.captions_per_image = sampler, captions_per_image
         self.images, self.texts = encoded.images.to(device), encoded.texts.to(device)
         self.first_caption = np.searchsorted(encoded.caption_image_ids.numpy(), np.arange(len(encoded.images) + 1))
-        self.captions_per_image, self.seed = captions_per_image, seed
 
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[dict]:
+    def epoch(self, epoch: int) -> Iterator[Passes]:
         self.sampler.epoch_number = epoch
-        rng = np.random.default_rng((self.seed, epoch, 1))  # another stream than the sampler's
         for keys in self.sampler:
-            images = np.array([index for _, index in keys])
-            captions = [choose_captions(rng, self.first_caption, index, self.captions_per_image) for index in images]
-            chosen = torch.from_numpy(np.concatenate(captions))
-            image_ids = torch.from_numpy(images)
-            yield {
-                "unreadable": [],
-                "image_features": self.images[image_ids],
-                "text_features": self.texts[chosen],
-                "image_ids": image_ids,
-                "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(c) for c in captions])),
-            }
+            parts = [self._micro_batch(part) for part in keys]
+            yield parts, (parts if len(parts) > 1 else None)
+
+    def _micro_batch(self, keys):
+        captions = [self._captions(*key) for key in keys]
+        image_ids = torch.tensor([index for _, index in keys])
+        return {
+            "unreadable": [],
+            "image_features": self.images[image_ids],
+            "text_features": self.texts[torch.from_numpy(np.concatenate(captions))],
+            "image_ids": image_ids,
+            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(c) for c in captions])),
+        }
+
+    def _captions(self, epoch, index):
+        rng = np.random.default_rng((self.sampler.seed, epoch, index))
+        return choose_captions(rng, self.first_caption, index, self.captions_per_image)

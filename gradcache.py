@@ -1,6 +1,6 @@
 """Cached gradients (GradCache, arXiv 2101.06983): the exact loss over a large batch at the memory of a small one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -8,76 +8,74 @@ import torch
 from torch import Tensor, nn
 
 from losses import LossTerms
+from processes import gather_rows
+
+IDS = ("image_ids", "caption_image_ids")
 
 
 def cached_backward(
     encode: Callable[[dict], tuple[Tensor, Tensor]],
-    micro_batches: Sequence[dict],
-    objective: Callable[[Tensor, Tensor], LossTerms],
+    passes: tuple[Iterable[dict], Iterable[dict] | None],
+    objective: Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms],
     *,
     model: nn.Module,
     backward: Callable[[Tensor], None],
     seed: Sequence[int],
-) -> LossTerms:
-    """Add the gradients of objective(image_emb, text_emb) over all micro-batches to the model's parameters.
+    first_number: int = 0,
+) -> LossTerms | None:
+    """Add the gradients of objective(image_emb, text_emb, image_ids, caption_image_ids) to the model's parameters.
 
-    encode(micro_batch) runs the model: image_emb and text_emb; one micro-batch's graph is alive at a time. The first
-    pass finds the loss and its gradient at the embeddings, the second pushes that gradient through the model (section
-    3). backward is called on the loss alone, so that a scaler's factor reaches all gradients once. Dropout is drawn
-    from (*seed, number of the micro-batch) and so repeats in both passes.
+    passes holds the micro-batches of the step twice, or once and None where a single one keeps its graph. The first
+    pass encodes without graph and finds the loss and its gradient at the embeddings; the second encodes again, one
+    graph at a time, and pushes that gradient through the model (section 3). encode runs the model. The embeddings of
+    all processes meet in the objective; each pushes its own rows' gradient. backward is called on the loss alone, so
+    that a scaler's factor reaches all gradients once. Dropout is drawn from (*seed, number of the micro-batch, from
+    first_number on) and so repeats in both passes. None without a single image in any process.
     """
 
-    def embed(number: int) -> tuple[Tensor, Tensor]:
-        torch.manual_seed(np.random.SeedSequence([*seed, number]).generate_state(1, np.uint64).item())
-        return encode(micro_batches[number])
+    def embed(part: dict, number: int) -> tuple[Tensor, Tensor]:
+        entropy = np.random.SeedSequence([*seed, first_number + number])
+        torch.manual_seed(entropy.generate_state(1, np.uint64).item())
+        return encode(part)
 
-    if len(micro_batches) == 1:
-        terms = objective(*embed(0))
-        backward(terms.total)
-        return terms
-    with torch.no_grad(), _batch_norm_statistics_held(model):
-        parts = [embed(number) for number in range(len(micro_batches))]
-    image_emb, text_emb = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
-    terms = objective(image_emb, text_emb)
-    backward(terms.total)
-    image_grads = image_emb.grad.split([len(images) for images, _ in parts])
-    text_grads = text_emb.grad.split([len(texts) for _, texts in parts])
-    for number, gradients in enumerate(zip(image_grads, text_grads, strict=True)):
-        torch.autograd.backward(embed(number), gradients)
+    first, second = passes
+    parts, ids = [], []
+    with torch.set_grad_enabled(second is None), _batch_norm_statistics_held(model, held=second is not None):
+        for number, part in enumerate(first):
+            parts.append(embed(part, number))
+            ids.append([part[key] for key in IDS])
+    terms, gradients = _at_the_embeddings(parts, ids, objective, backward)
+    embedded = parts if second is None else (embed(part, number) for number, part in enumerate(second))
+    for sides, gradient in zip(embedded, gradients, strict=True):
+        if [side.shape for side in sides] != [part.shape for part in gradient]:
+            raise ValueError("a photo could be read once and not again: is something changing the data set's files?")
+        torch.autograd.backward(sides, gradient)
     return terms
 
 
-def split_batch(batch: dict, micro_batch_size: int) -> list[dict]:
-    """Cut a batch into parts of at most `micro_batch_size` images, each with its own captions, padded to its longest.
-
-    Captions of one image must be neighbours, and in the order of the images, as dataset.collate leaves them.
-    """
-    image_ids = batch["image_ids"]
-    if len(image_ids) <= micro_batch_size:
-        return [batch]
-    captions = batch["caption_image_ids"].unique_consecutive(return_counts=True)[1]  # of each image
-    per_part = [int(counts.sum()) for counts in captions.split(micro_batch_size)]
-    by_image = {"pixels", "image_features", "image_ids"}
-    parts = {
-        key: tensor.split(micro_batch_size) if key in by_image else tensor.split(per_part)
-        for key, tensor in batch.items()
-    }
-    return [_trim({key: tensors[number] for key, tensors in parts.items()}) for number in range(len(per_part))]
-
-
-def _trim(part):
-    """Without the columns that only other parts' longer captions need."""
-    if "attention_mask" not in part:
-        return part
-    longest = int(part["attention_mask"].sum(1).max())
-    return part | {key: part[key][:, :longest] for key in ("input_ids", "attention_mask")}
+def _at_the_embeddings(parts, ids, objective, backward):
+    """The loss over all processes' rows, and its gradient at this one's, a pair per micro-batch."""
+    own = [torch.cat(side).detach() for side in zip(*parts, strict=True)] if parts else [torch.empty(0)] * 2
+    own_ids = [torch.cat(side) for side in zip(*ids, strict=True)] if ids else [torch.empty(0, dtype=torch.int64)] * 2
+    gathered = [gather_rows(rows) for rows in own]
+    leaves = [rows.requires_grad_() for rows, _ in gathered]
+    everyone = [gather_rows(rows)[0].to(leaves[0].device) for rows in own_ids]
+    if not len(everyone[0]):
+        return None, []
+    terms = objective(*leaves, *everyone)
+    backward(terms.total)
+    gradients = []
+    for side, (leaf, (_, start)) in enumerate(zip(leaves, gathered, strict=True)):
+        rows = leaf.grad[start : start + len(own[side])]
+        gradients.append(rows.split([len(part[side]) for part in parts]))
+    return terms, list(zip(*gradients, strict=True))
 
 
 @contextmanager
-def _batch_norm_statistics_held(model: nn.Module) -> Iterator[None]:
+def _batch_norm_statistics_held(model: nn.Module, *, held: bool) -> Iterator[None]:
     """Batch norms go on normalising by the batch, but do not count it: the second pass will."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    counting = [norm for norm in norms if norm.training and norm.track_running_stats]
+    counting = [norm for norm in norms if held and norm.training and norm.track_running_stats]
     for norm in counting:
         norm.track_running_stats = False
     try:

@@ -142,15 +142,25 @@ def _locate(dataset, data_dir, cache_dir):
         from sample import write_sample
 
         folder = Path(cache_dir) / "sample"
-        write_sample(folder)
+        with _one_at_a_time(cache_dir):
+            write_sample(folder)
         return folder
     if dataset == "flickr8k":
-        return _download("adityajn105/flickr8k")
+        with _one_at_a_time(cache_dir):
+            return _download("adityajn105/flickr8k")
     if Path(dataset).expanduser().is_dir():
         return Path(dataset).expanduser()
     raise FileNotFoundError(
         f"no data set or folder {dataset!r}: expected sample, flickr8k, or a folder with images and captions.txt"
     )
+
+
+def _one_at_a_time(folder):
+    """Of several processes one makes or downloads a data set; the others wait and find it there."""
+    from filelock import FileLock
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return FileLock(Path(folder) / "data.lock")
 
 
 def _download(handle):

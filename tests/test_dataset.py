@@ -3,6 +3,7 @@
 import shutil
 from collections import Counter
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import write_photos
 from PIL import Image, ImageOps
 
+import dataset as dataset_module
 from dataset import (
     CLIPDataset,
     EpochSampler,
@@ -47,8 +49,14 @@ def paths(photos):
 
 
 def epoch_of(dataset, epoch, *, batch_size=4, num_workers=0):
-    batches = TrainingBatches(dataset, batch_size=batch_size, pad_id=0, num_workers=num_workers, pin_memory=False)
-    return list(batches.epoch(epoch))
+    sampler = EpochSampler(len(dataset), batch_size, dataset.seed, micro_batch_size=batch_size)
+    batches = TrainingBatches(dataset, sampler, pad_id=0, num_workers=num_workers, pin_memory=False)
+    return [batch for first, second in batches.epoch(epoch) for batch in first]
+
+
+def whole_batches(sampler):
+    """The image indices of each batch, its micro-batches joined."""
+    return [[index for part in parts for _, index in part] for parts in sampler]
 
 
 def same(batch, other):
@@ -82,8 +90,8 @@ def test_left_and_right_change_places_in_capitals():
 
 @pytest.mark.parametrize(("images", "batch_size"), [(30, 8), (30, 30), (31, 8), (7, 3), (5, 1), (100, 64)])
 def test_batches_are_of_one_size_and_hold_no_image_twice_in_an_epoch(images, batch_size):
-    sampler = EpochSampler(images, batch_size, seed=0)
-    batches = [[index for _, index in batch] for batch in sampler]
+    sampler = EpochSampler(images, batch_size, seed=0, micro_batch_size=3)
+    batches = whole_batches(sampler)
     assert len(batches) == len(sampler) == -(-images // batch_size)
     assert len({len(batch) for batch in batches}) == 1 and 1 <= len(batches[0]) <= batch_size
     seen = Counter(index for batch in batches for index in batch)
@@ -93,20 +101,59 @@ def test_batches_are_of_one_size_and_hold_no_image_twice_in_an_epoch(images, bat
 
 def test_every_epoch_and_every_seed_has_its_own_order():
     def order(epoch, seed):
-        sampler = EpochSampler(50, 8, seed)
+        sampler = EpochSampler(50, 8, seed, micro_batch_size=8)
         sampler.epoch_number = epoch
-        return [index for batch in sampler for _, index in batch]
+        return [index for batch in whole_batches(sampler) for index in batch]
 
     assert order(1, 0) == order(1, 0)
     assert len({tuple(order(epoch, seed)) for epoch in range(3) for seed in range(3)}) == 9
 
 
 def test_images_left_out_of_one_epoch_come_in_another():
-    sampler = EpochSampler(7, 3, seed=0)
+    sampler = EpochSampler(7, 3, seed=0, micro_batch_size=3)
     seen = set()
     for sampler.epoch_number in range(20):
-        seen |= {index for batch in sampler for _, index in batch}
+        seen |= {index for batch in whole_batches(sampler) for index in batch}
     assert seen == set(range(7))
+
+
+@pytest.mark.parametrize(("images", "batch_size", "micro_batch_size"), [(30, 8, 3), (31, 31, 31), (100, 64, 10)])
+def test_micro_batches_keep_to_their_size_and_differ_by_one_image_at_most(images, batch_size, micro_batch_size):
+    for parts in EpochSampler(images, batch_size, seed=0, micro_batch_size=micro_batch_size):
+        sizes = [len(part) for part in parts]
+        assert max(sizes) <= micro_batch_size and max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_shares_of_all_processes_make_the_batch_of_one_process(processes):
+    # 96 images in batches of 32: divisible, so that nothing has to be left out
+    alone = whole_batches(EpochSampler(96, 32, seed=0, micro_batch_size=8))
+    shares = [
+        whole_batches(EpochSampler(96, 32, seed=0, micro_batch_size=8, process=process, processes=processes))
+        for process in range(processes)
+    ]
+    assert [[*chain(*parts)] for parts in zip(*shares, strict=True)] == alone
+
+
+def test_every_process_gets_as_many_images_where_a_batch_cannot_be_shared_evenly():
+    shares = [EpochSampler(31, 8, seed=0, micro_batch_size=2, process=process, processes=2) for process in (0, 1)]
+    assert {len(batch) for sampler in shares for batch in whole_batches(sampler)} == {3}
+    first, second = ({*chain(*whole_batches(sampler))} for sampler in shares)
+    assert not first & second
+
+
+def test_a_batch_too_large_to_hold_is_read_again_and_comes_out_the_same(paths, monkeypatch):
+    monkeypatch.setattr(dataset_module, "HELD_BYTES", 1)
+    photos = tiny_dataset(paths)
+    sampler = EpochSampler(len(photos), 4, photos.seed, micro_batch_size=2)
+    batches = TrainingBatches(photos, sampler, pad_id=0, num_workers=1, pin_memory=False)
+    read_again = [[list(first), list(second)] for first, second in batches.epoch(3)]
+    monkeypatch.setattr(dataset_module, "HELD_BYTES", 2**30)
+    held = TrainingBatches(photos, sampler, pad_id=0, num_workers=0, pin_memory=False)
+    assert batches.reread and not held.reread and len(read_again) == len(batches)
+    for (first, second), (parts, again) in zip(read_again, held.epoch(3), strict=True):
+        assert parts is again and len(first) == len(second) == len(parts) == 2
+        assert all(same(x, y) and same(x, z) for x, y, z in zip(first, second, parts, strict=True))
 
 
 def test_two_loader_processes_give_the_batches_of_none(paths):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, write_photos
 
+from dataset import EpochSampler
 from device import pick_device, pick_precision, pick_workers
 from encode import CAPTION_BATCH, Encoded, build_encoder
 from features import FeatureBatches, stored_features
@@ -237,7 +238,7 @@ def test_a_truncated_file_is_computed_anew(store, part, tmp_path, left):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def feature_batches(images=10, captions=3, **changes):
+def feature_batches(images=10, captions=3, micro_batch_size=4):
     owner = torch.arange(images).repeat_interleave(captions)
     encoded = Encoded(
         images=torch.arange(images).float()[:, None],
@@ -246,14 +247,22 @@ def feature_batches(images=10, captions=3, **changes):
         kept_images=torch.arange(images),
         kept_captions=torch.arange(images * captions),
     )
-    settings = {"batch_size": 4, "captions_per_image": 2, "seed": 0, "device": torch.device("cpu")}
-    return FeatureBatches(encoded, **settings | changes)
+    sampler = EpochSampler(images, 4, seed=0, micro_batch_size=micro_batch_size)
+    return FeatureBatches(encoded, sampler, captions_per_image=2, device=torch.device("cpu"))
 
 
-def test_batches_of_features_pair_each_caption_with_its_image():
-    batches = feature_batches()
+def whole_batches(batches, epoch):
+    return [
+        {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "unreadable"}
+        for parts, _ in batches.epoch(epoch)
+    ]
+
+
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+def test_batches_of_features_pair_each_caption_with_its_image(micro_batch_size):
+    batches = feature_batches(micro_batch_size=micro_batch_size)
     seen = []
-    for batch in batches.epoch(0):
+    for batch in whole_batches(batches, 0):
         assert batch["image_features"].flatten().tolist() == batch["image_ids"].tolist()
         assert batch["text_features"][:, 0].tolist() == batch["caption_image_ids"].tolist()
         assert batch["caption_image_ids"].tolist() == [k for k in batch["image_ids"].tolist() for _ in range(2)]
@@ -264,6 +273,6 @@ def test_batches_of_features_pair_each_caption_with_its_image():
 
 def test_batches_of_features_repeat_with_the_epoch_and_differ_between_epochs():
     def captions(epoch):
-        return torch.cat([batch["text_features"][:, 1] for batch in feature_batches().epoch(epoch)]).tolist()
+        return torch.cat([batch["text_features"][:, 1] for batch in whole_batches(feature_batches(), epoch)]).tolist()
 
     assert captions(1) == captions(1) != captions(2)

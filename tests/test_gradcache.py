@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from chunked_losses import chunked_contrastive_loss
-from gradcache import cached_backward, split_batch
+from gradcache import cached_backward
 from losses import contrastive_loss
 
 ALPHA, MARGIN = 0.3, 0.2
@@ -40,16 +40,35 @@ def make_batch(images=11, dtype=torch.float64):
     }
 
 
-def gradients(model, batch, *, micro_batch_size, objective=contrastive_loss):
+def micro_batches(batch, size):
+    """Parts of at most `size` images, each with its own captions."""
+    captions = batch["caption_image_ids"].bincount()  # of each image
+    per_part = [int(counts.sum()) for counts in captions.split(size)]
+    parts = {
+        key: rows.split(size if key in ("image_features", "image_ids") else per_part) for key, rows in batch.items()
+    }
+    return [{key: parts[key][number] for key in parts} for number in range(len(per_part))]
+
+
+def passes(batch, size):
+    parts = micro_batches(batch, size)
+    return parts, (parts if len(parts) > 1 else None)
+
+
+def objective_of(model):
+    return lambda *rows: contrastive_loss(*rows, temperature=model.log_temperature.exp(), alpha=ALPHA, margin=MARGIN)
+
+
+def gradients(model, batch, *, micro_batch_size):
     model.zero_grad()
-
-    def of_embeddings(image_emb, text_emb):
-        ids = batch["image_ids"], batch["caption_image_ids"]
-        temperature = model.log_temperature.exp()
-        return objective(image_emb, text_emb, *ids, temperature=temperature, alpha=ALPHA, margin=MARGIN)
-
-    parts = split_batch(batch, micro_batch_size)
-    terms = cached_backward(model, parts, of_embeddings, model=model, backward=torch.Tensor.backward, seed=(3, 1))
+    terms = cached_backward(
+        model,
+        passes(batch, micro_batch_size),
+        objective_of(model),
+        model=model,
+        backward=torch.Tensor.backward,
+        seed=(3, 1),
+    )
     return terms, {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -74,8 +93,8 @@ def test_dropout_repeats_in_both_passes():
     outputs = []
     cached_backward(
         lambda part: outputs.append(model(part)) or outputs[-1],
-        split_batch(batch, 4),
-        lambda image_emb, text_emb: _Constant(image_emb, text_emb),
+        passes(batch, 4),
+        lambda image_emb, text_emb, *_: _Constant(image_emb, text_emb),
         model=model,
         backward=torch.Tensor.backward,
         seed=(3, 1),
@@ -83,6 +102,26 @@ def test_dropout_repeats_in_both_passes():
     first, second = outputs[:3], outputs[3:]
     torch.testing.assert_close(first, second)
     assert not torch.equal(first[0][0][:3], first[2][0])  # other parts, other masks: and not the same rows again
+
+
+def test_a_photo_lost_between_the_passes_is_an_error_of_one_line():
+    batch = make_batch()
+    parts = micro_batches(batch, 4)
+    lost = [*parts[:-1], micro_batches(batch, 2)[0]]
+    model = TinyModel().double()
+    with pytest.raises(ValueError, match="could be read once and not again"):
+        cached_backward(
+            model, (parts, lost), objective_of(model), model=model, backward=torch.Tensor.backward, seed=(3, 1)
+        )
+
+
+def test_without_a_single_image_there_is_no_loss_and_no_gradient():
+    model = TinyModel()
+    assert (
+        cached_backward(model, ([], []), objective_of(model), model=model, backward=torch.Tensor.backward, seed=(3, 1))
+        is None
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 class _Constant:
@@ -97,7 +136,7 @@ def test_batch_norm_counts_each_micro_batch_once():
     model, batch = TinyModel(batch_norm=True).double(), make_batch(images=8)
     once = copy.deepcopy(model)
     gradients(model, batch, micro_batch_size=4)
-    for part in split_batch(batch, 4):
+    for part in micro_batches(batch, 4):
         once(part)
     torch.testing.assert_close(model.state_dict(), once.state_dict())
     assert model.image[1].track_running_stats
@@ -110,8 +149,8 @@ def test_batch_norm_in_training_mode_at_one_micro_batch_equals_plain_training():
     seed_and_forward = []
     cached_backward(
         lambda part: seed_and_forward.append(torch.get_rng_state()) or model(part),
-        [batch],
-        lambda image_emb, text_emb: _Constant(image_emb, text_emb),
+        ([batch], None),
+        lambda image_emb, text_emb, *_: _Constant(image_emb, text_emb),
         model=model,
         backward=torch.Tensor.backward,
         seed=(3, 1),
@@ -130,33 +169,16 @@ def test_a_scaler_reaches_every_gradient_once():
     model, batch = TinyModel().double(), make_batch()
     _, plain = gradients(model, batch, micro_batch_size=4)
     model.zero_grad()
-    ids = batch["image_ids"], batch["caption_image_ids"]
     cached_backward(
         model,
-        split_batch(batch, 4),
-        lambda image_emb, text_emb: contrastive_loss(
-            image_emb, text_emb, *ids, temperature=model.log_temperature.exp(), alpha=ALPHA, margin=MARGIN
-        ),
+        passes(batch, 4),
+        objective_of(model),
         model=model,
         backward=lambda loss: (1024 * loss).backward(),
         seed=(3, 1),
     )
     scaled = {name: parameter.grad / 1024 for name, parameter in model.named_parameters()}
     assert relative_difference(scaled, plain) < 1e-9
-
-
-def test_parts_keep_each_image_with_its_captions_and_drop_needless_padding():
-    batch = {
-        "pixels": torch.arange(3),
-        "image_ids": torch.tensor([7, 5, 9]),
-        "caption_image_ids": torch.tensor([7, 7, 5, 9]),
-        "input_ids": torch.tensor([[1, 2, 0], [1, 0, 0], [1, 2, 3], [4, 0, 0]]),
-        "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [1, 0, 0]]),
-    }
-    first, last = split_batch(batch, 2)
-    assert first["image_ids"].tolist() == [7, 5] and first["caption_image_ids"].tolist() == [7, 7, 5]
-    assert last["pixels"].tolist() == [2] and last["input_ids"].tolist() == [[4]]
-    assert first["attention_mask"].shape == (3, 3)
 
 
 @pytest.mark.parametrize("alpha", [0.0, ALPHA])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import read
 
+import step
 import trainer
 from checkpoint import load_run, load_state
 from config import MODEL_FIELDS
@@ -158,14 +159,14 @@ def test_resuming_without_a_checkpoint_is_an_error(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_epoch(tiny, monkeypatch):
-    real, calls = trainer.contrastive_loss, []
+    real, calls = step.contrastive_loss, []
 
     def contrastive_loss(*arguments, **options):
         calls.append(1)
         terms = real(*arguments, **options)
         return terms._replace(total=terms.total * float("nan")) if len(calls) == STEPS + 2 else terms
 
-    monkeypatch.setattr(trainer, "contrastive_loss", contrastive_loss)
+    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
     config = tiny(epochs=3)
     with pytest.raises(ValueError, match=rf"nan at step {STEPS + 2}, epoch 2"):
         train(config, read(config), None)

@@ -1,0 +1,113 @@
+"""One process or many (`accelerate launch`, `torchrun`): which one this is, and what they exchange.
+
+Under a single process every function is free and gives back what it was given.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def join(device: torch.device) -> None:
+    """Connect the processes that a launcher started, each with a GPU of its own; nothing without a launcher."""
+    from accelerate import PartialState
+
+    PartialState(cpu=device.type == "cpu")
+
+
+def leave() -> None:
+    """Part from the other processes, when all have finished: one that goes early would break the others' line."""
+    if _many():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0; process 0 is the one that writes and speaks."""
+    return dist.get_rank() if _many() else 0
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if _many() else 1
+
+
+def share(items: int) -> slice:
+    """This process's contiguous part of a range of items."""
+    return slice(items * rank() // count(), items * (rank() + 1) // count())
+
+
+def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
+    """The rows of all processes in their order, (n,) or (n, D), and where this one's begin; no gradient flows back.
+
+    The processes may hold different numbers of rows, one without any needs no D. Rows stay on their device.
+    """
+    if not _many():
+        return rows, 0
+    from accelerate.utils import gather, pad_across_processes
+
+    device = rows.device if dist.get_backend() == "gloo" else torch.device("cuda")
+    shapes = gather(torch.tensor([[len(rows), *rows.shape[1:], 0][:2]], device=device)).tolist()
+    if not len(rows) and (width := max(width for _, width in shapes)):
+        rows = rows.new_empty(0, width)
+    most = max(length for length, _ in shapes)
+    padded = pad_across_processes(rows.detach().to(device).contiguous(), dim=0) if most else rows.detach()
+    everyone = gather(padded).split(most) if most else [padded] * len(shapes)
+    gathered = torch.cat([part[:length] for part, (length, _) in zip(everyone, shapes, strict=True)])
+    return gathered.to(rows.device), sum(length for length, _ in shapes[: rank()])
+
+
+def gather_lists(items: list) -> list:
+    """The items of all processes, in their order."""
+    if not _many():
+        return items
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+def from_first(value: Any) -> Any:
+    """What process 0 passes; the others' values are ignored."""
+    if not _many():
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def equalise(model: nn.Module) -> None:
+    """Give every process the weights of process 0."""
+    if _many():
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.data, 0)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up what the processes found, parameter by parameter."""
+    if _many():
+        _wait([dist.all_reduce(_gradient(parameter), async_op=True) for parameter in parameters])
+
+
+def average_statistics(model: nn.Module) -> None:
+    """Average the batch norms' running statistics, which every process took from its own part of the batches."""
+    if _many():
+        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        _wait([dist.all_reduce(buffer.div_(count()), async_op=True) for buffer in statistics])
+
+
+def _many():
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gradient(parameter):
+    if parameter.grad is None:  # none of this process's photos could be read
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _wait(works):
+    for work in works:
+        work.wait()

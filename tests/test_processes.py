@@ -1,0 +1,66 @@
+"""Two processes train as one does: the same weights, one writer, metrics over the full pool."""
+
+import pytest
+import torch
+from conftest import program, refused
+
+from checkpoint import load_state
+from run_folder import read_log
+
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    "accelerate launch": ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"],
+}
+FROZEN = ["--freeze-image", "--freeze-text"]
+
+
+@pytest.fixture
+def flags(photos, image_tower, text_tower):
+    """Five steps, of all 22 training photos each; two micro-batches, so that dropout falls as in two processes."""
+    settings = {
+        "dataset": photos,
+        "image-encoder": image_tower,
+        "text-encoder": text_tower,
+        "image-size": 32,
+        "embed-dim": 16,
+        "batch-size": 22,
+        "micro-batch-size": 11,
+        "epochs": 5,
+        "device": "cpu",
+        "precision": "float32",
+        "num-workers": 0,
+    }
+    return [word for name, value in settings.items() for word in (f"--{name}", value)]
+
+
+def launched(launcher, *words, cwd, check=True):
+    # gloo looks up the machine's own name, which not every sandbox can resolve
+    return program(*LAUNCHERS[launcher], "train.py", *words, cwd=cwd, check=check, GLOO_SOCKET_IFNAME="lo")
+
+
+@pytest.mark.parametrize(("launcher", "freezing"), [("torchrun", []), ("accelerate launch", FROZEN)])
+def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tmp_path):
+    alone = program("train.py", *flags, *freezing, "--name", "one", cwd=tmp_path)
+    together = launched(launcher, *flags, *freezing, "--name", "two", cwd=tmp_path)
+    assert together.stdout.replace("two", "one").count("\n") == alone.stdout.count("\n")  # one of them speaks
+    one, two = (load_state(tmp_path / "runs" / name / "last.pt") for name in ("one", "two"))
+    assert one["model"].keys() == two["model"].keys()
+    for key, tensor in one["model"].items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(two["model"][key], tensor, rtol=1e-5, atol=1e-6 * tensor.abs().max().item())
+    logs = [read_log(tmp_path / "runs" / name) for name in ("one", "two")]
+    for record, other in zip(*logs, strict=True):
+        timed = {"seconds", "images_per_s", "pairs_per_s"}
+        assert {k: v for k, v in record.items() if k not in timed} == pytest.approx(
+            {k: v for k, v in other.items() if k not in timed}, rel=1e-5
+        )
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_they_can(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.count", lambda: 4)
+    from conftest import within
+
+    monkeypatch.chdir(tmp_path)
+    line = refused(within("train.py", *flags, "--batch-size", 18))
+    assert "--batch-size 18 cannot be shared by 4 processes" in line and "16 or 20" in line
+    assert not (tmp_path / "runs").exists()
