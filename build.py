@@ -32,7 +32,12 @@ def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTraine
         frozen=config.freeze_text,
     )
     model = CLIPModel(
-        image_encoder, text_encoder, embed_dim=config.embed_dim, dropout=config.dropout, temperature=config.temperature
+        image_encoder,
+        text_encoder,
+        embed_dim=config.embed_dim,
+        dropout=config.dropout,
+        temperature=config.temperature,
+        image_feature_dropout=config.image_feature_dropout,
     )
     return model, tokenizer, specification
 

@@ -32,6 +32,7 @@ class Config:
     text_pooling: Literal["mean", "cls"] = "mean"  # "mean" over a caption's tokens, or its first token
     embed_dim: int = 512  # dimensions of the space that photos and captions share
     dropout: float = 0.1  # in the projection heads
+    image_feature_dropout: float = 0.0  # of the image tower's features, before their head; helps a frozen tower
 
     start_from: str | None = None  # a run's folder: training starts from its best weights, and its towers
 
@@ -69,7 +70,7 @@ class Config:
         _require(self, "at least -1", lambda v: v >= -1, "num_workers")
         _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed")
         _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "min_crop")
-        _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout")
+        _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout", "image_feature_dropout")
         _require(
             self, "at least 0.01 (the logits would explode) and finite", lambda v: 0.01 <= v < math.inf, "temperature"
         )
@@ -115,8 +116,8 @@ PRESETS = {
         "image_encoder": "resnet10t",
         "image_size": 96,
         "min_crop": 0.9,
-        "epochs": 20,
-        "batch_size": 64,
+        "epochs": 40,
+        "batch_size": 32,
         "lr_image": 1e-3,
         "lr_text": 1e-3,
         "lr_heads": 1e-3,

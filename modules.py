@@ -72,15 +72,16 @@ class TextEncoder(Tower):
 class ProjectionHead(nn.Module):
     """Tower features (*, in_dim) to the shared space (*, out_dim): linear, then a residual block, then LayerNorm."""
 
-    def __init__(self, in_dim: int, out_dim: int, dropout: float):
+    def __init__(self, in_dim: int, out_dim: int, dropout: float, feature_dropout: float = 0.0):
         super().__init__()
+        self.feature_dropout = nn.Dropout(feature_dropout)
         self.projection = nn.Linear(in_dim, out_dim)
         self.hidden = nn.Linear(out_dim, out_dim)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(out_dim)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        projected = self.projection(features)
+        projected = self.projection(self.feature_dropout(features))
         return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
 
 
@@ -91,11 +92,18 @@ class CLIPModel(nn.Module):
     """
 
     def __init__(
-        self, image_encoder: nn.Module, text_encoder: nn.Module, *, embed_dim: int, dropout: float, temperature: float
+        self,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
+        *,
+        embed_dim: int,
+        dropout: float,
+        temperature: float,
+        image_feature_dropout: float = 0.0,
     ):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.image_head = ProjectionHead(image_encoder.dim, embed_dim, dropout)
+        self.image_head = ProjectionHead(image_encoder.dim, embed_dim, dropout, image_feature_dropout)
         self.text_head = ProjectionHead(text_encoder.dim, embed_dim, dropout)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP
 

@@ -1,5 +1,9 @@
 """Exact search and ranking metrics, chunk by chunk: the full matrix of scores is never held. Scores are float32."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,10 +14,11 @@ TIE_TOLERANCE = 1e-6
 
 
 @torch.no_grad()
-def top_k(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
+def top_k(queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
     """Find the k gallery rows with the largest dot product for each query, best first, equal scores by lower index.
 
-    queries (Q,D), gallery (N,D) -> scores (Q,min(k,N)) float32, indices (Q,min(k,N)) int64, on the inputs' device.
+    queries (Q,D), gallery (N,D) -> scores (Q,min(k,N)) float32, indices (Q,min(k,N)) int64, on the queries' device.
+    The gallery may be larger than memory: a memory-mapped array, float16 as well as float32, read a chunk at a time.
     A nan score counts as -inf and so comes last. Memory O(Q * (k + chunk_size)).
     Raises ValueError for k or chunk_size below 1 and for shapes that do not fit.
     """
@@ -23,8 +28,7 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = CHUNK_SIZE
     queries, k = queries.float(), min(k, len(gallery))
     # The largest key marks an empty place; as a score it is nan, which no score is "<=" to.
     best = torch.full((len(queries), k), torch.iinfo(torch.int64).max, device=queries.device)
-    for start in range(0, len(gallery), chunk_size):
-        chunk, skip = _full_chunk(gallery, start, chunk_size)
+    for start, chunk, skip in _chunks(gallery, chunk_size, queries.device):
         scores = _cosines(queries, chunk)[:, skip:]
         # Only a score above the k-th best so far can enter, since later indices lose ties: soon few rows have any.
         kth = _unpack(best[:, -1:])[0]
@@ -36,6 +40,36 @@ def top_k(queries: Tensor, gallery: Tensor, k: int, chunk_size: int = CHUNK_SIZE
             values, columns = candidates.topk(width, sorted=False)
             best[rows] = torch.cat([best[rows], _pack(values, start + columns)], 1).topk(k, largest=False).values
     return _unpack(best)
+
+
+def _chunks(gallery: Tensor | np.ndarray, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
+    """Yield start, rows on the device and how many of them come before start, for each chunk of a gallery."""
+    if device.type != "cuda" or (isinstance(gallery, Tensor) and gallery.device == device):
+        for start in range(0, len(gallery), size):
+            rows, skip = _full_chunk(gallery, start, size)
+            yield start, _as_tensor(rows).to(device), skip
+        return
+    stream = torch.cuda.Stream(device)
+
+    def load(start: int) -> tuple[int, Tensor, int, torch.cuda.Event]:
+        rows, skip = _full_chunk(gallery, start, size)
+        with torch.cuda.stream(stream):
+            return start, _as_tensor(rows).pin_memory().to(device, non_blocking=True), skip, stream.record_event()
+
+    with ThreadPoolExecutor(1) as reader:  # the next chunk is read and copied while this one is searched
+        coming = None
+        for following in (*range(0, len(gallery), size), None):
+            arrived, coming = coming, None if following is None else reader.submit(load, following)
+            if arrived is not None:
+                start, rows, skip, copied = arrived.result()
+                torch.cuda.current_stream(device).wait_event(copied)
+                rows.record_stream(torch.cuda.current_stream(device))
+                yield start, rows, skip
+
+
+def _as_tensor(rows: Tensor | np.ndarray) -> Tensor:
+    # A copy of the chunk: torch warns of arrays that are mapped for reading only.
+    return rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
 
 
 def _pack(scores: Tensor, indices: Tensor) -> Tensor:
@@ -63,7 +97,7 @@ def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
         return rows.float() @ columns.float().T
 
 
-def _full_chunk(emb: Tensor, start: int, size: int) -> tuple[Tensor, int]:
+def _full_chunk(emb: Tensor | np.ndarray, start: int, size: int) -> tuple[Tensor | np.ndarray, int]:
     """Take size rows of emb (N,D) from start -> (min(size,N),D) and how many at its head come before start.
 
     The last chunk reaches back: a product's rounding depends on its shape, and equal rows must score alike everywhere.
@@ -72,7 +106,7 @@ def _full_chunk(emb: Tensor, start: int, size: int) -> tuple[Tensor, int]:
     return emb[first : first + size], start - first
 
 
-def _check(rows: Tensor, columns: Tensor, chunk_size: int) -> None:
+def _check(rows: Tensor, columns: Tensor | np.ndarray, chunk_size: int) -> None:
     if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
         raise ValueError(f"shapes {tuple(rows.shape)} and {tuple(columns.shape)} do not fit: pass (Q,D) and (N,D)")
     if chunk_size < 1:

@@ -16,7 +16,7 @@ from modules import CLIPModel
 from optimizer import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-LOSS_CHUNK = 8192  # captions; for more, the objective is computed by chunks of as many, not from the full matrix
+LOSS_ENTRIES = 2**24  # cosines held at a time; a batch with more is scored by chunks of its captions
 
 
 class TrainingStep:
@@ -55,7 +55,8 @@ class TrainingStep:
 
         def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
             counts.update(images=len(image_emb), pairs=len(text_emb))
-            chunked = len(text_emb) > LOSS_CHUNK
+            chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
+            chunked = len(text_emb) > chunk_size
             terms = (chunked_contrastive_loss if chunked else contrastive_loss)(
                 image_emb,
                 text_emb,
@@ -64,7 +65,7 @@ class TrainingStep:
                 temperature=self.unwrapped.temperature,
                 alpha=alpha,
                 margin=self.config.margin,
-                **({"chunk_size": LOSS_CHUNK} if chunked else {}),
+                **({"chunk_size": chunk_size} if chunked else {}),
             )
             self._require_finite(terms.total, step)
             return terms

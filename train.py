@@ -8,7 +8,7 @@ import cli
 from config import MODEL_FIELDS, Config, default_config
 from run_folder import read_config
 
-QUERIES = {"sample": "a red circle left of a blue star", "flickr8k": "a dog in snow"}
+QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,7 @@ def _continue(config, folder, checkpoint):
     run.model.image_encoder.freeze(config.freeze_image)
     run.model.text_encoder.freeze(config.freeze_text)
     run.model.image_head.dropout.p = run.model.text_head.dropout.p = config.dropout
+    run.model.image_head.feature_dropout.p = config.image_feature_dropout
     return run.model, run.tokenizer
 
 

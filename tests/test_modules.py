@@ -117,8 +117,9 @@ def test_the_projection_head_is_a_residual_block_and_a_layer_norm():
     torch.testing.assert_close(head(x), normed * head.norm.weight + head.norm.bias)
 
 
-def test_dropout_acts_in_training_only():
-    head = ProjectionHead(6, 4, dropout=0.5)
+@pytest.mark.parametrize(("dropout", "feature_dropout"), [(0.5, 0.0), (0.0, 0.5)])
+def test_dropout_acts_in_training_only(dropout, feature_dropout):
+    head = ProjectionHead(6, 4, dropout=dropout, feature_dropout=feature_dropout)
     x = torch.randn(50, 6, generator=generator())
     assert not torch.equal(head.train()(x), head(x))
     assert torch.equal(head.eval()(x), head(x))

@@ -255,6 +255,6 @@ def test_the_sample_set_is_trained_measured_and_searched_without_network(tmp_pat
     assert "train 216 images / 1,080 captions" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
     assert "rsum" in within("evaluate.py").stdout
-    found = matches(within("infer.py", "a red circle left of a blue star"))
+    found = matches(within("infer.py", "a yellow circle left of a red cross"))
     assert len(found) == 8 and all("scene_" in match for *_, match in found)
     assert json.loads((run / "metrics.json").read_text())["test"]["rsum"] > 0

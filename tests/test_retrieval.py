@@ -2,11 +2,14 @@
 
 import math
 import statistics
+import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from embeddings import create_embeddings, open_embeddings
 from retrieval import retrieval_metrics, top_k
 
 METRICS = {f"{way}_{name}" for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "mAP@10", "medR")} | {"rsum"}
@@ -93,6 +96,42 @@ def test_infinite_scores_keep_their_order_and_nan_comes_last():
         scores, indices = top_k(torch.ones(1, 1), gallery, 7, chunk_size=chunk_size)
         assert indices.tolist() == [[2, 5, 1, 6, 0, 3, 4]]
         assert scores[0, -3:].tolist() == [-torch.inf] * 3
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_top_k_reads_a_mapped_gallery_as_it_would_a_tensor(kind, tmp_path):
+    gallery, queries = integers(100, 6, seed=1), integers(5, 6)
+    np.save(tmp_path / "gallery.npy", gallery.numpy().astype(kind))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = top_k(queries, open_embeddings(tmp_path / "gallery.npy"), 9, chunk_size=16)
+    for got, expected in zip(found, top_k(queries, gallery, 9), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_embeddings_written_row_by_row_are_read_back(tmp_path):
+    written = create_embeddings(tmp_path / "rows.npy", 7, 3)
+    written[2:5] = 1.5
+    written.flush()
+    assert open_embeddings(tmp_path / "rows.npy").tolist() == [[1.5 * (2 <= row < 5)] * 3 for row in range(7)]
+
+
+@pytest.mark.parametrize("left", [0, 5, 100, -1])
+def test_a_file_of_embeddings_that_is_cut_off_is_refused_in_one_line(tmp_path, left):
+    np.save(tmp_path / "rows.npy", np.ones((9, 4), np.float16))
+    whole = (tmp_path / "rows.npy").read_bytes()
+    (tmp_path / "rows.npy").write_bytes(whole[:left])
+    with pytest.raises(ValueError, match=r"rows\.npy is cut off or damaged .*encode again"):
+        open_embeddings(tmp_path / "rows.npy")
+
+
+@pytest.mark.parametrize("rows", [np.ones((3, 4)), np.ones(3, np.float16), np.ones((2, 2), np.int64)])
+def test_a_file_of_something_else_is_refused(tmp_path, rows):
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.raises(ValueError, match=r"holds no embeddings: expected .*, found"):
+        open_embeddings(tmp_path / "rows.npy")
+    with pytest.raises(FileNotFoundError, match=r"other\.npy"):
+        open_embeddings(tmp_path / "other.npy")
 
 
 def test_top_k_never_holds_more_than_a_chunk_of_scores(monkeypatch):

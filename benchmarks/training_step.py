@@ -1,0 +1,118 @@
+"""Peak memory and time per image of a training step for growing batches: `python -m benchmarks.training_step`.
+
+A ResNet50 and a small DistilBERT with random weights (no download) on JPEG photos that the benchmark writes, 5 captions
+each, micro-batches of 32. Each batch size runs in a process of its own; photos are read in that process, so that they
+count.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from benchmarks.search import peak_bytes
+
+CAPTIONS_PER_IMAGE = 5
+COLOURS = ("red", "green", "blue", "black", "white", "yellow", "brown", "grey")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Measure a training step at several batch sizes."""
+
+    batch: tuple[int, ...] = (32, 256, 2048, 8192)  # images
+    micro_batch_size: int = 32  # images in memory at a time
+    image_encoder: str = "resnet50"  # a timm model
+    device: str = "auto"
+
+
+def main(flags: Flags) -> None:
+    print(f"{flags.image_encoder} and a small DistilBERT, micro-batches of {flags.micro_batch_size}, {flags.device}")
+    print(f"{'batch':>8}  {'peak MB':>8}  {'embeddings MB':>14}  {'seconds per image':>18}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_photos(Path(folder), max(flags.batch))
+        for size in flags.batch:
+            words = [folder, size, flags.micro_batch_size, flags.image_encoder, flags.device]
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training_step", "--measure", *map(str, words)]
+            done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            print(
+                f"{size:>8,}  {done['peak']:>8,.0f}  {done['embeddings']:>14,.1f}  {done['seconds'] / size:>18.4f}",
+                flush=True,
+            )
+
+
+def write_photos(folder: Path, count: int) -> None:
+    """`count` JPEG photos of smooth noise, and captions of varied length."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        pixels = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8)).resize((500, 375), Image.BICUBIC)
+        pixels.save(folder / f"{number}.jpg", quality=85)
+    (folder / "captions.json").write_text(
+        json.dumps([" ".join(rng.choice(COLOURS, rng.integers(4, 20))) for _ in range(count * CAPTIONS_PER_IMAGE)])
+    )
+
+
+def measure(folder: str, batch_size: str, micro_batch_size: str, image_encoder: str, device: str) -> dict:
+    """Two steps of one batch: the first finds the peak, the second the time."""
+    import torch
+
+    from build import build_batches, build_model
+    from config import Config
+    from encode import build_encoder
+    from readers import Part
+    from step import TrainingStep
+
+    size = int(batch_size)
+    config = Config(
+        batch_size=size,
+        micro_batch_size=min(size, int(micro_batch_size)),
+        image_encoder=image_encoder,
+        pretrained=False,
+        num_workers=0,
+        device=device,
+    )
+    captions = json.loads((Path(folder) / "captions.json").read_text())[: size * CAPTIONS_PER_IMAGE]
+    owner = np.arange(size).repeat(CAPTIONS_PER_IMAGE)
+    data = _OnePart(Part([Path(folder) / f"{number}.jpg" for number in range(size)], captions, owner))
+    torch.manual_seed(0)
+    model, tokenizer, _ = build_model(config, data)
+    encoder = build_encoder(
+        model, tokenizer, image_size=224, max_tokens=64, device=device, precision="auto", num_workers=0
+    )
+    batches, _ = build_batches(config, model, encoder, data)
+    step = TrainingStep(config, model.train(), encoder, steps_per_epoch=1, micro_batches=batches.sampler.micro_batches)
+    for number in range(2 if size <= 256 else 1):
+        started = time.perf_counter()
+        for first, second in batches.epoch(number):
+            step((map(_readable, first), None if second is None else map(_readable, second)), number)
+        seconds = time.perf_counter() - started
+    peak = torch.cuda.max_memory_allocated() if encoder.device.type == "cuda" else peak_bytes()
+    embeddings = 4 * config.embed_dim * size * (1 + CAPTIONS_PER_IMAGE)
+    return {"peak": peak / 1e6, "embeddings": embeddings / 1e6, "seconds": seconds}
+
+
+@dataclass(frozen=True)
+class _OnePart:
+    only: object
+
+    def part(self, split):
+        return self.only
+
+
+def _readable(part):
+    return {key: part[key] for key in part if key != "unreadable"}
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(*sys.argv[2:])))
+    else:
+        main(tyro.cli(Flags))
