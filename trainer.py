@@ -131,7 +131,9 @@ class Trainer:
                 progress.history.append(record)
                 self._save(record)
                 print(_epoch_line(record, config.epochs), flush=True)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             size = config.micro_batch_size or config.batch_size
             raise ValueError(
                 f"out of memory with {size} images at a time: lower --micro-batch-size (the loss stays that of "
@@ -236,6 +238,11 @@ class Trainer:
         except ValueError as error:
             raise ValueError(f"{self.folder} cannot go on: {error}, or --start-from it") from None
         self.progress = Progress(epoch=state["epoch"], best_rsum=state["best_rsum"], history=state["history"])
+
+
+def _is_out_of_memory(error):
+    # torch.OutOfMemoryError is that of a GPU; what fails on the CPU is a RuntimeError of no kind of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _epoch_line(record, epochs):

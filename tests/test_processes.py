@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import program, refused
+from conftest import program, refused, within
 
+import processes
 from checkpoint import load_state
 from run_folder import read_log
 
@@ -58,9 +59,46 @@ def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tm
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_they_can(flags, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.count", lambda: 4)
-    from conftest import within
-
     monkeypatch.chdir(tmp_path)
     line = refused(within("train.py", *flags, "--batch-size", 18))
     assert "--batch-size 18 cannot be shared by 4 processes" in line and "16 or 20" in line
     assert not (tmp_path / "runs").exists()
+
+
+EXCHANGE = """
+import torch, processes
+processes.join(torch.device("cpu"))
+rank = processes.rank()
+rows = [torch.arange(6.0).view(3, 2), torch.empty(0)][rank]  # the second has none, and does not know their width
+gathered, start = processes.gather_rows(rows)
+assert torch.equal(gathered, torch.arange(6.0).view(3, 2)) and start == [0, 3][rank]
+gathered, start = processes.gather_rows(torch.arange(1 + rank, dtype=torch.int64))
+assert gathered.tolist() == [0, 0, 1] and start == rank
+gathered, _ = processes.gather_rows(torch.empty(0, dtype=torch.bool))
+assert len(gathered) == 0 and gathered.dtype == torch.bool
+assert [processes.share(5), processes.share(0)] == [[slice(0, 2), slice(0, 0)], [slice(2, 5), slice(0, 0)]][rank]
+assert processes.gather_lists([rank]) == [0, 1] and processes.from_first(f"of {rank}") == "of 0"
+layer = torch.nn.BatchNorm1d(2)
+torch.nn.init.constant_(layer.weight, rank)
+processes.equalise(layer)
+assert not layer.weight.any()
+layer.running_mean.fill_(rank)
+processes.average_statistics(layer)
+assert layer.running_mean.tolist() == [0.5, 0.5]
+layer.weight.grad = torch.full((2,), 2.0) if rank else None  # nothing could be read here
+processes.sum_gradients([layer.weight])
+assert layer.weight.grad.tolist() == [2.0, 2.0]
+processes.leave()
+"""
+
+
+def test_what_two_processes_exchange_arrives_in_their_order_and_from_empty_hands_too(tmp_path):
+    (tmp_path / "exchange.py").write_text(EXCHANGE)
+    program(*LAUNCHERS["torchrun"], tmp_path / "exchange.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+
+
+def test_one_process_exchanges_nothing_and_gets_back_what_it_gave():
+    rows = torch.ones(3, 2, requires_grad=True)
+    assert processes.gather_rows(rows) == (rows, 0) and processes.share(7) == slice(0, 7)
+    assert processes.gather_lists([1]) == [1] and processes.from_first("x") == "x"
+    assert (processes.rank(), processes.count()) == (0, 1)

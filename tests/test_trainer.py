@@ -175,6 +175,43 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_epoch(tiny, monke
     assert all(tensor.isfinite().all() for tensor in weights(folder).values() if tensor.is_floating_point())
 
 
+def out_of_cpu_memory():
+    torch.empty(2**50)
+
+
+def out_of_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("exhaust", [out_of_cpu_memory, out_of_gpu_memory])
+def test_out_of_memory_names_what_to_lower_and_keeps_the_finished_epochs(tiny, monkeypatch, exhaust):
+    real, calls = step.contrastive_loss, []
+
+    def contrastive_loss(*arguments, **options):
+        calls.append(1)
+        if len(calls) > STEPS:
+            exhaust()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    config = tiny(epochs=2)
+    with pytest.raises(ValueError, match=r"out of memory with 8 images .*--micro-batch-size .* to 4 or less") as error:
+        train(config, read(config), None)
+    folder = trainer.Path(config.runs_dir) / "run"
+    assert str(folder) in str(error.value) and len(read_log(folder)) == 1
+    assert all(tensor.isfinite().all() for tensor in weights(folder).values() if tensor.is_floating_point())
+
+
+def test_another_failure_is_not_taken_for_a_lack_of_memory(tiny, monkeypatch):
+    def contrastive_loss(*arguments, **options):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    config = tiny()
+    with pytest.raises(RuntimeError, match="something else"):
+        train(config, read(config), None)
+
+
 def test_a_batch_larger_than_the_training_set_is_refused_and_leaves_no_run(tiny):
     config = tiny(batch_size=23)
     with pytest.raises(ValueError, match=r"--batch-size 23 .*22 training images"):
