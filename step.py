@@ -16,7 +16,7 @@ from modules import CLIPModel
 from optimizer import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-LOSS_ENTRIES = 2**24  # cosines held at a time; a batch with more is scored by chunks of its captions
+LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
 
 
 class TrainingStep:
