@@ -60,7 +60,7 @@ class Config:
     seed: int = 0  # weights, order, crops and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is always float32
-    compile: bool = False  # torch.compile the image tower: faster steps after a minute's wait; needs a C++ compiler
+    compile: bool = False  # torch.compile the image tower: faster steps after a wait; needs a C++ compiler
     num_workers: int = -1  # processes that load photos; -1 chooses by the cores and the device
 
     def __post_init__(self):

@@ -29,16 +29,18 @@ class Flags:
     batch: tuple[int, ...] = (32, 256, 2048, 8192)  # images
     micro_batch_size: int = 32  # images in memory at a time
     image_encoder: str = "resnet50"  # a timm model
+    image_size: int = 224  # pixels
     device: str = "auto"
 
 
 def main(flags: Flags) -> None:
-    print(f"{flags.image_encoder} and a small DistilBERT, micro-batches of {flags.micro_batch_size}, {flags.device}")
+    what = f"{flags.image_encoder} at {flags.image_size} pixels and a small DistilBERT"
+    print(f"{what}, micro-batches of {flags.micro_batch_size}, device {flags.device}")
     print(f"{'batch':>8}  {'peak MB':>8}  {'embeddings MB':>14}  {'seconds per image':>18}")
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), max(flags.batch))
         for size in flags.batch:
-            words = [folder, size, flags.micro_batch_size, flags.image_encoder, flags.device]
+            words = [folder, size, flags.micro_batch_size, flags.image_encoder, flags.image_size, flags.device]
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training_step", "--measure", *map(str, words)]
             done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             print(
@@ -60,7 +62,9 @@ def write_photos(folder: Path, count: int) -> None:
     )
 
 
-def measure(folder: str, batch_size: str, micro_batch_size: str, image_encoder: str, device: str) -> dict:
+def measure(
+    folder: str, batch_size: str, micro_batch_size: str, image_encoder: str, image_size: str, device: str
+) -> dict:
     """Two steps of one batch: the first finds the peak, the second the time."""
     import torch
 
@@ -75,6 +79,7 @@ def measure(folder: str, batch_size: str, micro_batch_size: str, image_encoder: 
         batch_size=size,
         micro_batch_size=min(size, int(micro_batch_size)),
         image_encoder=image_encoder,
+        image_size=int(image_size),
         pretrained=False,
         num_workers=0,
         device=device,
@@ -85,7 +90,7 @@ def measure(folder: str, batch_size: str, micro_batch_size: str, image_encoder: 
     torch.manual_seed(0)
     model, tokenizer, _ = build_model(config, data)
     encoder = build_encoder(
-        model, tokenizer, image_size=224, max_tokens=64, device=device, precision="auto", num_workers=0
+        model, tokenizer, image_size=config.image_size, max_tokens=64, device=device, precision="auto", num_workers=0
     )
     batches, _ = build_batches(config, model, encoder, data)
     step = TrainingStep(config, model.train(), encoder, steps_per_epoch=1, micro_batches=batches.sampler.micro_batches)
