@@ -34,12 +34,19 @@ def top_k(queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int
         kth = _unpack(best[:, -1:])[0]
         rows = (~(scores.amax(1, keepdim=True) <= kth)).nonzero()[:, 0]
         if len(rows):
-            candidates = scores[rows]
-            # As wide as the most that enter: whatever topk picks among equals, none that enters is left out.
-            width = int((~(candidates <= kth[rows])).sum(1).max())
-            values, columns = candidates.topk(width, sorted=False)
-            best[rows] = torch.cat([best[rows], _pack(values, start + columns)], 1).topk(k, largest=False).values
+            entering = _entering(scores[rows], kth[rows], start)
+            best[rows] = torch.cat([best[rows], entering], 1).topk(k, largest=False).values
     return _unpack(best)
+
+
+def _entering(scores: Tensor, kth: Tensor, start: int) -> Tensor:
+    """Key the scores (R,C) that are not "<=" kth (R,1), those of a row side by side, padded by empty places."""
+    row, column = (~(scores <= kth)).nonzero(as_tuple=True)
+    counts = row.bincount(minlength=len(scores))
+    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
+    keys = torch.full((len(scores), int(counts.max())), torch.iinfo(torch.int64).max, device=row.device)
+    keys[row, place] = _pack(scores[row, column], start + column)
+    return keys
 
 
 def _chunks(gallery: Tensor | np.ndarray, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
