@@ -65,7 +65,7 @@ def write_photos(folder: Path, count: int) -> None:
 def measure(
     folder: str, batch_size: str, micro_batch_size: str, image_encoder: str, image_size: str, device: str
 ) -> dict:
-    """Two steps of one batch: the first finds the peak, the second the time."""
+    """One step of a large batch, which warms up as it goes; of a small one two, the second for the time."""
     import torch
 
     from build import build_batches, build_model
