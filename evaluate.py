@@ -1,4 +1,4 @@
-"""Measure a trained run: `python evaluate.py runs/NAME --split test`."""
+"""Measure a trained run: `python evaluate.py runs/NAME --split test`, or `--zero-shot FOLDER` of class folders."""
 
 import json
 from dataclasses import dataclass
@@ -14,10 +14,12 @@ from run_folder import METRICS, newest_finished_run, read_config, write_text
 
 @dataclass(frozen=True)
 class Flags:
-    """Recall@K, mAP@10 and median rank of a run, over the full pool of a split."""
+    """Recall@K, mAP@10 and median rank of a run over the full pool of a split, or how well it tells classes apart."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; without it the newest finished one
     split: Literal["train", "val", "test"] = "test"  # what to measure on
+    zero_shot: Path | None = None  # instead: a folder with a folder of photos per class, named like the class
+    templates: tuple[str, ...] = ()  # sentences a class is said in, with {} for its name, instead of the built-in ones
     data_dir: Path | None = None  # where the data set lies now, if it has moved since training
     runs_dir: Path = Path(Config.runs_dir)  # where runs are looked for
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
@@ -27,6 +29,8 @@ class Flags:
 def main() -> None:
     flags = cli.parse_flags(Flags)
     folder = cli.existing_folder(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
+    if flags.zero_shot is not None:
+        return measure_zero_shot(folder, flags)
     config = read_config(folder)
     data = cli.open_data(config, flags.data_dir)
     part = data.part(flags.split)
@@ -49,6 +53,32 @@ def measure(folder: Path, part, flags: Flags) -> dict:
     return retrieval_metrics(encoded.images, encoded.texts, encoded.caption_image_ids)
 
 
+def measure_zero_shot(folder: Path, flags: Flags) -> None:
+    """Print and store how often the right class is found, and draw which are taken for which."""
+    from encode import load_encoder
+    from plots import plot_confusion
+    from zero_shot import accuracy, class_folders, classify, confusion
+
+    labels, photos, truth = class_folders(flags.zero_shot.expanduser())
+    encoder, model = load_encoder(folder, device=flags.device, precision=flags.precision)
+    temperature = model.temperature.item()
+    chances, readable = classify(encoder, photos, labels, temperature=temperature, templates=flags.templates)
+    if not len(chances):
+        raise ValueError(f"none of the {len(photos):,} photos in {flags.zero_shot} could be read")
+    truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
+    print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
+    if not readable.all():
+        print(f"{(~readable).sum()} photos could not be read and are left out")
+    metrics = accuracy(chances, truth)
+    print("   ".join(f"{key} {value:.1f} %" for key, value in metrics.items()))
+    store(folder, f"zero-shot {name}", metrics)
+    picture = folder / f"zero-shot-{name}.png"
+    plot_confusion(
+        confusion(chances, truth), labels, f"{folder.name} on {name}, top-1 {metrics['top1']:.1f} %", picture
+    )
+    print(f"saved {folder / METRICS} and {picture}")
+
+
 def table(metrics: dict) -> str:
     """The metrics, a row per direction."""
     columns = ["R@1", "R@5", "R@10", "mAP@10", "medR"]
@@ -62,11 +92,16 @@ def save(folder: Path, split: str, metrics: dict) -> None:
     """Write the metrics beside those of other splits, and their bars."""
     from plots import plot_metrics
 
+    store(folder, split, metrics)
+    plot_metrics(metrics, f"{folder.name}, {split} split", folder / f"metrics-{split}.png")
+    print(f"saved {folder / METRICS} and {folder / f'metrics-{split}.png'}")
+
+
+def store(folder: Path, name: str, metrics: dict) -> None:
+    """Write the metrics into the run's metrics.json, beside what was measured before."""
     path = folder / METRICS
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    write_text(path, json.dumps(known | {split: metrics}, indent=2) + "\n")
-    plot_metrics(metrics, f"{folder.name}, {split} split", folder / f"metrics-{split}.png")
-    print(f"saved {path} and {folder / f'metrics-{split}.png'}")
+    write_text(path, json.dumps(known | {name: metrics}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,12 +3,17 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from run_folder import replace_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
+NAMED_CLASSES = 30  # with more, the names and counts of a confusion picture would be unreadable
 
 
 def plot_curves(history: Sequence[dict], path: Path) -> None:
@@ -71,6 +76,23 @@ def plot_captions(photo: Path, captions: Sequence[str], scores: Sequence[float],
     right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
     for axes in (left, right):
         axes.axis("off")
+    _save(figure, path)
+
+
+def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
+    """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
+    named, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure, axes = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), NAMED_CLASSES))] * 2)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set_title(title, fontsize=11)
+    axes.set(xlabel="taken for", ylabel="is")
+    if named:
+        names = [textwrap.shorten(label, 24, placeholder="…") for label in labels]
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for row, column in counts.nonzero().tolist():
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=colour)
     _save(figure, path)
 
 
