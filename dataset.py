@@ -59,7 +59,7 @@ def image_transform(size: int, *, min_crop: float = 1.0):
 
 
 class ImageFiles(Dataset):
-    """Photos for encoding: (3, H, W) uint8, or None where the file cannot be read."""
+    """Photos for encoding: (3, H, W) uint8, or in words why the file cannot be read."""
 
     def __init__(self, paths: Sequence[Path], *, image_size: int):
         self.paths, self.image_size = paths, image_size
@@ -68,11 +68,11 @@ class ImageFiles(Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> torch.Tensor | None:
+    def __getitem__(self, index: int) -> torch.Tensor | str:
         try:
             return _to_tensor(self.transform(image=load_image(self.paths[index], self.image_size))["image"])
-        except OSError:
-            return None
+        except OSError as error:
+            return str(error)
 
 
 class CLIPDataset(Dataset):

@@ -1,5 +1,6 @@
 """Embeddings on disk, as float16 rows that can be searched without being loaded: NumPy's .npy, memory-mapped."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,34 @@ import numpy as np
 def create_embeddings(path: str | Path, rows: int, dim: int) -> np.memmap:
     """A new file for (rows, dim) float16, mapped for writing; flush() puts it on disk."""
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
+
+
+def write_embeddings(path: str | Path, rows: np.ndarray) -> None:
+    """A new file of these rows, (N, D)."""
+    create_embeddings(path, *rows.shape)[:] = rows
+
+
+def append_embeddings(path: str | Path, start: int, rows: np.ndarray) -> None:
+    """Write rows (n, D) from row `start` on, the last of the file from then; earlier rows are not touched.
+
+    The header that counts them is written last: a write that is cut off leaves the file as it was.
+    """
+    with Path(path).open("r+b") as file:
+        np.lib.format.read_magic(file)
+        (held, dim), _, dtype = np.lib.format.read_array_header_1_0(file)
+        first = file.tell()
+        if not 0 <= start <= held or rows.shape[1:] != (dim,):
+            raise ValueError(f"rows {rows.shape} do not fit from row {start} of {path}, which holds {held} x {dim}")
+        header = io.BytesIO()  # NumPy leaves room in it for the count to grow
+        shape = (start + len(rows), dim)
+        np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        assert header.tell() == first
+        file.seek(first + start * dim * dtype.itemsize)
+        file.write(rows.astype(dtype).tobytes())
+        file.truncate()
+        file.flush()
+        file.seek(0)
+        file.write(header.getvalue())
 
 
 def open_embeddings(path: str | Path) -> np.memmap:

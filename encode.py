@@ -1,6 +1,6 @@
 """Photos and captions of a split to embeddings or features, without gradients and in bounded memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +61,17 @@ class Encoder:
         texts = self.captions([part.captions[m] for m in kept_captions], f"{name}: captions")
         return Encoded(images, texts, new_row[owner[kept_captions]], kept.nonzero().squeeze(1), kept_captions)
 
-    @torch.inference_mode()
     def images(self, paths: Sequence[Path], progress: str) -> tuple[Tensor, Tensor]:
         """Rows (N, F) of the readable photos in their order, float32 on the CPU, and which were readable, (paths,)."""
-        paths = paths[share(len(paths))]
+        batches = list(self.image_batches(paths[share(len(paths))], progress))
+        rows = [batch for batch, _ in batches if len(batch)]
+        readable = [reason is None for _, reasons in batches for reason in reasons]
+        everyone, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
+        return everyone, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
+
+    def image_batches(self, paths: Sequence[Path], progress: str) -> Iterator[tuple[Tensor, list[str | None]]]:
+        """Batch after batch of the photos: rows (b, F) of the readable ones as they come, float32 on the CPU, and for
+        each photo None or why it cannot be read."""
         loader = DataLoader(
             ImageFiles(paths, image_size=self.image_size),
             batch_size=IMAGE_BATCH,
@@ -72,14 +79,15 @@ class Encoder:
             collate_fn=_stack_readable,
             worker_init_fn=leave_interrupts_to_parent,
         )
-        rows, readable = [], []
-        for pixels, was_readable in _progress(loader, len(paths), progress, lambda batch: len(batch[1])):
-            readable.extend(was_readable)
-            if pixels is not None:
-                with autocast(self.device, self.precision):
-                    rows.append(self.encode_image(pixels.to(self.device)).float().cpu())
-        everyone, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
-        return everyone, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
+        for pixels, reasons in _progress(loader, len(paths), progress, lambda batch: len(batch[1])):
+            yield self._image_rows(pixels), reasons
+
+    @torch.inference_mode()
+    def _image_rows(self, pixels):
+        if pixels is None:
+            return torch.empty(0)
+        with autocast(self.device, self.precision):
+            return self.encode_image(pixels.to(self.device)).float().cpu()
 
     @torch.inference_mode()
     def captions(self, captions: Sequence[str], progress: str) -> Tensor:
@@ -137,8 +145,8 @@ def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder,
 
 
 def _stack_readable(items):
-    readable = [item is not None for item in items]
-    return (torch.stack([item for item in items if item is not None]) if any(readable) else None), readable
+    pixels = [item for item in items if isinstance(item, Tensor)]
+    return torch.stack(pixels) if pixels else None, [None if isinstance(item, Tensor) else item for item in items]
 
 
 def _progress(batches, total, description, size):

@@ -1,101 +1,165 @@
 """Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image photo.jpg` finds captions."""
 
-import re
+import json
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
 import cli
 from config import Config
-from run_folder import newest_finished_run, read_config
+from run_folder import newest_finished_run
 
-SLUG_LENGTH = 60
+PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Find the photos of a data set that fit a sentence, or the captions that fit a photo."""
+    """Find the photos that fit a sentence or resemble a photo, or the captions that fit."""
 
     query: Annotated[str | None, tyro.conf.Positional] = None  # a sentence: the photos that fit it are searched
-    image: Path | None = None  # a photo: the captions that fit it are searched
+    image: Path | None = None  # a photo; with a sentence beside it ("in snow"), photos like it in which that is so
+    queries: Path | None = None  # a text file with a sentence per line
+    gallery: Path | None = None  # search the photos in this folder and below, not those of the run's data set
+    find: Literal["photos", "captions"] | None = None  # default: photos, but captions for a photo without --gallery
     run: Path | None = None  # the run's folder; without it the newest finished one
     split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
     top_k: int = 8  # how many matches
-    out: Path | None = None  # the picture to write; without it, one per query in the run's folder
+    json: bool = False  # print a line of JSON per query, for other programs
+    out: Path | None = None  # the picture to write; without it, one query's matches are drawn in the run's folder
     data_dir: Path | None = None  # where the data set lies now, if it has moved since training
     runs_dir: Path = Path(Config.runs_dir)  # where runs are looked for
+    cache_dir: Path | None = None  # where embeddings are kept; without it, where the run keeps its own
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders
 
     def __post_init__(self):
-        if (self.query is None) == (self.image is None):
-            raise ValueError('give one of a sentence ("a dog in snow") and --image PHOTO')
+        if self.query is None and self.image is None and self.queries is None:
+            raise ValueError('give a sentence ("a dog in snow"), --image PHOTO, both, or --queries FILE')
+        if self.queries is not None and (self.query is not None or self.image is not None):
+            raise ValueError("--queries FILE stands alone: put the sentence into the file")
         if self.query is not None and not self.query.strip():
             raise ValueError("the sentence is empty")
+        if self.gallery is not None and self.find == "captions":
+            raise ValueError("a folder of photos has no captions: leave out --gallery or --find captions")
         if self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
-        if self.out is not None and self.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-            raise ValueError(f"--out must end in .png, .jpg, .pdf or .svg, got {self.out}")
+        if self.out is not None and self.out.suffix.lower() not in PICTURES:
+            raise ValueError(f"--out must end in {', '.join(PICTURES)}, got {self.out}")
+
+
+class Query(NamedTuple):
+    """A sentence, a photo, or both."""
+
+    sentence: str | None
+    image: Path | None
+
+    def __str__(self):
+        return " + ".join(str(part) for part in (self.image, self.sentence) if part is not None)
 
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
+    queries = read_queries(flags)
+    folder = cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
+    from search import Searcher, best_matches
+
+    searcher = Searcher(folder, device=flags.device, precision=flags.precision, cache_dir=flags.cache_dir)
+    # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
+    open_pool = pool_of_captions(flags, searcher) if finds_captions(flags) else pool_of_photos(flags, searcher)
+    embeddings = encode_queries(searcher, queries)
+    answers = best_matches(embeddings, *open_pool(), flags.top_k)
+    for query, matches in zip(queries, answers, strict=True):
+        print(as_json(query, matches) if flags.json else as_table(query, matches))
+    draw(flags, folder, queries, answers)
+
+
+def read_queries(flags: Flags) -> list[Query]:
+    """What is asked; a missing photo or an empty file is told at once."""
     if flags.image is not None and not flags.image.is_file():
         raise FileNotFoundError(f"no such photo: {flags.image} (--image)")
-    folder = cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
-    config = read_config(folder)
-    part = cli.open_data(config, flags.data_dir).part(flags.split)
-    from encode import load_encoder
-    from features import stored_features
-
-    encoder, model = load_encoder(folder, device=flags.device, precision=flags.precision)
-    gallery = stored_features(encoder, model, part, flags.split, cache_dir=config.cache_dir)
-    search = find_photos if flags.image is None else find_captions
-    search(flags, encoder, gallery, part, flags.out or default_picture(folder, flags))
-
-
-def find_photos(flags: Flags, encoder, gallery, part, picture: Path) -> None:
-    """Print and draw the photos that fit the sentence."""
-    from plots import plot_photos
-    from retrieval import top_k
-
-    query = encoder.captions([flags.query], "query")
-    scores, indices = top_k(query, gallery.images, flags.top_k)
-    photos = [part.paths[gallery.kept_images[row]] for row in indices[0]]
-    report(flags.query, scores[0].tolist(), photos)
-    plot_photos(flags.query, photos, scores[0].tolist(), picture)
-    print(f"picture: {picture}")
+    if flags.queries is None:
+        return [Query(flags.query, flags.image)]
+    if not flags.queries.is_file():
+        raise FileNotFoundError(f"no such file: {flags.queries} (--queries)")
+    lines = [line.strip() for line in flags.queries.read_text("utf-8-sig").splitlines()]
+    queries = [Query(line, None) for line in lines if line]
+    if not queries:
+        raise ValueError(f"{flags.queries} is empty: write a sentence per line")
+    return queries
 
 
-def find_captions(flags: Flags, encoder, gallery, part, picture: Path) -> None:
-    """Print and draw the captions that fit the photo."""
-    from dataset import load_image
-    from plots import plot_captions
-    from retrieval import top_k
-
-    load_image(flags.image, encoder.image_size)  # a broken photo says here what is wrong with it
-    query, _ = encoder.images([flags.image], "photo")
-    scores, indices = top_k(query, gallery.texts, flags.top_k)
-    captions = [part.captions[gallery.kept_captions[row]] for row in indices[0]]
-    report(str(flags.image), scores[0].tolist(), captions)
-    plot_captions(flags.image, captions, scores[0].tolist(), picture)
-    print(f"picture: {picture}")
+def finds_captions(flags: Flags) -> bool:
+    """A photo alone finds captions where there are any, everything else photos; --find says otherwise."""
+    photo_alone = flags.image is not None and flags.query is None and flags.gallery is None
+    return flags.find == "captions" or (flags.find is None and photo_alone)
 
 
-def report(query: str, scores: list[float], matches: list) -> None:
-    """The matches in the terminal: rank, cosine, and what it is."""
-    print(query)
-    for rank, (score, match) in enumerate(zip(scores, matches, strict=True), start=1):
-        print(f"{rank:>4}  {score:6.3f}  {match}")
+def pool_of_photos(flags: Flags, searcher) -> Callable:
+    """The photos to search, listed now; called, their embeddings (N, D) and paths."""
+    from gallery import find_photos, list_photos
+
+    if flags.gallery is not None:
+        photos = find_photos(flags.gallery.expanduser())
+    else:
+        data = cli.open_data(searcher.config, flags.data_dir)
+        photos = list_photos(f"{Path(data.name).name}-{flags.split}", data.image_root, data.part(flags.split).paths)
+
+    def opened():
+        gallery = searcher.gallery(photos)
+        return gallery.embeddings, gallery.paths
+
+    return opened
 
 
-def default_picture(folder: Path, flags: Flags) -> Path:
-    """A file of its own for each query, in the run's folder."""
-    name = flags.query if flags.image is None else flags.image.stem
-    slug = re.sub(r"\W+", "-", name)[:SLUG_LENGTH].strip("-")
-    return folder / "matches" / f"{slug or 'query'}.png"
+def pool_of_captions(flags: Flags, searcher) -> Callable:
+    """The captions to search; called, their embeddings (M, D) and themselves."""
+    captions = cli.open_data(searcher.config, flags.data_dir).part(flags.split).captions
+    return lambda: (searcher.captions(captions), captions)
+
+
+def encode_queries(searcher, queries: list[Query]):
+    """Embeddings (Q, D) of the queries; a sentence that is longer than the model reads is told of."""
+    from search import combine
+
+    sentences = [query.sentence for query in queries if query.sentence is not None]
+    for line in filter(None, map(searcher.too_long, sentences)):
+        print(line, file=sys.stderr)
+    sentence_emb = searcher.sentences(sentences) if sentences else None
+    return combine(sentence_emb, searcher.photos([queries[0].image]) if queries[0].image is not None else None)
+
+
+def as_table(query: Query, matches: list) -> str:
+    """The matches for the terminal: rank, cosine, and what it is."""
+    lines = [f"{rank:>4}  {match.score:6.3f}  {match.item}" for rank, match in enumerate(matches, start=1)]
+    return "\n".join([str(query), *lines])
+
+
+def as_json(query: Query, matches: list) -> str:
+    """The matches as one line of JSON."""
+    found = [
+        {"score": round(match.score, 6), "photo" if isinstance(match.item, Path) else "caption": str(match.item)}
+        for match in matches
+    ]
+    asked = {"query": query.sentence, "image": query.image and str(query.image)}
+    return json.dumps({name: value for name, value in asked.items() if value is not None} | {"matches": found})
+
+
+def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> None:
+    """Write the picture of the matches, where one was asked for or a single query was put by a person."""
+    if flags.out is None and (flags.json or len(queries) > 1):
+        return
+    from plots import plot_captions, plot_photos
+    from search import slug
+
+    name = queries[0].sentence or queries[0].image.stem
+    picture = flags.out or folder / "matches" / f"{slug(name) or 'query'}.png"
+    plot = plot_captions if finds_captions(flags) else plot_photos
+    plot([(str(query), query.image, found) for query, found in zip(queries, answers, strict=True)], picture)
+    print(f"picture: {picture}", file=sys.stderr if flags.json else sys.stdout)
 
 
 if __name__ == "__main__":

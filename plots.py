@@ -14,11 +14,12 @@ DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
 NAMED_CLASSES = 30  # with more, the names and counts of a confusion picture would be unreadable
+MOST_ROWS = 20  # queries in one picture
 
 
 def plot_curves(history: Sequence[dict], path: Path) -> None:
     """Loss and validation recall over the epochs of log.jsonl."""
-    figure, (loss_axes, recall_axes) = _figure(10, 4, columns=2)
+    figure, ((loss_axes, recall_axes),) = _figure(10, 4, columns=2)
     epochs = [record["epoch"] for record in history]
     for key, label in (("loss", "loss"), ("info_nce", "InfoNCE"), ("triplet", "triplet (before α)")):
         loss_axes.plot(epochs, [record[key] for record in history], label=label)
@@ -37,7 +38,7 @@ def plot_curves(history: Sequence[dict], path: Path) -> None:
 
 def plot_metrics(metrics: dict, title: str, path: Path) -> None:
     """Bars of R@K and mAP@10 in both directions."""
-    figure, axes = _figure(7, 4)
+    figure, ((axes,),) = _figure(7, 4)
     names = [key.removeprefix("i2t_") for key in metrics if key.startswith("i2t_") and not key.endswith("medR")]
     for offset, (way, label) in zip((-0.2, 0.2), DIRECTIONS.items(), strict=True):
         values = [metrics[f"{way}_{name}"] for name in names]
@@ -51,38 +52,72 @@ def plot_metrics(metrics: dict, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_photos(query: str, photos: Sequence[Path], scores: Sequence[float], path: Path) -> None:
-    """The photos that fit a sentence, best first, each with its score."""
-    columns = min(GRID_COLUMNS, len(photos))
-    rows = -(-len(photos) // columns)
+def plot_photos(answers: Sequence[tuple], path: Path) -> None:
+    """The photos that answer a query, best first, each with its score; of many queries a row for each.
+
+    answers: for each query its text, its photo or None, and its matches (score, path of a photo).
+    """
+    if len(answers) > 1:
+        return _plot_rows(answers[:MOST_ROWS], path)
+    ((text, asked, matches),) = answers
+    cells = [*([(f"{asked.name}:", asked)] if asked else []), *_titled(matches)]
+    columns = min(GRID_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
     figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)
+    _show(grid, cells)
+    figure.suptitle(textwrap.fill(text, 22 * columns), fontsize=13)
+    _save(figure, path)
+
+
+def _plot_rows(answers, path):
+    columns = 1 + max(len(matches) for *_, matches in answers)
+    figure, grid = _figure(1.9 * columns, 2.1 * len(answers), rows=len(answers), columns=columns)
+    for axes, (text, _, matches) in zip(grid, answers, strict=True):
+        axes[0].text(0.5, 0.5, textwrap.fill(text, 18), ha="center", va="center", fontsize=10)
+        axes[0].axis("off")
+        _show(axes[1:], _titled(matches, width=20))
+    _save(figure, path)
+
+
+def plot_captions(answers: Sequence[tuple], path: Path) -> None:
+    """Beside each query, a photo or a sentence, the captions that fit, best first. answers as for plot_photos."""
+    answers = answers[:MOST_ROWS]
+    longest = max(len(matches) for *_, matches in answers)
+    figure, grid = _figure(11, len(answers) * max(2.5, 0.55 * longest), rows=len(answers), columns=2)
+    for (left, right), (text, asked, matches) in zip(grid, answers, strict=True):
+        if asked is None:
+            left.text(0.5, 0.5, textwrap.fill(text, 40), ha="center", va="center", fontsize=13)
+        else:
+            left.imshow(_thumbnail(asked))
+        lines = [f"{match.score:.3f}  {textwrap.shorten(match.item, 130, placeholder='…')}" for match in matches]
+        lines = [textwrap.fill(line, 62, subsequent_indent=" " * 12) for line in lines]
+        right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
+        left.axis("off")
+        right.axis("off")
+    _save(figure, path)
+
+
+def _titled(matches, width=30):
+    """A title and a photo for each match."""
+    return [
+        (f"{rank}.  {match.score:.3f}\n{textwrap.shorten(match.item.name, width, placeholder='…')}", match.item)
+        for rank, match in enumerate(matches, start=1)
+    ]
+
+
+def _show(grid, cells):
+    """A photo with its title in each of the axes, as far as there are any."""
     for axes in grid.flat:
         axes.axis("off")
-    for rank, (axes, photo, score) in enumerate(zip(grid.flat, photos, scores, strict=False), start=1):
+    for axes, (title, photo) in zip(grid.flat, cells, strict=False):
         axes.imshow(_thumbnail(photo))
-        axes.set_title(f"{rank}.  {score:.3f}\n{textwrap.shorten(photo.name, 30, placeholder='…')}", fontsize=9)
-    figure.suptitle(textwrap.fill(query, 22 * columns), fontsize=13)
-    _save(figure, path)
-
-
-def plot_captions(photo: Path, captions: Sequence[str], scores: Sequence[float], path: Path) -> None:
-    """A photo, and beside it the captions that fit, best first."""
-    figure, (left, right) = _figure(11, 4.5, columns=2)
-    left.imshow(_thumbnail(photo))
-    lines = [
-        textwrap.fill(f"{score:.3f}  {caption}", 62, subsequent_indent=" " * 12)
-        for caption, score in zip(captions, scores, strict=True)
-    ]
-    right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
-    for axes in (left, right):
-        axes.axis("off")
-    _save(figure, path)
+        axes.set_title(title, fontsize=9)
 
 
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
     named, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
-    figure, axes = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), NAMED_CLASSES))] * 2)
+    figure, ((axes,),) = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), NAMED_CLASSES))] * 2)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="taken for", ylabel="is")
@@ -111,7 +146,7 @@ def _figure(width, height, *, rows=1, columns=1):
     # A caption or a file name may hold a dollar sign, which must not be read as a formula.
     plt.rcParams["text.parse_math"] = False
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes[0, 0] if rows == columns == 1 else axes.squeeze() if rows == 1 and columns == 2 else axes
+    return figure, axes
 
 
 def _save(figure, path):
