@@ -46,6 +46,8 @@ class Gallery(NamedTuple):
     broken: dict[str, str]  # name → why it cannot be read
     store: Path  # the folder on disk
 
+    version: str  # changes with what the gallery holds
+
     @property
     def paths(self) -> list[Path]:
         return [self.root / name for name in self.names]
@@ -101,7 +103,8 @@ def open_gallery(store: Path, photos: Photos, encode: Encode) -> Gallery:
             name, reason = next(iter(broken.items()))
             raise ValueError(f"none of the {len(broken):,} photos in {photos.root} could be read: {name}: {reason}")
         names = [line[0] for line in lines if len(line) == 3]
-        return Gallery(photos.root, names, open_embeddings(store / f"{number}.npy")[: len(names)], broken, store)
+        rows = open_embeddings(store / f"{number}.npy")[: len(names)]
+        return Gallery(photos.root, names, rows, broken, store, f"{number}-{len(names)}")
 
 
 def _add(base, lines, new, stamps, encode):
@@ -135,9 +138,10 @@ def _read(store):
     table, rows_file = store / f"{numbers[0]}.jsonl", store / f"{numbers[0]}.npy"
     try:
         rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
-    except ValueError:  # damaged: encoded anew
-        rows = 0
-        rows_file.unlink()
+    except ValueError:  # damaged: encoded anew, and what was made of it is void
+        for path in store.glob("*.*"):
+            path.unlink()
+        return 1, []
     return numbers[0], _whole_lines(table, rows)
 
 

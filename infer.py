@@ -1,6 +1,7 @@
 """Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image photo.jpg` finds captions."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Flags:
     run: Path | None = None  # the run's folder; without it the newest finished one
     split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
     top_k: int = 8  # how many matches
+    index: str | None = None  # for large galleries: "faiss", "milvus", a file FILE.db, or a cluster's http address
     json: bool = False  # print a line of JSON per query, for other programs
     out: Path | None = None  # the picture to write; without it, one query's matches are drawn in the run's folder
     data_dir: Path | None = None  # where the data set lies now, if it has moved since training
@@ -45,6 +47,12 @@ class Flags:
             raise ValueError("the sentence is empty")
         if self.gallery is not None and self.find == "captions":
             raise ValueError("a folder of photos has no captions: leave out --gallery or --find captions")
+        if self.index is not None and not re.fullmatch(r"faiss|milvus|.+\.db|https?://.+", self.index):
+            raise ValueError(
+                f"--index must be faiss, milvus, a file ending in .db or an http address, got {self.index}"
+            )
+        if self.index is not None and finds_captions(self):
+            raise ValueError("--index is for photos: add --find photos")
         if self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         if self.out is not None and self.out.suffix.lower() not in PICTURES:
@@ -65,13 +73,12 @@ def main() -> None:
     flags = cli.parse_flags(Flags)
     queries = read_queries(flags)
     folder = cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
-    from search import Searcher, best_matches
+    from search import Searcher
 
     searcher = Searcher(folder, device=flags.device, precision=flags.precision, cache_dir=flags.cache_dir)
     # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
-    open_pool = pool_of_captions(flags, searcher) if finds_captions(flags) else pool_of_photos(flags, searcher)
-    embeddings = encode_queries(searcher, queries)
-    answers = best_matches(embeddings, *open_pool(), flags.top_k)
+    search = among_captions(flags, searcher) if finds_captions(flags) else among_photos(flags, searcher)
+    answers = search(encode_queries(searcher, queries))
     for query, matches in zip(queries, answers, strict=True):
         print(as_json(query, matches) if flags.json else as_table(query, matches))
     draw(flags, folder, queries, answers)
@@ -98,27 +105,25 @@ def finds_captions(flags: Flags) -> bool:
     return flags.find == "captions" or (flags.find is None and photo_alone)
 
 
-def pool_of_photos(flags: Flags, searcher) -> Callable:
-    """The photos to search, listed now; called, their embeddings (N, D) and paths."""
+def among_photos(flags: Flags, searcher) -> Callable:
+    """List the photos to search; the function that is returned finds matches among them for queries (Q, D)."""
     from gallery import find_photos, list_photos
+    from search import nearest_photos
 
     if flags.gallery is not None:
         photos = find_photos(flags.gallery.expanduser())
     else:
         data = cli.open_data(searcher.config, flags.data_dir)
         photos = list_photos(f"{Path(data.name).name}-{flags.split}", data.image_root, data.part(flags.split).paths)
-
-    def opened():
-        gallery = searcher.gallery(photos)
-        return gallery.embeddings, gallery.paths
-
-    return opened
+    return lambda queries: nearest_photos(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
-def pool_of_captions(flags: Flags, searcher) -> Callable:
-    """The captions to search; called, their embeddings (M, D) and themselves."""
+def among_captions(flags: Flags, searcher) -> Callable:
+    """Read the captions to search; the function that is returned finds matches among them for queries (Q, D)."""
+    from search import nearest_captions
+
     captions = cli.open_data(searcher.config, flags.data_dir).part(flags.split).captions
-    return lambda: (searcher.captions(captions), captions)
+    return lambda queries: nearest_captions(queries, searcher.captions(captions), captions, flags.top_k)
 
 
 def encode_queries(searcher, queries: list[Query]):

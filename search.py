@@ -70,8 +70,10 @@ class Searcher:
 
     def gallery(self, photos: Photos) -> Gallery:
         """The gallery of these photos; those that it does not hold yet are encoded."""
-        store = self.store / self._name(photos.name, str(photos.root.resolve()))
-        gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names))
+        store, notes = self.store / self._name(photos.name, str(photos.root.resolve())), []
+        gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, notes))
+        if notes:
+            print(*notes, file=sys.stderr)
         if gallery.broken:
             from readers import few
 
@@ -88,13 +90,13 @@ class Searcher:
                 replace_file(path, lambda unfinished: write_embeddings(unfinished, rows))
         return open_embeddings(path)
 
-    def _encode(self, root, names) -> Iterator[tuple[np.ndarray, list[str | None]]]:
+    def _encode(self, root, names, notes) -> Iterator[tuple[np.ndarray, list[str | None]]]:
         left, started = iter(names), time.perf_counter()
         for rows, reasons in self.encoder.image_batches([root / name for name in names], "photos"):
             named = zip(reasons, left, strict=False)
             yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in named]
         seconds = time.perf_counter() - started
-        print(f"{len(names):,} photos encoded in {seconds:.0f} s, {len(names) / seconds:.0f} a second", file=sys.stderr)
+        notes.append(f"{len(names):,} photos encoded in {seconds:.0f} s, {len(names) / seconds:.0f} a second")
 
     def _name(self, name, *parts):
         """A file name that differs for other weights and other parts."""
@@ -111,11 +113,26 @@ def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tenso
     return F.normalize(sentence_emb + photo_emb, dim=-1)
 
 
-def best_matches(queries: "Tensor", rows: np.ndarray, items: Sequence[Path | str], k: int) -> list[list[Match]]:
-    """For each query (Q, D) the k items with the nearest rows (N, D), best first; every row is compared."""
+def nearest_captions(queries: "Tensor", rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
+    """For each query (Q, D) the k captions with the nearest rows (M, D), best first."""
     from retrieval import top_k
 
-    scores, indices = top_k(queries, rows, k)
+    return _matches(*top_k(queries, rows, k), captions)
+
+
+def nearest_photos(queries: "Tensor", gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
+    """For each query (Q, D) the k nearest photos of the gallery, best first; every one is compared, unless an index
+    (index.py) is named."""
+    if index is not None:
+        from index import search_index
+
+        return _matches(*search_index(index, gallery, queries, k), gallery.paths)
+    from retrieval import top_k
+
+    return _matches(*top_k(queries, gallery.embeddings, k), gallery.paths)
+
+
+def _matches(scores, indices, items):
     found = zip(scores.tolist(), indices.tolist(), strict=True)
     return [[Match(score, items[row]) for score, row in zip(*pair, strict=True)] for pair in found]
 

@@ -14,7 +14,7 @@ from PIL import Image
 import search
 from encode import load_encoder
 from gallery import find_photos
-from search import best_matches, combine, weights_key
+from search import combine, nearest_captions, weights_key
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
 PHOTO = "holiday/Images/photo_03.png"
@@ -217,7 +217,7 @@ def test_a_run_that_was_copied_finds_its_galleries(place, encoded):
 
 def test_ties_and_k_beyond_the_gallery_are_the_searchs_own(place):
     rows = np.eye(3, dtype=np.float16)[[0, 1, 0]]
-    (matches,) = best_matches(torch.eye(3)[:1], rows, ["a", "b", "c"], 9)
+    (matches,) = nearest_captions(torch.eye(3)[:1], rows, ["a", "b", "c"], 9)
     assert [match.item for match in matches] == ["a", "c", "b"]
 
 

@@ -1,0 +1,93 @@
+"""Engines for large galleries find what exact search finds, and follow the gallery."""
+
+import numpy as np
+import pytest
+import torch
+
+from embeddings import create_embeddings, open_embeddings
+from gallery import Gallery
+from index import search_index
+from retrieval import top_k
+
+DIM = 16
+
+
+def gallery_of(folder, seeds, version):
+    """Photos whose embeddings their numbers determine."""
+    rows = np.stack([np.random.default_rng(seed).standard_normal(DIM, np.float32) for seed in seeds])
+    folder.mkdir(exist_ok=True)
+    create_embeddings(folder / f"{version}.npy", *rows.shape)[:] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    names = [f"{seed}/été {seed}.jpg" for seed in seeds]
+    return Gallery(folder, names, open_embeddings(folder / f"{version}.npy"), {}, folder, str(version))
+
+
+@pytest.fixture
+def queries():
+    return torch.nn.functional.normalize(torch.randn(20, DIM, generator=torch.Generator().manual_seed(0)))
+
+
+def test_milvus_lite_and_exact_search_give_the_same_top_10(tmp_path, queries):
+    pytest.importorskip("milvus_lite")
+    gallery = gallery_of(tmp_path / "photos-00ff", range(500), 1)
+    scores, rows = top_k(queries, gallery.embeddings, 10)
+    found_scores, found = search_index(str(tmp_path / "x.db"), gallery, queries, 10)
+    assert torch.equal(found, rows)
+    torch.testing.assert_close(found_scores, scores, atol=1e-5, rtol=0)
+
+
+def test_milvus_follows_the_gallery(tmp_path, queries, capsys):
+    pytest.importorskip("milvus_lite")
+    for version, seeds in enumerate((range(50), range(50), [*range(10, 50), *range(100, 105)])):
+        gallery = gallery_of(tmp_path / "photos-00ff", seeds, max(1, version))
+        _, found = search_index("milvus", gallery, queries, 99)
+        assert torch.equal(found, top_k(queries, gallery.embeddings, 99)[1])
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and "50 photos added, 0 taken out" in told[0] and "5 photos added, 10 taken out" in told[1]
+
+
+def test_two_galleries_share_a_milvus_file(tmp_path, queries):
+    pytest.importorskip("milvus_lite")
+    for folder, seeds in (("a-00ff", range(30)), ("b-ff00", range(30, 70)), ("a-00ff", range(30))):
+        gallery = gallery_of(tmp_path / folder, seeds, 1)
+        _, found = search_index(str(tmp_path / "x.db"), gallery, queries, 5)
+        assert torch.equal(found, top_k(queries, gallery.embeddings, 5)[1])
+
+
+def test_a_cluster_that_does_not_answer_is_one_line(tmp_path, queries, monkeypatch):
+    pytest.importorskip("pymilvus")
+    monkeypatch.setattr("index.TIMEOUT", 1)
+    with pytest.raises(ConnectionError, match=r"Milvus at http://127\.0\.0\.1:9"):
+        search_index("http://127.0.0.1:9", gallery_of(tmp_path / "a-00ff", range(5), 1), queries, 3)
+
+
+@pytest.mark.parametrize("photos", [3, 2000])
+def test_faiss_finds_what_exact_search_finds_up_to_the_recall_it_prints(tmp_path, queries, capsys, photos):
+    pytest.importorskip("faiss")
+    gallery = gallery_of(tmp_path / "photos-00ff", range(photos), 1)
+    exact_scores, exact = top_k(queries, gallery.embeddings, 10)
+    scores, found = search_index("faiss", gallery, queries, 10)
+    told = capsys.readouterr().err
+    recall = float(told.partition("FAISS: ")[2].partition("%")[0])
+    shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
+    assert recall >= 99 and shared > 0.9 and found.shape == exact.shape
+    torch.testing.assert_close(scores[:, 0], exact_scores[:, 0], atol=0.05, rtol=0)
+
+
+def test_faiss_is_built_once_and_anew_when_the_gallery_changes(tmp_path, queries, monkeypatch):
+    pytest.importorskip("faiss")
+    import index
+
+    built, real = [], index._build_faiss
+    monkeypatch.setattr(index, "_build_faiss", lambda *words: (built.append(words), real(*words)))
+    for version, seeds in ((1, range(50)), (1, range(50)), (2, range(40))):
+        gallery = gallery_of(tmp_path / "photos-00ff", seeds, version)
+        _, found = search_index("faiss", gallery, queries, 3)
+        assert torch.equal(found[:, :1], top_k(queries, gallery.embeddings, 1)[1])
+    assert len(built) == 2
+    assert sorted(path.name for path in gallery.store.glob("faiss*")) == ["faiss-2.index", "faiss-2.json"]
+
+
+def test_a_missing_library_says_what_to_install(tmp_path, queries, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ValueError, match=r"--index needs faiss-cpu: pip install faiss-cpu"):
+        search_index("faiss", gallery_of(tmp_path / "a-00ff", range(5), 1), queries, 3)
