@@ -6,8 +6,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 import processes
+from batches import EpochSampler, TrainingBatches
 from config import Config
-from dataset import CLIPDataset, EpochSampler, TrainingBatches, mirror_caption
+from dataset import CLIPDataset, mirror_caption
 from encode import Encoded, Encoder
 from features import FeatureBatches, stored_features
 from modules import CLIPModel

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from batches import leave_interrupts_to_parent
 from checkpoint import load_run
-from dataset import ImageFiles, leave_interrupts_to_parent
+from dataset import ImageFiles
 from device import autocast, pick_device, pick_precision, pick_workers
 from modules import CLIPModel
 from processes import gather_rows, rank, share
@@ -145,8 +146,9 @@ def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder,
 
 
 def _stack_readable(items):
-    pixels = [item for item in items if isinstance(item, Tensor)]
-    return torch.stack(pixels) if pixels else None, [None if isinstance(item, Tensor) else item for item in items]
+    pixels = [item for item in items if not isinstance(item, str)]
+    reasons = [item if isinstance(item, str) else None for item in items]
+    return torch.from_numpy(np.stack(pixels)) if pixels else None, reasons
 
 
 def _progress(batches, total, description, size):

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dataset import EpochSampler, Passes, choose_captions
+from batches import EpochSampler, Passes
+from dataset import choose_captions
 from encode import Encoded, Encoder
 from processes import gather_lists, rank
 from readers import Part

@@ -132,7 +132,7 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
 
 
 def _thumbnail(photo):
-    from dataset import load_image
+    from photos import load_image
 
     return load_image(photo, 256)
 

@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 
 import processes
+from batches import Passes
 from chunked_losses import chunked_contrastive_loss
 from config import Config
-from dataset import Passes
 from encode import Encoder
 from gradcache import cached_backward
 from losses import LossTerms, contrastive_loss

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from batches import Passes
 from build import build_batches, build_model, describe_model
 from checkpoint import load_run, load_state, save_state, split_frozen
 from config import Config
-from dataset import Passes
 from device import pick_device
 from encode import Encoder, build_encoder
 from modules import CLIPModel

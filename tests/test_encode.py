@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_model, write_photos
 
-from dataset import EpochSampler
+from batches import EpochSampler
 from device import pick_device, pick_precision, pick_workers
 from encode import CAPTION_BATCH, Encoded, build_encoder
 from features import FeatureBatches, stored_features
