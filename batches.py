@@ -44,7 +44,7 @@ class TrainingBatches:
     def __init__(
         self, dataset: CLIPDataset, sampler: "EpochSampler", *, pad_id: int, num_workers: int, pin_memory: bool
     ):
-        pixels = 3 * dataset.image_size**2 * sampler.own_images  # bytes of a batch
+        pixels = 3 * dataset.view.size**2 * sampler.own_images  # bytes of a batch
         self.sampler, self.reread = sampler, sampler.micro_batches > 1 and pixels > HELD_BYTES
         self.loader = DataLoader(
             dataset,

@@ -9,38 +9,77 @@ import processes
 from batches import EpochSampler, TrainingBatches
 from config import Config
 from dataset import CLIPDataset, mirror_caption
-from encode import Encoded, Encoder
+from encode import Encoded, Encoder, build_encoder
 from features import FeatureBatches, stored_features
 from modules import CLIPModel
+from pairs import build_pair
 from readers import CaptionData, Part
 from tokenizer import tokenize
 from towers import build_image_encoder, build_text_encoder
 
 
 def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTrainedTokenizerBase, dict]:
-    """The model of a configuration, its tokenizer, and the specification of its image tower."""
+    """The model of a configuration, its tokenizer, and the specification of its image tower, or of its pair."""
+    if config.model is not None:
+        pair = build_pair(config.model, image_size=config.image_size)
+        model = _joined(config, pair.image_encoder, pair.text_encoder, temperature=pair.temperature)
+        return model, pair.tokenizer, pair.specification
     image_encoder, specification = build_image_encoder(
         config.image_encoder,
         pretrained=config.pretrained,
         fold_batch_norm=config.fold_batch_norm,
-        frozen=config.freeze_image,
+        frozen=False,
+        pooling=config.image_pooling,
+        image_size=config.image_size,
     )
     text_encoder, tokenizer = build_text_encoder(
         config.text_encoder,
         captions=data.part("train").captions,
         pretrained=config.pretrained,
         pooling=config.text_pooling,
-        frozen=config.freeze_text,
+        frozen=False,
     )
+    return _joined(config, image_encoder, text_encoder, temperature=config.temperature), tokenizer, specification
+
+
+def pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: str) -> tuple[Encoder, CLIPModel]:
+    """The Encoder of a pretrained pair as it is, without a run, and its model; name as for `--model`."""
+    pair = build_pair(name, image_size=None)
+    model = CLIPModel(
+        pair.image_encoder,
+        pair.text_encoder,
+        embed_dim=pair.image_encoder.dim,
+        dropout=0.0,
+        temperature=pair.temperature,
+        image_head="none",
+        text_head="none",
+    ).eval()
+    encoder = build_encoder(
+        model, pair.tokenizer, max_tokens=max_tokens, device=device, precision=precision, num_workers=-1
+    )
+    return encoder, model
+
+
+def apply_settings(config: Config, model: CLIPModel) -> None:
+    """What of a configuration concerns training alone: what is frozen, and what drops."""
+    model.image_encoder.freeze(config.freeze_image)
+    model.text_encoder.freeze(config.freeze_text)
+    model.set_dropout(config.dropout, config.image_feature_dropout)
+
+
+def _joined(config, image_encoder, text_encoder, *, temperature):
+    image_head, text_head = config.heads
     model = CLIPModel(
         image_encoder,
         text_encoder,
         embed_dim=config.embed_dim,
         dropout=config.dropout,
-        temperature=config.temperature,
-        image_feature_dropout=config.image_feature_dropout,
+        temperature=temperature,
+        image_head=image_head,
+        text_head=text_head,
     )
-    return model, tokenizer, specification
+    apply_settings(config, model)
+    return model
 
 
 def describe_model(model: CLIPModel) -> str:
@@ -56,7 +95,7 @@ def build_batches(
 ) -> tuple[FeatureBatches | TrainingBatches, Encoded | Part]:
     """The training batches, and the validation part; both as stored features where both towers are frozen."""
     train, val = data.part("train"), data.part("val")
-    if config.freeze_image and config.freeze_text:
+    if config.on_features:
         return _feature_batches(config, model, encoder, train, val)
     return _photo_batches(config, encoder, train), val
 
@@ -86,14 +125,14 @@ def _feature_batches(config, model, encoder, train, val):
 
 def _photo_batches(config, encoder, part):
     token_ids, mirrored_ids = (
-        tokenize(encoder.tokenizer, captions, max_tokens=config.max_tokens)
+        tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens)
         for captions in (part.captions, [mirror_caption(caption) for caption in part.captions])
     )
     photos = CLIPDataset(
         part,
         token_ids,
         mirrored_ids,
-        image_size=config.image_size,
+        view=encoder.view,
         captions_per_image=config.captions_per_image,
         augment=config.augment,
         min_crop=config.min_crop,

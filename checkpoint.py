@@ -47,7 +47,10 @@ def load_state(path: Path) -> dict:
 
 def split_frozen(model: CLIPModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The model's tensors, those that training changes and those of frozen towers, which are written only once."""
-    towers = {"image_encoder.": model.image_encoder.frozen, "text_encoder.": model.text_encoder.frozen}
+    towers = {
+        "image_encoder.backbone.": model.image_encoder.frozen,
+        "text_encoder.backbone.": model.text_encoder.frozen,
+    }
     frozen_prefixes = tuple(prefix for prefix, is_frozen in towers.items() if is_frozen)
     state = model.state_dict()
     frozen = {key: tensor for key, tensor in state.items() if frozen_prefixes and key.startswith(frozen_prefixes)}
@@ -83,11 +86,20 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     if not (folder / checkpoint).is_file():
         raise FileNotFoundError(f"{folder} has no {checkpoint}: its training did not finish an epoch; start it anew")
     try:
-        image_encoder, text_encoder, tokenizer = load_towers(folder / TOWERS, pooling=config.text_pooling)
+        image_encoder, text_encoder, tokenizer = load_towers(
+            folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling
+        )
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {error}") from None
+    image_head, text_head = config.heads
     model = CLIPModel(
-        image_encoder, text_encoder, embed_dim=config.embed_dim, dropout=config.dropout, temperature=config.temperature
+        image_encoder,
+        text_encoder,
+        embed_dim=config.embed_dim,
+        dropout=config.dropout,
+        temperature=config.temperature,
+        image_head=image_head,
+        text_head=text_head,
     )
     state = load_state(folder / checkpoint)
     if "model" not in state:

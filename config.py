@@ -16,20 +16,24 @@ class Config:
     dataset: str = "sample"  # "sample" (rendered scenes), "flickr8k", or a folder with images and a caption file
     data_dir: str | None = None  # where the data set lies; without it flickr8k is downloaded with kagglehub
     split_seed: int = 0  # which images are held out where the data set brings no split lists
-    image_size: int = 224  # pixels; photos are resized to a square
+    image_size: int | None = None  # pixels; None is what the image tower was trained with (ResNet50: 224)
     captions_per_image: int = 5  # captions that come along with each image of a batch
     max_tokens: int = 64  # a longer caption is cut
     augment: bool = True  # random crops and mirror images ("left" and "right" are swapped in the caption)
     min_crop: float = 0.6  # smallest part of a photo's area that a random crop keeps; 1 never crops
 
     # Model
+    model: str | None = None  # instead of two towers a pretrained pair: CLIP, SigLIP, Chinese-CLIP ...; name or folder
     image_encoder: str = "resnet50"  # a timm model, or a folder or file with its weights
     text_encoder: str = "distilbert-base-uncased"  # a transformers text model, or a folder with its weights
     pretrained: bool = True  # False: random weights; the text tower is then a small DistilBERT with its own vocabulary
     freeze_image: bool = False  # keep the image tower as it is
     freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
     fold_batch_norm: bool = True  # pretrained only: fixed batch norm statistics, absorbed by the convolutions (faster)
-    text_pooling: Literal["mean", "cls"] = "mean"  # "mean" over a caption's tokens, or its first token
+    image_pooling: Literal["own", "mean", "max", "gpo"] = "own"  # of the photo's regions; "gpo" learns how
+    text_pooling: Literal["mean", "cls", "max", "gpo"] = "mean"  # of the caption's tokens; "cls" takes the first
+    image_head: Literal["auto", "residual", "linear", "adaptor", "none"] = "auto"  # "residual"; of a pair "none"
+    text_head: Literal["auto", "residual", "linear", "adaptor", "none"] = "auto"  # ... "none" keeps the tower's space
     embed_dim: int = 512  # dimensions of the space that photos and captions share
     dropout: float = 0.1  # in the projection heads
     image_feature_dropout: float = 0.0  # of the image tower's features, before their head; helps a frozen tower
@@ -65,7 +69,7 @@ class Config:
 
     def __post_init__(self):
         _require(self, "at least 1", lambda v: v >= 1, "captions_per_image", "epochs", "batch_size", "embed_dim")
-        _require(self, "at least 16", lambda v: v >= 16, "image_size")
+        _require(self, "at least 16", lambda v: v is None or v >= 16, "image_size")
         _require(self, "at least 3", lambda v: v >= 3, "max_tokens")  # [CLS], a word, [SEP]
         _require(self, "at least -1", lambda v: v >= -1, "num_workers")
         _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed")
@@ -96,14 +100,29 @@ class Config:
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
+    @property
+    def heads(self) -> tuple[str, str]:
+        """The kinds of the image head and the text head."""
+        own = "residual" if self.model is None else "none"
+        return tuple(own if head == "auto" else head for head in (self.image_head, self.text_head))
+
+    @property
+    def on_features(self) -> bool:
+        """Whether all that trains stands behind frozen towers: training then runs on stored features."""
+        return self.freeze_image and self.freeze_text and "gpo" not in (self.image_pooling, self.text_pooling)
+
 
 # What a run that starts from another takes over from it.
 MODEL_FIELDS = (
+    "model",
     "image_encoder",
     "text_encoder",
     "pretrained",
     "fold_batch_norm",
+    "image_pooling",
     "text_pooling",
+    "image_head",
+    "text_head",
     "embed_dim",
     "image_size",
 )
@@ -125,9 +144,14 @@ PRESETS = {
 }
 
 
-def default_config(dataset: str) -> Config:
-    """The configuration of a data set before any flag: Config's defaults and the data set's preset."""
-    return Config(dataset=dataset, **PRESETS.get(dataset, {}))
+# What suits a pretrained pair: it has learned the task already, and large steps make it forget.
+PAIR_PRESET = {"lr_image": 5e-6, "lr_text": 5e-6}
+
+
+def default_config(dataset: str, model: str | None = None) -> Config:
+    """The configuration before any flag: Config's defaults and the preset of the data set, or of a pretrained pair."""
+    preset = PRESETS.get(dataset, {}) if model is None else PAIR_PRESET
+    return Config(dataset=dataset, model=model, **preset)
 
 
 def _require(config, bounds, holds, *names):

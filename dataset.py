@@ -8,6 +8,7 @@ import numpy as np
 
 from photos import image_transform, load_image
 from readers import Part, read_captions
+from view import View
 
 __all__ = ["CLIPDataset", "ImageFiles", "choose_captions", "mirror_caption", "read_captions"]
 
@@ -23,16 +24,15 @@ def mirror_caption(caption: str) -> str:
 class ImageFiles:
     """Photos for encoding: (3, H, W) uint8, or in words why the file cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], *, image_size: int):
-        self.paths, self.image_size = paths, image_size
-        self.transform = image_transform(image_size)
+    def __init__(self, paths: Sequence[Path], *, view: View):
+        self.paths, self.view = paths, view
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
-            return _channels_first(self.transform(image=load_image(self.paths[index], self.image_size))["image"])
+            return _channels_first(self.view(load_image(self.paths[index], self.view.draft_size)))
         except OSError as error:
             return str(error)
 
@@ -51,7 +51,7 @@ class CLIPDataset:
         token_ids: Sequence[np.ndarray],
         mirrored_ids: Sequence[np.ndarray],
         *,
-        image_size: int,
+        view: View,
         captions_per_image: int,
         augment: bool,
         min_crop: float,
@@ -59,9 +59,9 @@ class CLIPDataset:
     ):
         self.paths, self.token_ids, self.mirrored_ids = part.paths, token_ids, mirrored_ids
         self.first_caption = np.searchsorted(part.caption_image_ids, np.arange(len(part.paths) + 1))
-        self.image_size, self.captions_per_image = image_size, captions_per_image
+        self.view, self.captions_per_image = view, captions_per_image
         self.augment, self.seed = augment, seed
-        self.transform = image_transform(image_size, min_crop=min_crop if augment else 1.0)
+        self.random_crop = image_transform(view.size, min_crop=min_crop) if augment and min_crop < 1 else None
 
     def __len__(self):
         return len(self.paths)
@@ -71,11 +71,15 @@ class CLIPDataset:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         try:
-            image = load_image(self.paths[index], self.image_size)
+            image = load_image(self.paths[index], self.view.draft_size)
         except OSError as error:
             return {"unreadable": str(error)}
-        self.transform.set_random_seed(int(rng.integers(2**31)))
-        image = self.transform(image=image)["image"]
+        crop_seed = int(rng.integers(2**31))
+        if self.random_crop is None:
+            image = self.view(image)
+        else:
+            self.random_crop.set_random_seed(crop_seed)
+            image = self.random_crop(image=image)["image"]
         mirrored = self.augment and rng.random() < 0.5
         captions = self.mirrored_ids if mirrored else self.token_ids
         chosen = choose_captions(rng, self.first_caption, index, self.captions_per_image)

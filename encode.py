@@ -19,6 +19,7 @@ from modules import CLIPModel
 from processes import gather_rows, rank, share
 from readers import Part, few
 from tokenizer import pad, tokenize
+from view import View
 
 IMAGE_BATCH = 64
 CAPTION_BATCH = 256
@@ -42,11 +43,16 @@ class Encoder:
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor, Tensor], Tensor]
     tokenizer: PreTrainedTokenizerBase
-    image_size: int
+    view: View
     max_tokens: int
     device: torch.device
     precision: torch.dtype
     num_workers: int
+
+    @property
+    def image_size(self) -> int:
+        """The side of the square that a photo becomes, in pixels."""
+        return self.view.size
 
     def part(self, part: Part, name: str) -> Encoded:
         """Encode a split, each process its share; unreadable photos are named and left out with their captions."""
@@ -74,7 +80,7 @@ class Encoder:
         """Batch after batch of the photos: rows (b, F) of the readable ones as they come, float32 on the CPU, and for
         each photo None or why it cannot be read."""
         loader = DataLoader(
-            ImageFiles(paths, image_size=self.image_size),
+            ImageFiles(paths, view=self.view),
             batch_size=IMAGE_BATCH,
             num_workers=min(self.num_workers, -(-len(paths) // IMAGE_BATCH)),
             collate_fn=_stack_readable,
@@ -109,21 +115,24 @@ def build_encoder(
     model: CLIPModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    image_size: int,
+    image_size: int | None = None,
     max_tokens: int,
     device: str,
     precision: str,
     num_workers: int,
 ) -> Encoder:
-    """The Encoder of a model, which moves to the device; device, precision and num_workers may be "auto" and -1."""
+    """The Encoder of a model, which moves to the device; device, precision and num_workers may be "auto" and -1.
+
+    image_size None is the model's own. A text tower that takes fewer than max_tokens sets the limit.
+    """
     chosen = pick_device(device)
     model.to(chosen)
     return Encoder(
         encode_image=model.encode_image,
         encode_text=model.encode_text,
         tokenizer=tokenizer,
-        image_size=image_size,
-        max_tokens=max_tokens,
+        view=model.image_encoder.view.resized(image_size),
+        max_tokens=min(max_tokens, model.text_encoder.max_tokens or max_tokens),
         device=chosen,
         precision=pick_precision(precision, chosen),
         num_workers=pick_workers(num_workers, chosen),

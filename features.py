@@ -48,7 +48,7 @@ def _fingerprint(encoder, towers, part):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     settings = (
-        encoder.image_size,
+        encoder.view,
         encoder.max_tokens,
         encoder.precision,
         str(towers),

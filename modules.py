@@ -1,43 +1,80 @@
-"""The dual encoder: an image tower, a text tower, and a projection head on each into one space."""
+"""The dual encoder: an image tower, a text tower, and a head on each into one space."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pooling import GeneralisedPooling, pool, regions
+from view import View
+
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
 
 
 class Tower(nn.Module):
-    """An encoder that can be frozen: it then has no gradients and stays in eval mode, batch norm included."""
+    """An encoder that can be frozen: it then has no gradients and stays in eval mode, batch norm included.
 
-    def __init__(self, backbone: nn.Module, *, dim: int, frozen: bool):
+    A learned pooling belongs to the head: it trains on a frozen tower too.
+    """
+
+    def __init__(self, backbone: nn.Module, *, dim: int, frozen: bool, pooling: str):
         super().__init__()
-        self.backbone, self.dim = backbone, dim
+        self.backbone, self.dim, self.pooling = backbone, dim, pooling
+        self.pool = GeneralisedPooling(dim) if pooling == "gpo" else None
+        self.held = False
         self.freeze(frozen)
 
-    def freeze(self, frozen: bool) -> None:
-        """Freeze the tower, or let it train."""
-        self.frozen = frozen
-        self.requires_grad_(not frozen)
+    def extra_repr(self) -> str:
+        return f"pooling={self.pooling}"  # part of what stored features are keyed by
+
+    def freeze(self, frozen: bool, *, trained: Collection[str] | None = None) -> None:
+        """Freeze the backbone, or let it train: the whole of it, or only the parameters named in `trained`."""
+        self.frozen, self.trained = frozen, trained
+        self.hold(self.held)
+
+    def hold(self, held: bool) -> None:
+        """Keep the backbone as it is for the time being, or go on with what trains."""
+        self.held = held
+        still = held or self.frozen
+        for name, parameter in self.backbone.named_parameters():
+            parameter.requires_grad_(not still and (self.trained is None or name in self.trained))
         self.train(self.training)
 
     def train(self, mode: bool = True):
-        return super().train(mode and not self.frozen)
+        super().train(mode and not (self.frozen or self.held))
+        if self.pool is not None:
+            self.pool.train(mode)
+        if self.trained is not None:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _learns(module):
+                    module.eval()  # where nothing else moves, its statistics should not either
+        return self
 
 
 class ImageEncoder(Tower):
-    """Photos to pooled features of a timm model, never its class logits.
+    """Photos to pooled features of an image model, never its class logits.
 
     images (B, 3, H, W): uint8, or float in 0..1; mean and std are applied here, so that every caller does the same.
-    Returns (B, dim).
+    view says how a photo becomes (H, W). Returns (B, dim): the model's "own" pooling, or "mean", "max" or "gpo" over
+    the regions of a backbone that returns them.
     """
 
-    def __init__(self, backbone: nn.Module, *, dim: int, mean: Sequence[float], std: Sequence[float], frozen: bool):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        frozen: bool,
+        pooling: str = "own",
+        view: View = View(),  # noqa: B008 - frozen
+    ):
         # channels_last: faster convolutions on CPU and GPU
-        super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, frozen=frozen)
+        super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, frozen=frozen, pooling=pooling)
+        self.view = view
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -45,28 +82,54 @@ class ImageEncoder(Tower):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         images = (images - self.mean) / self.std
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        if self.pooling == "own":
+            return features
+        features = regions(features, dim=self.dim, prefix_tokens=getattr(self.backbone, "num_prefix_tokens", 0))
+        everywhere = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
+        return self.pool(features, everywhere) if self.pool else pool(features, everywhere, self.pooling)
+
+    def require_size(self, name: str, *, own: int) -> None:
+        """Look at one grey photo: a size that the tower refuses is told here and not in the middle of training."""
+        size = self.view.size
+        try:
+            with torch.no_grad():
+                self.eval()(torch.full((1, 3, size, size), 0.5))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ValueError(
+                f"{name} does not take photos of {size} pixels ({reason}): try --image-size {own}"
+            ) from None
 
 
 class TextEncoder(Tower):
-    """Captions to pooled features of a transformers text model.
+    """Captions to pooled features of a text model.
 
-    input_ids, attention_mask (M, L). Returns (M, dim): the mean over a caption's tokens, or its first token ("cls").
+    input_ids, attention_mask (M, L). Returns (M, dim): the "mean", "max" or learned "gpo" pooling of a caption's
+    tokens, its first token ("cls"), or what a backbone that pools by itself returns ("own").
     """
 
-    def __init__(self, backbone: nn.Module, *, pooling: str, frozen: bool):
-        super().__init__(backbone, dim=backbone.config.hidden_size, frozen=frozen)
-        self.pooling = pooling
+    def __init__(self, backbone: nn.Module, *, pooling: str, frozen: bool, dim: int | None = None):
+        super().__init__(backbone, dim=dim or backbone.config.hidden_size, frozen=frozen, pooling=pooling)
 
-    def extra_repr(self) -> str:
-        return f"pooling={self.pooling}"  # part of what stored features are keyed by
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest caption that the model has positions for, or None where there is no such limit."""
+        for name, module in self.backbone.named_modules():
+            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
+                "position_embeddings",
+                "position_embedding",
+            ):
+                # RoBERTa counts positions from behind its padding's
+                return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        return None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (M, L, dim)
-        if self.pooling == "cls":
-            return hidden[:, 0]
-        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        if self.pooling == "own":
+            return hidden
+        hidden = hidden.last_hidden_state  # (M, L, dim)
+        return self.pool(hidden, attention_mask) if self.pool else pool(hidden, attention_mask, self.pooling)
 
 
 class ProjectionHead(nn.Module):
@@ -85,9 +148,48 @@ class ProjectionHead(nn.Module):
         return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
 
 
-class CLIPModel(nn.Module):
-    """Both towers with their heads and a learned temperature.
+class LinearHead(nn.Module):
+    """Tower features (*, in_dim) to the shared space (*, out_dim) by one matrix."""
 
+    def __init__(self, in_dim: int, out_dim: int, feature_dropout: float = 0.0):
+        super().__init__()
+        self.feature_dropout = nn.Dropout(feature_dropout)
+        self.projection = nn.Linear(in_dim, out_dim, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.feature_dropout(features))
+
+
+class Adaptor(nn.Module):
+    """Features (*, dim) plus a small correction that starts at 0 (CLIP-Adapter, arXiv 2110.04544, eq. 4)."""
+
+    def __init__(self, dim: int, dropout: float, feature_dropout: float = 0.0):
+        super().__init__()
+        self.feature_dropout, self.dropout = nn.Dropout(feature_dropout), nn.Dropout(dropout)
+        self.down, self.up = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        correction = self.up(self.dropout(F.gelu(self.down(self.feature_dropout(F.normalize(features, dim=-1))))))
+        return features + correction * features.norm(dim=-1, keepdim=True)
+
+
+def build_head(kind: str, in_dim: int, out_dim: int, *, dropout: float, feature_dropout: float = 0.0) -> nn.Module:
+    """A head of a kind: "residual" or "linear", or "adaptor" or "none", which keep the features' dimensions."""
+    if kind in ("adaptor", "none") and in_dim != out_dim:
+        raise ValueError(f"a head {kind!r} keeps its tower's {in_dim} dimensions, but the other side has {out_dim}")
+    if kind == "residual":
+        return ProjectionHead(in_dim, out_dim, dropout, feature_dropout)
+    if kind == "linear":
+        return LinearHead(in_dim, out_dim, feature_dropout)
+    return Adaptor(in_dim, dropout, feature_dropout) if kind == "adaptor" else nn.Identity()
+
+
+class CLIPModel(nn.Module):
+    """Both towers with their heads, a learned temperature, and where `bias` says where it starts a learned bias.
+
+    The shared space has embed_dim dimensions, or those of a tower whose head ("none", "adaptor") keeps them.
     Training and search go through the same encode_image and encode_text, which return unit vectors in float32.
     """
 
@@ -100,11 +202,20 @@ class CLIPModel(nn.Module):
         dropout: float,
         temperature: float,
         image_feature_dropout: float = 0.0,
+        image_head: str = "residual",
+        text_head: str = "residual",
+        bias: float | None = None,
     ):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        self.image_head = ProjectionHead(image_encoder.dim, embed_dim, dropout, image_feature_dropout)
-        self.text_head = ProjectionHead(text_encoder.dim, embed_dim, dropout)
+        for kind, tower in ((image_head, image_encoder), (text_head, text_encoder)):
+            embed_dim = tower.dim if kind in ("adaptor", "none") else embed_dim
+        self.embed_dim = embed_dim
+        self.image_head = build_head(
+            image_head, image_encoder.dim, embed_dim, dropout=dropout, feature_dropout=image_feature_dropout
+        )
+        self.text_head = build_head(text_head, text_encoder.dim, embed_dim, dropout=dropout)
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP
 
     @property
@@ -134,7 +245,18 @@ class CLIPModel(nn.Module):
             return self.embed_image(batch["image_features"]), self.embed_text(batch["text_features"])
         return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])
 
+    def set_dropout(self, dropout: float, image_feature_dropout: float) -> None:
+        """Let the heads drop with other probabilities."""
+        for head, feature_dropout in ((self.image_head, image_feature_dropout), (self.text_head, 0.0)):
+            for name, rate in (("dropout", dropout), ("feature_dropout", feature_dropout)):
+                if hasattr(head, name):
+                    getattr(head, name).p = rate
+
     @torch.no_grad()
     def clamp_temperature(self) -> None:
         """Hold the logit scale, 1 / temperature, at or below MAX_LOGIT_SCALE; to be called after each step."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+
+def _learns(module):
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from config import MODEL_FIELDS
 from embeddings import open_embeddings, write_embeddings
 from gallery import Gallery, Photos, open_gallery, writable
 from run_folder import BEST, FROZEN, TOWERS, read_config, replace_file
@@ -143,7 +144,7 @@ def weights_key(folder: Path) -> str:
     A checkpoint is a zip archive, and its directory holds a checksum of each tensor: the tensors need not be read.
     """
     config, digest = read_config(folder), hashlib.sha256()
-    digest.update(repr((config.image_size, config.max_tokens, config.text_pooling)).encode())
+    digest.update(repr([getattr(config, field) for field in (*MODEL_FIELDS, "max_tokens")]).encode())
     if not (folder / BEST).is_file():
         raise FileNotFoundError(f"{folder} has no {BEST}: its training did not finish an epoch; start it anew")
     for path in (folder / BEST, folder / FROZEN):

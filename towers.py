@@ -5,58 +5,82 @@ A tower that cannot be had is an error of one line; random weights come only whe
 
 import difflib
 import json
-import logging
-import urllib.error
-import urllib.request
+from dataclasses import asdict
 from pathlib import Path
 
-import huggingface_hub
 import timm
 import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from hub import loading_error, local_or_name, offline_if_unreachable, require_weights
 from modules import ImageEncoder, TextEncoder
+from pairs import pair_from
 from tokenizer import load_tokenizer, train_tokenizer
+from view import View
 
-HUB_TIMEOUT = 10  # seconds; the libraries' own retries keep a person waiting for most of a minute
-SHOWN_KEYS = 3
+RANDOM = ", or start from random weights with --no-pretrained"
+KNOWN_TEXTS = (  # for the one that was meant; any other name works too
+    "distilbert-base-uncased",
+    "distilbert-base-multilingual-cased",
+    "bert-base-uncased",
+    "bert-base-multilingual-cased",
+    "bert-base-chinese",
+    "roberta-base",
+    "xlm-roberta-base",
+    "microsoft/mpnet-base",
+    "hfl/chinese-roberta-wwm-ext",
+    "sentence-transformers/all-MiniLM-L6-v2",
+    "sentence-transformers/all-mpnet-base-v2",
+    "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2",
+)
 
 
 def build_image_encoder(
-    name: str, *, pretrained: bool, fold_batch_norm: bool, frozen: bool
+    name: str,
+    *,
+    pretrained: bool,
+    fold_batch_norm: bool,
+    frozen: bool,
+    pooling: str = "own",
+    image_size: int | None = None,
 ) -> tuple[ImageEncoder, dict]:
     """An image tower, and its specification: what image_encoder_from needs to build it again without its weights.
 
     name is a timm model, a hub repository "owner/name", or a local folder or file in timm's layout (config.json
-    beside model.safetensors). Raises ValueError, FileNotFoundError or ConnectionError.
+    beside model.safetensors). image_size None takes the size that the weights were trained at, as timm's data
+    configuration says. Raises ValueError, FileNotFoundError or ConnectionError.
     """
     source = _timm_source(name)
     if pretrained and not source.startswith("local-dir:"):
-        _offline_if_unreachable()
+        offline_if_unreachable()
+    unpooled = {} if pooling == "own" else {"global_pool": ""}
     try:
-        backbone = timm.create_model(source, pretrained=pretrained, num_classes=0)
+        backbone = timm.create_model(source, pretrained=pretrained, num_classes=0, **unpooled)
         if pretrained:
             _require_all_weights(source, backbone)
     except Exception as error:  # timm lets every library below it raise its own
-        raise _tower_error("image", name, error) from None
+        raise loading_error("image encoder", name, error, flag="--image-encoder", advice=RANDOM) from None
     settings = backbone.pretrained_cfg
     specification = {
         "architecture": settings["architecture"],
-        "arguments": _factory_arguments(source),
+        "arguments": _factory_arguments(source) | unpooled,
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
         "folded": pretrained and fold_batch_norm,
+        "view": asdict(View(image_size or settings["input_size"][-1])),
     }
-    return _image_encoder(backbone, specification, frozen), specification
+    image_encoder = _image_encoder(backbone, specification, frozen, pooling)
+    image_encoder.require_size(name, own=settings["input_size"][-1])
+    return image_encoder, specification
 
 
-def image_encoder_from(specification: dict, *, frozen: bool) -> ImageEncoder:
+def image_encoder_from(specification: dict, *, frozen: bool, pooling: str = "own") -> ImageEncoder:
     """The image tower of a specification, its weights still random."""
     arguments = specification["arguments"] | {"num_classes": 0}
     backbone = timm.create_model(specification["architecture"], pretrained=False, **arguments)
-    return _image_encoder(backbone, specification, frozen)
+    return _image_encoder(backbone, specification, frozen, pooling)
 
 
 def build_text_encoder(
@@ -78,13 +102,15 @@ def build_text_encoder(
             pad_token_id=tokenizer.pad_token_id,
         )
         return TextEncoder(AutoModel.from_config(config), pooling=pooling, frozen=frozen), tokenizer
-    if not Path(name).expanduser().is_dir():
-        _refuse_missing_path(name)
-        _offline_if_unreachable()
+    source = local_or_name(name)
+    if not Path(source).is_dir():
+        offline_if_unreachable()
     try:
-        return TextEncoder(_load_text_backbone(name), pooling=pooling, frozen=frozen), load_tokenizer(_expanded(name))
+        return TextEncoder(_load_text_backbone(source), pooling=pooling, frozen=frozen), load_tokenizer(source)
     except Exception as error:  # as above
-        raise _tower_error("text", name, error) from None
+        near = difflib.get_close_matches(name, KNOWN_TEXTS, n=2)
+        meant = f" (did you mean {' or '.join(near)}?)" if near and name not in near else ""
+        raise loading_error("text encoder", name, error, flag="--text-encoder", advice=meant + RANDOM) from None
 
 
 def text_encoder_from(config: PretrainedConfig, *, pooling: str, frozen: bool) -> TextEncoder:
@@ -102,11 +128,16 @@ def save_towers(
     tokenizer.save_pretrained(folder / "text")
 
 
-def load_towers(folder: Path, *, pooling: str) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
+def load_towers(
+    folder: Path, *, pooling: str, image_pooling: str = "own"
+) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
     """The towers that save_towers described, for a checkpoint to fill with weights; needs no network."""
-    image_encoder = image_encoder_from(json.loads((folder / "image.json").read_text()), frozen=False)
-    text_encoder = text_encoder_from(AutoConfig.from_pretrained(folder / "text"), pooling=pooling, frozen=False)
-    return image_encoder, text_encoder, load_tokenizer(folder / "text")
+    specification = json.loads((folder / "image.json").read_text())
+    config, tokenizer = AutoConfig.from_pretrained(folder / "text"), load_tokenizer(folder / "text")
+    if specification.get("pair"):
+        return *pair_from(specification, config, tokenizer), tokenizer
+    image_encoder = image_encoder_from(specification, frozen=False, pooling=image_pooling)
+    return image_encoder, text_encoder_from(config, pooling=pooling, frozen=False), tokenizer
 
 
 def _factory_arguments(source):
@@ -126,15 +157,23 @@ def _require_all_weights(source, backbone):
         return
     with safe_open(folder / "model.safetensors", "pt") as weights:
         absent = sorted(backbone.state_dict().keys() - set(weights.keys()))
-    if absent:
-        raise ValueError(f"its weights lack {len(absent)} tensors, {', '.join(absent[:SHOWN_KEYS])} among them")
+    require_weights(absent)
 
 
-def _image_encoder(backbone, specification, frozen):
+def _image_encoder(backbone, specification, frozen, pooling):
+    # Some have a layer of another width behind their pooling.
+    dim = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     if specification["folded"]:
         backbone = _fold_batch_norm(backbone)
-    mean, std = specification["mean"], specification["std"]
-    return ImageEncoder(backbone, dim=backbone.num_features, mean=mean, std=std, frozen=frozen)
+    return ImageEncoder(
+        backbone,
+        dim=dim,
+        mean=specification["mean"],
+        std=specification["std"],
+        frozen=frozen,
+        pooling=pooling,
+        view=View(**specification.get("view", {})),
+    )
 
 
 def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
@@ -147,19 +186,16 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
 
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
-    features = backbone.num_features
-    folded = fuse(backbone.eval()).requires_grad_(True)
-    folded.num_features = features
-    return folded
+    return fuse(backbone.eval()).requires_grad_(True)
 
 
-def _load_text_backbone(name):
+def _load_text_backbone(source):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    backbone, report = AutoModel.from_pretrained(_expanded(name), output_loading_info=True)
-    absent = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    if absent:
-        raise ValueError(f"its weights lack {len(absent)} tensors, {', '.join(absent[:SHOWN_KEYS])} among them")
+    backbone, report = AutoModel.from_pretrained(source, output_loading_info=True)
+    if hasattr(backbone, "get_text_features"):
+        raise ValueError("it is a pair of image and text towers: give it as --model")
+    require_weights(key for key in report["missing_keys"] if not key.startswith("pooler."))
     return _without_pooler(backbone).float()  # some weights are stored in half precision
 
 
@@ -183,7 +219,7 @@ def _timm_source(name):
         if '"architecture"' not in (path / "config.json").read_text("utf-8", errors="replace"):
             raise ValueError(f"image encoder {name}: its config.json names no timm 'architecture'; is it a text model?")
         return f"local-dir:{path}"
-    _refuse_missing_path(name)
+    local_or_name(name)
     if "/" in name:
         return f"hf-hub:{name}"
     if not timm.is_model(name):
@@ -191,42 +227,3 @@ def _timm_source(name):
         hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
         raise ValueError(f"no image encoder {name!r} in timm; {hint}")
     return name
-
-
-def _refuse_missing_path(name):
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
-        raise FileNotFoundError(f"no such folder or file of weights: {name}")
-
-
-def _offline_if_unreachable():
-    """Let the hub's libraries look in their cache alone where the hub does not answer, and so fail at once."""
-    constants = huggingface_hub.constants
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # it answered
-    except OSError:
-        constants.HF_HUB_OFFLINE = True
-
-
-def _tower_error(tower, name, error):
-    """One line for whatever a library raised: OSError stands for the network, the rest for weights that do not fit."""
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
-    where = f"{tower} encoder {name!r}"
-    if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        hub = huggingface_hub.constants
-        fault = "which does not answer" if hub.HF_HUB_OFFLINE else reason
-        return ConnectionError(
-            f"{where} is not in the local cache and could not be had from {hub.ENDPOINT} ({fault}): check the name, "
-            f"set HF_ENDPOINT to a mirror, pass a folder that holds it with --{tower}-encoder, or start from random "
-            f"weights with --no-pretrained"
-        )
-    return ValueError(f"{where} could not be loaded: {reason}")
-
-
-def _expanded(name):
-    path = Path(name).expanduser()
-    return str(path) if path.is_dir() else name

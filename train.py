@@ -36,16 +36,19 @@ def parse_flags() -> tuple[Config, Path | None]:
     """The configuration: the flags given, over the resumed run's settings or the data set's defaults."""
     resumed, start_from = cli.given("--resume"), cli.given("--start-from")
     if resumed is None:
-        default = default_config(cli.given("--dataset") or Config.dataset)
+        parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
+        pair = cli.given("--model") or (parent and parent.model)
+        default = default_config(cli.given("--dataset") or Config.dataset, pair)
+        if parent is not None:
+            default = replace(default, **{name: getattr(parent, name) for name in MODEL_FIELDS})
     else:
         default = read_config(cli.existing_folder(resumed, "--resume"))
-    if start_from is not None:
-        model = asdict(read_config(cli.existing_folder(start_from, "--start-from")))
-        default = replace(default, **{name: model[name] for name in MODEL_FIELDS})
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
     if Path(config.dataset).expanduser().is_dir():  # so that the run finds its photos from any working folder
         config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
+    if config.model is not None and Path(config.model).expanduser().is_dir():
+        config = replace(config, model=str(Path(config.model).expanduser().resolve()))
     if config.data_dir is not None:
         config = replace(config, data_dir=str(Path(config.data_dir).expanduser().resolve()))
     return config, flags.resume

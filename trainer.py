@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from batches import Passes
-from build import build_batches, build_model, describe_model
+from build import apply_settings, build_batches, build_model, describe_model
 from checkpoint import load_run, load_state, save_state, split_frozen
 from config import Config
 from device import pick_device
@@ -43,7 +43,6 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     encoder = build_encoder(
         model,
         tokenizer,
-        image_size=config.image_size,
         max_tokens=config.max_tokens,
         device=config.device,
         precision=config.precision,
@@ -88,10 +87,7 @@ def _start(config, data):
 def _continue(config, folder, checkpoint):
     """The model of a run's checkpoint, with the freezing and dropout of `config`."""
     run = load_run(folder, checkpoint)
-    run.model.image_encoder.freeze(config.freeze_image)
-    run.model.text_encoder.freeze(config.freeze_text)
-    run.model.image_head.dropout.p = run.model.text_head.dropout.p = config.dropout
-    run.model.image_head.feature_dropout.p = config.image_feature_dropout
+    apply_settings(config, run.model)
     return run.model, run.tokenizer
 
 
@@ -111,7 +107,7 @@ class Trainer:
 
     def __init__(self, config: Config, folder: Path, model: CLIPModel, encoder: Encoder, data: CaptionData):
         self.config, self.folder, self.encoder, self.model = config, folder, encoder, model
-        self.on_features = config.freeze_image and config.freeze_text
+        self.on_features = config.on_features
         self.batches, self.validation = build_batches(config, model, encoder, data)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
         self.step = TrainingStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)

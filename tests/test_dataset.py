@@ -17,6 +17,7 @@ from dataset import CLIPDataset, ImageFiles, choose_captions, mirror_caption
 from photos import image_transform, load_image
 from readers import Part
 from tokenizer import pad, tokenize, train_tokenizer
+from view import View
 
 SIZE = 32
 MIRROR_SHIFT = 1000  # in these tests a mirrored caption's ids are its own plus this
@@ -31,7 +32,7 @@ def tiny_part(paths, counts):
 
 def tiny_dataset(paths, counts=None, **changes):
     part, token_ids = tiny_part(paths, counts or [3] * len(paths))
-    settings = {"image_size": SIZE, "captions_per_image": 2, "augment": True, "min_crop": 0.5, "seed": 0}
+    settings = {"view": View(SIZE), "captions_per_image": 2, "augment": True, "min_crop": 0.5, "seed": 0}
     return CLIPDataset(part, token_ids, [ids + MIRROR_SHIFT for ids in token_ids], **settings | changes)
 
 
@@ -290,7 +291,7 @@ def test_for_encoding_a_broken_photo_is_its_reason_and_the_others_keep_their_pla
     folder = write_photos(tmp_path / "photos", 10)
     names = sorted((folder / "Images").iterdir())
     broken = break_photos(folder)
-    files = ImageFiles(names, image_size=SIZE)
+    files = ImageFiles(names, view=View(SIZE))
     assert {k for k in range(10) if isinstance(files[k], str) and names[k].name in files[k]} == broken
     assert files[0].shape == (3, SIZE, SIZE) and files[0].dtype == np.uint8
 

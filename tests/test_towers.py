@@ -187,7 +187,7 @@ def test_a_name_like_no_other_is_answered_without_a_guess():
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./weights", "~/weights/none", "a/b/c"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name, monkeypatch):
-    monkeypatch.setattr(towers, "_offline_if_unreachable", lambda: pytest.fail("asked the hub"))
+    monkeypatch.setattr(towers, "offline_if_unreachable", lambda: pytest.fail("asked the hub"))
     for build in (image_encoder, text_encoder):
         assert name in one_line(lambda build=build: build(name), FileNotFoundError)
 

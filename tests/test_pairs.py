@@ -1,0 +1,279 @@
+"""Pretrained pairs: what comes out is what transformers' own model, processor and tokenizer say."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import read, refused, tiny_tokenizer, within
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from build import pretrained_encoder
+from checkpoint import load_run
+from encode import load_encoder
+from pairs import build_pair
+from run_folder import read_config
+from trainer import train
+
+WORDS = ["red on the left", "a picture of red beside blue, blue beside red", "blue"]
+VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = VISION | {"hidden_size": 16}
+SQUEEZED = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+
+
+def clip_tokenizer():
+    """A byte-pair tokenizer in CLIP's own form, its vocabulary single letters."""
+    letters = [chr(code) for code in range(33, 127)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+
+
+def clip():
+    tokenizer = clip_tokenizer()
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = TEXT | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 60}
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=VISION | {"image_size": 32, "patch_size": 8}, projection_dim=12
+    )
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    return transformers.CLIPModel(config), tokenizer, processor
+
+
+def chinese_clip():
+    tokenizer = tiny_tokenizer()
+    config = transformers.ChineseCLIPConfig(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 40},
+        vision_config=VISION | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    return transformers.ChineseCLIPModel(config), tokenizer, transformers.ChineseCLIPImageProcessor(**SQUEEZED)
+
+
+def siglip():
+    tokenizer = tiny_tokenizer()
+    config = transformers.SiglipConfig(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "projection_size": 24},
+        vision_config=VISION | {"image_size": 32, "patch_size": 8},
+    )
+    return transformers.SiglipModel(config), tokenizer, transformers.SiglipImageProcessor(**SQUEEZED)
+
+
+def siglip2():
+    tokenizer = tiny_tokenizer()
+    config = transformers.Siglip2Config(
+        text_config=TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "projection_size": 24},
+        vision_config=VISION | {"num_patches": 16, "patch_size": 8},
+    )
+    return (
+        transformers.Siglip2Model(config),
+        tokenizer,
+        transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=16),
+    )
+
+
+def alt_clip():
+    """A pair whose text side is XLM-RoBERTa: the multilingual kind."""
+    tokenizer = tiny_tokenizer()
+    config = transformers.AltCLIPConfig(
+        text_config=TEXT
+        | {"vocab_size": len(tokenizer), "max_position_embeddings": 40, "project_dim": 12, "pad_token_id": 0},
+        vision_config=VISION | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
+    )
+    processor = transformers.CLIPImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    return transformers.AltCLIPModel(config), tokenizer, processor
+
+
+def bert_and_vit():
+    """Any two towers that transformers has joined."""
+    tokenizer = tiny_tokenizer()
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
+        transformers.ViTConfig(**VISION, image_size=32, patch_size=8),
+        transformers.BertConfig(**TEXT, vocab_size=len(tokenizer), max_position_embeddings=40),
+        projection_dim=12,
+    )
+    return (
+        transformers.VisionTextDualEncoderModel(config),
+        tokenizer,
+        transformers.ViTImageProcessor(size=SQUEEZED["size"]),
+    )
+
+
+KINDS = {make.__name__: make for make in (clip, chinese_clip, siglip, siglip2, alt_clip, bert_and_vit)}
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder per kind of pair, tiny and random, as transformers saves the real ones."""
+    root = tmp_path_factory.mktemp("pairs")
+    for name, make in KINDS.items():
+        torch.manual_seed(11)
+        model, tokenizer, processor = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # as they start, all captions look almost alike
+                    parameter.normal_(0, 0.2)
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+        processor.save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Photos wide, high and square, larger than any tower reads."""
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    rng = np.random.default_rng(0)
+    for path, size in zip(paths, [(90, 61), (50, 120), (64, 64)], strict=True):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        coarse.resize(size, Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+def rows(features):
+    return F.normalize(features if isinstance(features, torch.Tensor) else features.pooler_output, dim=-1)
+
+
+def encoder_of(folder, **changes):
+    return pretrained_encoder(str(folder), **{"max_tokens": 64, "device": "cpu", "precision": "float32"} | changes)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_photos_and_sentences_become_what_transformers_makes_of_them(saved, pictures, kind):
+    folder = saved / kind
+    encoder, _ = encoder_of(folder)
+    model = transformers.AutoModel.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    if kind == "siglip2":  # it keeps a photo's shape, we make a square of it
+        pictures = pictures[2:]
+    if kind in ("siglip", "siglip2"):  # as its documentation demands
+        inputs = {
+            "input_ids": tokenizer(WORDS, padding="max_length", truncation=True, max_length=20, return_tensors="pt")[
+                "input_ids"
+            ]
+        }
+    else:
+        inputs = tokenizer(WORDS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        images = processor(images=[Image.open(path) for path in pictures], return_tensors="pt")
+        expected_images = rows(model.get_image_features(**images))
+        expected_texts = rows(model.get_text_features(**inputs))
+    found, readable = encoder.images(pictures, "")
+    assert readable.all()
+    assert (found * expected_images).sum(1).min() > 0.9995
+    assert (expected_images @ expected_images.T).min() < 0.99 or len(pictures) == 1  # so that this says something
+    torch.testing.assert_close(encoder.captions(WORDS, ""), expected_texts, atol=1e-4, rtol=0)
+    assert (expected_texts @ expected_texts.T).min() < 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_is_trained_and_its_run_is_rebuilt_without_the_folder(saved, tiny, kind, tmp_path):
+    folder = shutil.copytree(saved / kind, tmp_path / "pair")
+    config = tiny(model=str(folder), image_size=None, lr_image=1e-3, lr_text=1e-3, epochs=1)
+    run = train(config, read(config), None)
+    shutil.rmtree(folder)
+    assert read_config(run) == config
+    before = build_pair(str(saved / kind), image_size=None)
+    after = load_run(run).model
+    for tower in ("image_encoder", "text_encoder"):
+        start, end = getattr(before, tower).state_dict(), getattr(after, tower).state_dict()
+        assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
+    encoder, _ = load_encoder(run, device="cpu", precision="float32")
+    assert encoder.view == before.image_encoder.view
+    assert encoder.captions(WORDS, "").shape == (3, before.text_encoder.dim)
+
+
+def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the_pair(saved, tiny):
+    frozen = {"freeze_image": True, "freeze_text": True, "image_head": "adaptor", "text_head": "adaptor"}
+    config = tiny(model=str(saved / "clip"), image_size=None, lr_heads=1e-2, epochs=3, **frozen)
+    run = train(config, read(config), None)
+    assert len(list((Path(config.cache_dir) / "features").iterdir())) == 2  # of the training and validation photos
+    trained = load_run(run).model
+    assert trained.image_head.up.weight.abs().sum() > 0
+    with torch.no_grad():
+        for head in (trained.image_head, trained.text_head):
+            head.up.weight.zero_(), head.up.bias.zero_()
+    features = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(trained.embed_image(features), F.normalize(features, dim=1))
+
+
+def test_temperature_and_scale_are_the_pairs_own(saved):
+    model = transformers.AutoModel.from_pretrained(saved / "clip")
+    _, ours = encoder_of(saved / "clip")
+    assert 1 / ours.temperature.item() == pytest.approx(model.logit_scale.exp().item(), rel=1e-5)
+    assert build_pair(str(saved / "siglip"), image_size=None).bias is not None
+
+
+def test_the_longest_caption_a_pair_takes_is_its_own(saved):
+    encoder, _ = encoder_of(saved / "siglip")
+    assert encoder.max_tokens == 20
+    assert encoder.captions(["red blue " * 50], "").isfinite().all()
+    assert encoder_of(saved / "clip", max_tokens=8)[0].max_tokens == 8
+
+
+def one_line(call, kind=ValueError):
+    with pytest.raises(kind) as error:
+        call()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("clip-vit-base-patch32", "openai/clip-vit-base-patch32"),
+        ("clip-vit-base-patsh16", "openai/clip-vit-base-patch16"),
+        ("siglip2-base", "google/siglip2-base-patch16-224"),
+        ("chinese-clip", "OFA-Sys/chinese-clip-vit-base-patch16"),
+    ],
+)
+def test_an_unknown_pair_is_answered_with_near_names(name, meant):
+    line = one_line(lambda: build_pair(name, image_size=None))
+    assert repr(name) in line and meant in line
+
+
+def test_a_pair_that_is_not_in_the_cache_is_one_line(tmp_path, monkeypatch):
+    line = one_line(lambda: build_pair("openai/clip-vit-base-patch3", image_size=None), ConnectionError)
+    assert "--model" in line and "openai/clip-vit-base-patch32" in line and "--no-pretrained" not in line
+
+
+def test_a_tower_alone_given_as_a_pair_is_named_as_such(text_tower, image_tower):
+    assert "--text-encoder" in one_line(lambda: build_pair(str(text_tower), image_size=None))
+    assert str(image_tower) in one_line(lambda: build_pair(str(image_tower), image_size=None))
+
+
+def test_weights_that_lack_tensors_are_refused_and_named(saved, tmp_path):
+    folder = shutil.copytree(saved / "clip", tmp_path / "pair")
+    tensors = load_file(folder / "model.safetensors")
+    kept = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key} | {"strange": torch.zeros(1)}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+    line = one_line(lambda: build_pair(str(folder), image_size=None))
+    assert "layers.1" in line and "strange" in line and str(folder) in line
+
+
+def test_an_image_size_that_the_tower_refuses_is_one_line_with_its_own(saved):
+    line = one_line(lambda: build_pair(str(saved / "clip"), image_size=48))
+    assert "48" in line and "--image-size 32" in line
+
+
+def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--batch-size", 8, "--precision", "float32", "--num-workers", 0, "--epochs", 1]
+    done = within("train.py", "--dataset", photos, "--model", saved / "clip", *small, "--name", "pair")
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "runs" / "pair" / "config.json").read_text())
+    assert config["lr_image"] < 1e-5 and config["model"] == str(saved / "clip")
+    done = within("evaluate.py", "runs/pair", "--precision", "float32")
+    assert "rsum" in done.stdout
+    assert "photo_" in within("infer.py", "a red picture", "--precision", "float32").stdout
+    done = within("train.py", "--dataset", photos, "--start-from", "runs/pair", *small, "--name", "again")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / "again" / "config.json").read_text())["model"] == str(saved / "clip")
+    line = refused(within("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x"))
+    assert "clip-vit-base-patch" in line
