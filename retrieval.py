@@ -1,123 +1,16 @@
-"""Exact search and ranking metrics, chunk by chunk: the full matrix of scores is never held. Scores are float32."""
+"""Ranking metrics over the full pool, block by block; the search that they measure is exact_search.top_k."""
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 1024  # rows or columns of scores held at a time: large for the matrix product, small for a CPU's cache
+from exact_search import check_shapes, cosines, full_chunk, top_k
+
+__all__ = ["retrieval_metrics", "top_k"]
+
+BLOCK_SIZE = 1024  # images and captions whose scores are held at a time: a block fits a CPU's cache
 # Cosines nearer than this are equal: a matrix product rounds the same sum differently from entry to entry, and by that
 # alone a collapsed model would beat its negatives.
 TIE_TOLERANCE = 1e-6
-
-
-@torch.no_grad()
-def top_k(queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
-    """Find the k gallery rows with the largest dot product for each query, best first, equal scores by lower index.
-
-    queries (Q,D), gallery (N,D) -> scores (Q,min(k,N)) float32, indices (Q,min(k,N)) int64, on the queries' device.
-    The gallery may be larger than memory: a memory-mapped array, float16 as well as float32, read a chunk at a time.
-    A nan score counts as -inf and so comes last. Memory O(Q * (k + chunk_size)).
-    Raises ValueError for k or chunk_size below 1 and for shapes that do not fit.
-    """
-    if k < 1:
-        raise ValueError(f"k is {k}: ask for at least 1 match")
-    _check(queries, gallery, chunk_size)
-    queries, k = queries.float(), min(k, len(gallery))
-    # The largest key marks an empty place; as a score it is nan, which no score is "<=" to.
-    best = torch.full((len(queries), k), torch.iinfo(torch.int64).max, device=queries.device)
-    for start, chunk, skip in _chunks(gallery, chunk_size, queries.device):
-        scores = _cosines(queries, chunk)[:, skip:]
-        # Only a score above the k-th best so far can enter, since later indices lose ties: soon few rows have any.
-        kth = _unpack(best[:, -1:])[0]
-        rows = (~(scores.amax(1, keepdim=True) <= kth)).nonzero()[:, 0]
-        if len(rows):
-            entering = _entering(scores[rows], kth[rows], start)
-            best[rows] = torch.cat([best[rows], entering], 1).topk(k, largest=False).values
-    return _unpack(best)
-
-
-def _entering(scores: Tensor, kth: Tensor, start: int) -> Tensor:
-    """Key the scores (R,C) that are not "<=" kth (R,1), those of a row side by side, padded by empty places."""
-    row, column = (~(scores <= kth)).nonzero(as_tuple=True)
-    counts = row.bincount(minlength=len(scores))
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    keys = torch.full((len(scores), int(counts.max())), torch.iinfo(torch.int64).max, device=row.device)
-    keys[row, place] = _pack(scores[row, column], start + column)
-    return keys
-
-
-def _chunks(gallery: Tensor | np.ndarray, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield start, rows on the device and how many of them come before start, for each chunk of a gallery."""
-    if device.type != "cuda" or (isinstance(gallery, Tensor) and gallery.device == device):
-        for start in range(0, len(gallery), size):
-            rows, skip = _full_chunk(gallery, start, size)
-            yield start, _as_tensor(rows).to(device), skip
-        return
-    stream = torch.cuda.Stream(device)
-
-    def load(start: int) -> tuple[int, Tensor, int, torch.cuda.Event]:
-        rows, skip = _full_chunk(gallery, start, size)
-        with torch.cuda.stream(stream):
-            return start, _as_tensor(rows).pin_memory().to(device, non_blocking=True), skip, stream.record_event()
-
-    with ThreadPoolExecutor(1) as reader:  # the next chunk is read and copied while this one is searched
-        coming = None
-        for following in (*range(0, len(gallery), size), None):
-            arrived, coming = coming, None if following is None else reader.submit(load, following)
-            if arrived is not None:
-                start, rows, skip, copied = arrived.result()
-                torch.cuda.current_stream(device).wait_event(copied)
-                rows.record_stream(torch.cuda.current_stream(device))
-                yield start, rows, skip
-
-
-def _as_tensor(rows: Tensor | np.ndarray) -> Tensor:
-    # A copy of the chunk: torch warns of arrays that are mapped for reading only.
-    return rows if isinstance(rows, Tensor) else torch.from_numpy(np.array(rows))
-
-
-def _pack(scores: Tensor, indices: Tensor) -> Tensor:
-    """Make unique int64 keys that ascend from the highest score to the lowest, equal scores by index below 2**32.
-
-    topk picks arbitrarily among equal values; among keys there are none.
-    """
-    scores = scores.masked_fill(scores.isnan(), -torch.inf) + 0.0  # -0.0 becomes 0.0, its equal
-    return (~_swap_order_and_bits(scores.view(torch.int32))).long() << 32 | indices
-
-
-def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover the scores and the indices from the keys of _pack."""
-    return _swap_order_and_bits(~(keys >> 32).int()).view(torch.float32), keys & 0xFFFFFFFF
-
-
-def _swap_order_and_bits(values: Tensor) -> Tensor:
-    """Turn the bits of a float32 into an int32 that orders as the float does, and back."""
-    return values ^ (values >> 31 & 0x7FFFFFFF)  # the bits of negative floats ascend in magnitude
-
-
-def _cosines(rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply rows (R,D) by columns (C,D) -> (R,C) in float32, under autocast too."""
-    with torch.autocast(rows.device.type, enabled=False):
-        return rows.float() @ columns.float().T
-
-
-def _full_chunk(emb: Tensor | np.ndarray, start: int, size: int) -> tuple[Tensor | np.ndarray, int]:
-    """Take size rows of emb (N,D) from start -> (min(size,N),D) and how many at its head come before start.
-
-    The last chunk reaches back: a product's rounding depends on its shape, and equal rows must score alike everywhere.
-    """
-    first = max(0, min(start, len(emb) - size))
-    return emb[first : first + size], start - first
-
-
-def _check(rows: Tensor, columns: Tensor | np.ndarray, chunk_size: int) -> None:
-    if rows.ndim != 2 or columns.ndim != 2 or rows.shape[1] != columns.shape[1]:
-        raise ValueError(f"shapes {tuple(rows.shape)} and {tuple(columns.shape)} do not fit: pass (Q,D) and (N,D)")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size is {chunk_size}: it counts rows, pass at least 1")
 
 
 @torch.no_grad()
@@ -126,7 +19,7 @@ def retrieval_metrics(
     text_emb: Tensor,
     caption_image_ids: Tensor,
     ks: tuple[int, ...] = (1, 5, 10),
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int = BLOCK_SIZE,
 ) -> dict[str, float]:
     """Rank the full pool both ways, every tie counted against the model: a collapsed one scores nothing.
 
@@ -135,7 +28,7 @@ def retrieval_metrics(
     An image ranks as its best caption does; one without captions is a candidate, but not a query.
     Raises ValueError for what cannot be ranked. Beside the inputs, memory O(chunk_size**2 + N + M*D).
     """
-    _check(image_emb, text_emb, chunk_size)
+    check_shapes(image_emb, text_emb, chunk_size)
     _check_ranking(image_emb, text_emb, caption_image_ids, ks)
     # No metric depends on the order of the captions; sorted by image, those of one image are neighbours.
     owner, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
@@ -214,9 +107,9 @@ def _positive_scores(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_s
 
 def _block(image_emb: Tensor, text_emb: Tensor, start: int, left: int, size: int) -> Tensor:
     """Cosines of at most size images from start and size captions from left."""
-    images, above = _full_chunk(image_emb, start, size)
-    texts, before = _full_chunk(text_emb, left, size)
-    return _cosines(images, texts)[above:, before:]
+    images, above = full_chunk(image_emb, start, size)
+    texts, before = full_chunk(text_emb, left, size)
+    return cosines(images, texts)[above:, before:]
 
 
 def _place_in_group(owner: Tensor) -> Tensor:

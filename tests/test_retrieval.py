@@ -9,8 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import exact_search
 from embeddings import create_embeddings, open_embeddings
 from retrieval import retrieval_metrics, top_k
+from screening import Screen
 
 METRICS = {f"{way}_{name}" for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "mAP@10", "medR")} | {"rsum"}
 
@@ -22,6 +24,13 @@ def integers(*shape, seed=0, high=2):
 
 def normals(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["plain", "screened"])
+def search(request, monkeypatch):
+    """Every test of the search holds with the bfloat16 screen and without, whatever this machine is good at."""
+    monkeypatch.setattr(exact_search, "screening_pays", lambda *_: request.param == "screened")
+    return request.param
 
 
 def top_k_by_sorting(queries, gallery, k):
@@ -61,7 +70,7 @@ def metrics_by_loops(image_emb, text_emb, owners, ks=(1, 5, 10)):
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 16, 70, 1000])
 @pytest.mark.parametrize("k", [1, 6, 69, 70, 200])
-def test_top_k_is_a_stable_sort_whatever_the_chunk(k, chunk_size):
+def test_top_k_is_a_stable_sort_whatever_the_chunk(k, chunk_size, search):
     for seed in range(3):
         queries, gallery = integers(9, 3, seed=seed, high=1), integers(70, 3, seed=seed + 50, high=1)
         scores, indices = top_k(queries, gallery, k, chunk_size=chunk_size)
@@ -71,7 +80,7 @@ def test_top_k_is_a_stable_sort_whatever_the_chunk(k, chunk_size):
 
 
 @pytest.mark.parametrize("chunk_size", [3, 32, 1024])
-def test_top_k_finds_what_torch_finds_among_distinct_scores(chunk_size):
+def test_top_k_finds_what_torch_finds_among_distinct_scores(chunk_size, search):
     queries, gallery = F.normalize(normals(20, 16), dim=1), F.normalize(normals(333, 16, seed=1), dim=1)
     expected = (queries @ gallery.T).topk(10)
     scores, indices = top_k(queries, gallery, 10, chunk_size=chunk_size)
@@ -79,18 +88,18 @@ def test_top_k_finds_what_torch_finds_among_distinct_scores(chunk_size):
     assert torch.equal(indices, expected.indices)
 
 
-def test_equal_gallery_rows_tie_across_a_ragged_last_chunk():
+def test_equal_gallery_rows_tie_across_a_ragged_last_chunk(search):
     rows = F.normalize(normals(10, 64), dim=1)
     _, indices = top_k(rows, rows.repeat(3, 1), 3, chunk_size=8)
     assert indices.tolist() == [[i, i + 10, i + 20] for i in range(10)]
 
 
-def test_plus_and_minus_zero_tie():
+def test_plus_and_minus_zero_tie(search):
     queries, gallery = torch.tensor([[0.0], [1.0]]), torch.tensor([[-1.0], [1.0], [-0.0], [0.0]])
     assert top_k(queries, gallery, 4, chunk_size=3)[1].tolist() == [[0, 1, 2, 3], [1, 2, 3, 0]]
 
 
-def test_infinite_scores_keep_their_order_and_nan_comes_last():
+def test_infinite_scores_keep_their_order_and_nan_comes_last(search):
     gallery = torch.tensor([[torch.nan], [1.0], [torch.inf], [-torch.inf], [-torch.nan], [torch.inf], [-3e38]])
     for chunk_size in (1, 2, 3, 7):
         scores, indices = top_k(torch.ones(1, 1), gallery, 7, chunk_size=chunk_size)
@@ -99,7 +108,7 @@ def test_infinite_scores_keep_their_order_and_nan_comes_last():
 
 
 @pytest.mark.parametrize("kind", [np.float16, np.float32])
-def test_top_k_reads_a_mapped_gallery_as_it_would_a_tensor(kind, tmp_path):
+def test_top_k_reads_a_mapped_gallery_as_it_would_a_tensor(kind, tmp_path, search):
     gallery, queries = integers(100, 6, seed=1), integers(5, 6)
     np.save(tmp_path / "gallery.npy", gallery.numpy().astype(kind))
     with warnings.catch_warnings():
@@ -134,7 +143,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, rows):
         open_embeddings(tmp_path / "other.npy")
 
 
-def test_top_k_never_holds_more_than_a_chunk_of_scores(monkeypatch):
+def test_top_k_never_holds_more_than_a_chunk_of_scores(monkeypatch, search):
     widths, matmul = [], torch.Tensor.matmul
     monkeypatch.setattr(torch.Tensor, "__matmul__", lambda a, b: widths.append(b.shape[1]) or matmul(a, b))
     top_k(normals(4, 8), normals(100, 8), 5, chunk_size=16)
@@ -142,7 +151,49 @@ def test_top_k_never_holds_more_than_a_chunk_of_scores(monkeypatch):
     assert len(widths) == math.ceil(100 / 16)
 
 
-def test_empty_gallery_or_no_queries_give_empty_results():
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+@pytest.mark.parametrize("spread", [1e-4, 1e-2, 1.0])
+def test_scores_nearer_than_bfloat16_can_tell_are_still_ranked(spread, scale, search):
+    """Rows that differ by less than the screen's rounding, at any length: the best 10 are those of float64."""
+    middle = F.normalize(normals(1, 64), dim=1)
+    gallery = (scale * (middle + spread * normals(3000, 64, seed=1))).half()
+    queries = middle + 0.1 * normals(30, 64, seed=2)
+    scores, indices = top_k(queries, gallery, 10, chunk_size=256)
+    expected = queries.double() @ gallery.double().T
+    torch.testing.assert_close(scores.double(), expected.topk(10).values, rtol=1e-5, atol=1e-6 * scale)
+    torch.testing.assert_close(expected.gather(1, indices), scores.double(), rtol=1e-5, atol=1e-6 * scale)
+
+
+def test_no_pair_that_could_enter_is_screened_out():
+    queries, gallery = 3 * normals(50, 32), normals(500, 32, seed=1)
+    exact = queries @ gallery.T
+    for kth in (torch.full((50, 1), torch.nan), exact.topk(5).values[:, -1:], exact.amin(1, keepdim=True)):
+        query, row = Screen(queries, 5).candidates(gallery, 0, kth)
+        passed = torch.zeros_like(exact, dtype=torch.bool)
+        passed[query, row] = True
+        best = torch.zeros_like(passed).scatter(1, exact.topk(5).indices, True)
+        assert passed[best & ~(exact <= kth)].all()
+        assert query.tolist() == sorted(query.tolist())
+    assert passed.all()  # above the lowest score there is
+
+
+def test_screen_lets_few_pairs_pass_and_gives_up_where_all_are_alike():
+    queries, gallery = F.normalize(normals(50, 64), dim=1), F.normalize(normals(5000, 64, seed=1), dim=1)
+    screen = Screen(queries, 5)
+    screen.candidates(gallery, 0, torch.full((50, 1), torch.nan))
+    assert not screen.is_useless()
+    assert screen.passed < 50 * 5 * 3
+    screen = Screen(queries, 5)
+    screen.candidates(gallery[:1].repeat(5000, 1), 0, torch.full((50, 1), torch.nan))
+    assert screen.is_useless()
+
+
+def test_collapsed_gallery_is_searched_all_the_same(search):
+    rows = F.normalize(normals(1, 64), dim=1).repeat(2000, 1)
+    assert top_k(rows[:9], rows, 3, chunk_size=128)[1].tolist() == [[0, 1, 2]] * 9
+
+
+def test_empty_gallery_or_no_queries_give_empty_results(search):
     scores, indices = top_k(torch.ones(3, 2), torch.ones(0, 2), 5)
     assert scores.shape == indices.shape == (3, 0)
     scores, indices = top_k(torch.ones(0, 2), torch.ones(4, 2), 3)
@@ -150,7 +201,7 @@ def test_empty_gallery_or_no_queries_give_empty_results():
     assert (scores.dtype, indices.dtype) == (torch.float32, torch.int64)
 
 
-def test_top_k_scores_in_float32_with_half_inputs_gradients_and_autocast():
+def test_top_k_scores_in_float32_with_half_inputs_gradients_and_autocast(search):
     queries, gallery = integers(4, 8).requires_grad_(), integers(30, 8, seed=1)
     expected = top_k(queries.detach(), gallery, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
