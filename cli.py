@@ -23,12 +23,24 @@ T = TypeVar("T")
 
 def parse_flags(kind: type[T], *, default: T | None = None, argv: Sequence[str] | None = None) -> T:
     """Fill the dataclass `kind` from the command line; a wrong flag ends the program with one line and exit code 2."""
+    options = {} if default is None else {"default": default}
+    with _one_line_errors(kind):
+        return tyro.cli(kind, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
+
+
+def parse_known_flags(kind: type[T]) -> tuple[T, list[str]]:
+    """Fill the dataclass `kind`, and return the words of the command line that are none of its flags."""
+    with _one_line_errors(kind):
+        return tyro.cli(kind, return_unknown_args=True)
+
+
+@contextlib.contextmanager
+def _one_line_errors(kind):
     errors = io.StringIO()
     flags = [f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(kind)]
-    options = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(kind, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
+            yield
     except SystemExit as stop:
         if stop.code and _process() == 0:
             print(f"error: {_one_line(errors.getvalue(), flags)} (--help lists the flags)", file=sys.stderr)

@@ -52,6 +52,30 @@ def plot_metrics(metrics: dict, title: str, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
+    """Best rsum of each configuration, a dot a run and a bar at their mean; and rsum over the epochs, mean of the runs.
+
+    logs: configuration -> the logs of its runs, each a dict per epoch.
+    """
+    figure, (best_axes, epoch_axes) = _figure(11, max(3.5, 0.4 * len(logs) + 1.2), columns=2)
+    for row, (name, runs) in enumerate(logs.items()):
+        best = [max(record["rsum"] for record in log) for log in runs]
+        (line,) = best_axes.plot(best, [row] * len(best), "o", alpha=0.6)
+        best_axes.plot(sum(best) / len(best), row, "|", markersize=16, markeredgewidth=2.5, color=line.get_color())
+        length = min(map(len, runs))
+        mean = [sum(log[epoch]["rsum"] for log in runs) / len(runs) for epoch in range(length)]
+        epoch_axes.plot([record["epoch"] for record in runs[0][:length]], mean, color=line.get_color(), label=name)
+    best_axes.set_yticks(range(len(logs)), list(logs))
+    best_axes.invert_yaxis()
+    best_axes.set(xlabel="rsum of the best epoch, validation split", title="a dot for each seed, a bar at the mean")
+    epoch_axes.set(xlabel="epoch", ylabel="rsum, validation split", title="mean of the seeds")
+    epoch_axes.xaxis.get_major_locator().set_params(integer=True)
+    epoch_axes.legend(fontsize=8)
+    for axes in (best_axes, epoch_axes):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
 def plot_photos(answers: Sequence[tuple], path: Path) -> None:
     """The photos that answer a query, best first, each with its score; of many queries a row for each.
 
