@@ -1,31 +1,39 @@
 """A run's folder: its files, its settings and log, and how a file is replaced without ever being half written."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from config import Config
 
 LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
-CONFIG, LOG, METRICS = "config.json", "log.jsonl", "metrics.json"
+CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
+CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
+STARTS = "starts"  # beside the settings in config.json: what each start of the run was made with
 
 
 def create_run(config: Config) -> Path:
     """A new folder for a run; one that holds an epoch, or anything else of value, is never touched."""
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
-    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG, TOWERS, FROZEN}:
+    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG, TOWERS, FROZEN, CHECKSUMS}:
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def write_config(folder: Path, config: Config) -> None:
-    write_text(folder / CONFIG, json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+def write_config(folder: Path, config: Config, start: dict | None = None) -> None:
+    """Write the settings, and add what the run is started with to the record of its starts."""
+    starts = read_starts(folder)
+    if start is not None and start not in starts[-1:]:
+        starts.append(start)
+    write_text(folder / CONFIG, json.dumps(dataclasses.asdict(config) | {STARTS: starts}, indent=2) + "\n")
 
 
 def read_config(folder: Path) -> Config:
@@ -34,9 +42,33 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no run: it has no {CONFIG}")
     try:
-        return Config(**json.loads(path.read_text("utf-8")))
-    except (TypeError, ValueError) as error:
+        settings = json.loads(path.read_text("utf-8"))
+        settings.pop(STARTS, None)
+        for name, value in settings.items():
+            _require_kind(name, value)
+        return Config(**settings)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} does not hold this program's settings: {error}") from None
+
+
+def _require_kind(name, value):
+    kind = {field.name: field.type for field in dataclasses.fields(Config)}.get(name, object)  # Config refuses others
+    options = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        fits = value in options
+    else:
+        fits = kind is object or type(value) in options or (float in options and type(value) is int)
+    if not fits:
+        raise ValueError(f"{name} cannot be {value!r:.60}")
+
+
+def read_starts(folder: Path) -> list[dict]:
+    """What each start of the run was made with: command, versions, data; [] where that is not known."""
+    try:
+        starts = json.loads((folder / CONFIG).read_text("utf-8"))[STARTS]
+    except (OSError, TypeError, ValueError, KeyError, RecursionError):
+        return []
+    return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else []
 
 
 def read_log(folder: Path) -> list[dict]:
@@ -68,12 +100,36 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour, then put it in the place of `path`: a crash leaves the old file whole."""
+    """Let `write` fill a temporary neighbour, then put it in the place of `path`: at any moment, power cuts included,
+    there is the old file or the new one, whole. OSError says what could not be written.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(unfinished)
-        with unfinished.open("rb") as file:
+        with unfinished.open("rb+") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        kept = "; the one from before is kept" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from None
     finally:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed training process left half written."""
+    for name in (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES):
+        for unfinished in folder.glob(f".{name}.*"):
+            unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder):
+    """Put the new name on disk too; not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file
 
+import checkpoint
 from checkpoint import load_run, load_state, load_weights, save_state, split_frozen
 from config import Config
 from run_folder import (
@@ -114,6 +115,73 @@ def test_a_pickled_object_of_the_program_is_refused(tmp_path):
     assert "more than tensors" in one_line(lambda: load_state(tmp_path / "last.pt"))
 
 
+def test_a_checkpoint_that_was_changed_is_noticed_though_it_loads(tmp_path):
+    path = tmp_path / "best.pt"
+    save_state(path, {"model": {"w": torch.zeros(1000)}})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"\0" * 100, b"\0" * 99 + b"\1", 1))
+    assert torch.load(path, weights_only=True)["model"]["w"].shape == (1000,)
+    line = one_line(lambda: load_state(path))
+    assert str(path) in line and "changed or cut off" in line and "checksums.txt" in line
+    path.write_bytes(whole)
+    load_state(path)
+
+
+def test_a_checkpoint_from_elsewhere_is_refused_where_another_was_noted_and_taken_where_none_was(tmp_path):
+    save_state(tmp_path / "best.pt", {"model": {}})
+    (tmp_path / "other").mkdir()
+    save_state(tmp_path / "other" / "best.pt", {"model": {"w": torch.ones(2)}})
+    os.replace(tmp_path / "other" / "best.pt", tmp_path / "best.pt")
+    assert "checksums.txt" in one_line(lambda: load_state(tmp_path / "best.pt"))
+    (tmp_path / "checksums.txt").unlink()
+    assert load_state(tmp_path / "best.pt")["model"]["w"].tolist() == [1, 1]
+
+
+def test_checksums_are_those_of_sha256sum_one_per_file(tmp_path):
+    import hashlib
+
+    for name, number in (("last.pt", 1), ("best.pt", 1), ("last.pt", 2)):
+        save_state(tmp_path / name, {"epoch": number})
+    lines = sorted((tmp_path / "checksums.txt").read_text().splitlines())
+    expected = [f"{hashlib.sha256((tmp_path / n).read_bytes()).hexdigest()}  {n}" for n in ("last.pt", "best.pt")]
+    assert lines == sorted(expected)
+
+
+@pytest.mark.parametrize("moment", ["checksums.note", "os.replace", "checkpoint.settle"])
+def test_at_every_moment_of_a_write_the_old_checkpoint_or_the_new_one_is_whole(tmp_path, monkeypatch, moment):
+    path = tmp_path / "last.pt"
+    save_state(path, {"epoch": 1})
+    module, _, name = moment.replace("checksums.note", "checkpoint.note").partition(".")
+    real, module = os.replace, {"os": os, "checkpoint": checkpoint}[module]
+
+    def cut(*arguments):
+        if name != "replace" or arguments[1] == path:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    with monkeypatch.context() as power, pytest.raises(KeyboardInterrupt):
+        power.setattr(module, name, cut)
+        save_state(path, {"epoch": 2})
+    assert load_state(path)["epoch"] == (2 if name == "settle" else 1)
+    for epoch in (3, 4):
+        save_state(path, {"epoch": epoch})
+        assert load_state(path)["epoch"] == epoch
+    assert len((tmp_path / "checksums.txt").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("line", ["x", "abc  last.pt", "0" * 64 + " last.pt"])
+def test_damaged_checksums_are_one_line_that_names_the_file(tmp_path, line):
+    save_state(tmp_path / "last.pt", {"epoch": 1})
+    (tmp_path / "checksums.txt").write_text(line + "\n")
+    assert "checksums.txt, line 1" in one_line(lambda: load_state(tmp_path / "last.pt"))
+
+
+@pytest.mark.parametrize("value", [5, None, [1, 2], "text"])
+def test_a_checkpoint_that_is_no_dict_is_one_line(tmp_path, value):
+    torch.save(value, tmp_path / "last.pt")
+    assert "not a dict" in one_line(lambda: load_state(tmp_path / "last.pt"))
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_a_truncated_checkpoint_is_one_line_that_names_it(tmp_path, share):
     path = tmp_path / "best.pt"
@@ -136,7 +204,10 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(tmp_p
     for change, key in (
         (lambda weights: weights.pop("text_head.norm.bias"), "lacks text_head.norm.bias"),
         (lambda weights: weights.update(extra=torch.ones(1)), "does not know extra"),
-        (lambda weights: weights.update(logit_scale=torch.ones(2)), "another shape for logit_scale"),
+        (lambda weights: weights.update(logit_scale=torch.ones(2)), "another shape for logit_scale [2] instead of []"),
+        (lambda weights: weights.update(logit_scale=5.0), "no plain tensor for logit_scale"),
+        (lambda weights: weights.update(logit_scale=torch.ones((), dtype=torch.int64)), "no plain tensor for logit"),
+        (lambda weights: weights.update(logit_scale=torch.ones((), device="meta")), "no plain tensor for logit_scale"),
     ):
         weights = dict(model.state_dict())
         change(weights)
@@ -217,8 +288,9 @@ def test_damaged_tower_settings_are_one_line(trained, damage):
 
 def test_a_checkpoint_without_a_model_is_one_line(trained):
     folder, _ = trained
-    save_state(folder / "best.pt", {"epoch": 1})
-    assert "best.pt" in one_line(lambda: load_run(folder))
+    for state in ({"epoch": 1}, {"model": 5}):
+        save_state(folder / "best.pt", state)
+        assert "best.pt" in one_line(lambda: load_run(folder))
 
 
 def test_a_model_of_other_dimensions_is_refused(trained):
