@@ -1,6 +1,8 @@
 """Items to batches: in which order they come, in how many pieces, and from how many loader processes."""
 
+import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -46,6 +48,7 @@ class TrainingBatches:
     ):
         pixels = 3 * dataset.view.size**2 * sampler.own_images  # bytes of a batch
         self.sampler, self.reread = sampler, sampler.micro_batches > 1 and pixels > HELD_BYTES
+        self.paths = dataset.paths
         self.loader = DataLoader(
             dataset,
             batch_sampler=MicroBatches(sampler, repeat=2 if self.reread else 1),
@@ -53,16 +56,17 @@ class TrainingBatches:
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=leave_interrupts_to_parent,
+            worker_init_fn=leave_signals_to_parent,
         )
 
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Passes]:
-        self.sampler.epoch_number = epoch
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
+        """The batches of an epoch from number `first` on."""
+        self.sampler.go_to(epoch, first)
         parts, micro_batches = iter(self.loader), self.sampler.micro_batches
-        for _ in range(len(self)):
+        for _ in range(first, len(self)):
             if self.reread:
                 yield islice(parts, micro_batches), islice(parts, micro_batches)
             else:
@@ -81,7 +85,8 @@ class EpochSampler:
     def __init__(
         self, images: int, batch_size: int, seed: int, *, micro_batch_size: int, process: int = 0, processes: int = 1
     ):
-        self.images, self.seed, self.epoch_number, self.process = images, seed, 0, process
+        self.images, self.seed, self.process = images, seed, process
+        self.epoch_number, self.first_batch = 0, 0
         self.batches = -(-images // batch_size)
         self.own_images = images // self.batches // processes
         self.batch_images = self.own_images * processes
@@ -90,11 +95,15 @@ class EpochSampler:
     def __len__(self):
         return self.batches
 
+    def go_to(self, epoch: int, first_batch: int = 0) -> None:
+        """Iterate over that epoch next, from that batch on."""
+        self.epoch_number, self.first_batch = epoch, first_batch
+
     def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
         """For each batch this process's micro-batches, of sizes that differ by at most 1."""
         order = np.random.default_rng((self.seed, self.epoch_number)).permutation(self.images)
-        first = self.process * self.own_images
-        for start in range(first, first + self.batch_images * self.batches, self.batch_images):
+        for batch in range(self.first_batch, self.batches):
+            start = batch * self.batch_images + self.process * self.own_images
             own = np.array_split(order[start : start + self.own_images], self.micro_batches)
             yield [[(self.epoch_number, int(index)) for index in part] for part in own]
 
@@ -114,6 +123,18 @@ class MicroBatches:
                 yield from parts
 
 
-def leave_interrupts_to_parent(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the main one should answer it."""
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to all that belongs to a run, reach loader processes too; only the main one should answer.
+
+    Where the system tells who sent a signal, a worker ends by its parent's alone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

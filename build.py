@@ -119,8 +119,14 @@ def _feature_batches(config, model, encoder, train, val):
         for part, name in ((train, "train"), (val, "val"))
     ]
     sampler = _sampler(config, len(stored[0].images))
-    captions, device = config.captions_per_image, encoder.device
-    return FeatureBatches(stored[0], sampler, captions_per_image=captions, device=device), stored[1]
+    batches = FeatureBatches(
+        stored[0],
+        sampler,
+        paths=train.paths,
+        captions_per_image=config.captions_per_image,
+        device=encoder.device,
+    )
+    return batches, stored[1]
 
 
 def _photo_batches(config, encoder, part):

@@ -6,6 +6,7 @@ import difflib
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -75,7 +76,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         if _process() == 0:
             print(f"\nstopped. {stop}", file=sys.stderr)
-        sys.exit(130)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # once more, and it need not wait for what is still open
+        sys.exit(128 + getattr(stop, "signum", signal.SIGINT))
     except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -62,6 +62,7 @@ class Config:
     runs_dir: str = "runs"  # a run's checkpoints, log and pictures
     cache_dir: str = "cache"  # stored features of frozen towers; safe to delete
     seed: int = 0  # weights, order, crops and dropout
+    save_every_steps: int | None = None  # steps between checkpoints within an epoch; one is written after each epoch
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is always float32
     compile: bool = False  # torch.compile the image tower: faster steps after a wait; needs a C++ compiler
@@ -94,6 +95,8 @@ class Config:
                 "warmup_epochs",
             ),
         )
+        if self.save_every_steps is not None and self.save_every_steps < 1:
+            raise ValueError(f"--save-every-steps must be at least 1, got {self.save_every_steps}")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             bounds = f"from 1 to --batch-size ({self.batch_size})"
             raise ValueError(f"--micro-batch-size must be {bounds}, got {self.micro_batch_size}")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from batches import leave_interrupts_to_parent
+from batches import leave_signals_to_parent
 from checkpoint import load_run
 from dataset import ImageFiles
 from device import autocast, pick_device, pick_precision, pick_workers
@@ -84,7 +84,7 @@ class Encoder:
             batch_size=IMAGE_BATCH,
             num_workers=min(self.num_workers, -(-len(paths) // IMAGE_BATCH)),
             collate_fn=_stack_readable,
-            worker_init_fn=leave_interrupts_to_parent,
+            worker_init_fn=leave_signals_to_parent,
         )
         for pixels, reasons in _progress(loader, len(paths), progress, lambda batch: len(batch[1])):
             yield self._image_rows(pixels), reasons

@@ -1,8 +1,7 @@
 """Stored features: what a frozen tower says of a photo or caption never changes, so it is computed once and kept."""
 
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from dataset import choose_captions
 from encode import Encoded, Encoder
 from processes import gather_lists, rank
 from readers import Part
+from run_folder import replace_file
 
 
 def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, *, cache_dir: str) -> Encoded:
@@ -35,10 +35,16 @@ def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, 
 
 
 def _write(path, encoded):
+    tensors = {field.name: getattr(encoded, field.name).contiguous() for field in fields(Encoded)}
+
+    def write(unfinished):
+        try:
+            save_file(tensors, unfinished)
+        except SafetensorError as error:  # a full disk, in its own words
+            raise OSError(str(error)) from None
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    save_file({field.name: getattr(encoded, field.name).contiguous() for field in fields(Encoded)}, unfinished)
-    os.replace(unfinished, path)
+    replace_file(path, write)
 
 
 def _fingerprint(encoder, towers, part):
@@ -73,7 +79,16 @@ def _size_and_time(path):
 class FeatureBatches:
     """The batches of an epoch over stored features: as TrainingBatches, but with image_features and text_features."""
 
-    def __init__(self, encoded: Encoded, sampler: EpochSampler, *, captions_per_image: int, device: torch.device):
+    def __init__(
+        self,
+        encoded: Encoded,
+        sampler: EpochSampler,
+        *,
+        paths: Sequence[Path],
+        captions_per_image: int,
+        device: torch.device,
+    ):
+        self.paths = [paths[row] for row in encoded.kept_images.tolist()]
         self.sampler, self.captions_per_image = sampler, captions_per_image
         self.images, self.texts = encoded.images.to(device), encoded.texts.to(device)
         self.first_caption = np.searchsorted(encoded.caption_image_ids.numpy(), np.arange(len(encoded.images) + 1))
@@ -81,8 +96,9 @@ class FeatureBatches:
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int) -> Iterator[Passes]:
-        self.sampler.epoch_number = epoch
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
+        """The batches of an epoch from number `first` on."""
+        self.sampler.go_to(epoch, first)
         for keys in self.sampler:
             parts = [self._micro_batch(part) for part in keys]
             yield parts, (parts if len(parts) > 1 else None)

@@ -91,15 +91,48 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
         _wait([dist.all_reduce(_gradient(parameter), async_op=True) for parameter in parameters])
 
 
+def highest(value: Tensor) -> Tensor:
+    """The largest value of all processes, in place."""
+    if _many():
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def gather_statistics(model: nn.Module) -> list[dict[str, Tensor]]:
+    """Every process's own running statistics, on the CPU; nothing from a single one, whose model holds them."""
+    if not _many():
+        return []
+    return gather_lists([{name: buffer.cpu() for name, buffer in _statistics(model).items()}])
+
+
+def spread_statistics(model: nn.Module, statistics: list[dict[str, Tensor]]) -> None:
+    """Give every process its own of gather_statistics again, or the average where there were more or fewer of them.
+
+    Raises ValueError where they are not those of the model.
+    """
+    if not statistics:
+        return
+    own = [statistics[rank()]] if len(statistics) == count() else statistics
+    for name, buffer in _statistics(model).items():
+        found = [some.get(name) for some in own]
+        if not all(isinstance(tensor, Tensor) and tensor.shape == buffer.shape for tensor in found):
+            raise ValueError(f"its running statistics lack {name}, or have it in another shape")
+        buffer.copy_(torch.stack([tensor.to(buffer.device) for tensor in found]).mean(0))
+
+
 def average_statistics(model: nn.Module) -> None:
     """Average the batch norms' running statistics, which every process took from its own part of the batches."""
     if _many():
-        statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+        statistics = _statistics(model).values()
         _wait([dist.all_reduce(buffer.div_(count()), async_op=True) for buffer in statistics])
 
 
 def _many():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _statistics(model):
+    return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 
 def _gradient(parameter):

@@ -16,7 +16,26 @@ from modules import CLIPModel
 from optimizer import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+TERMS = ("loss", "info_nce", "triplet")
 LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
+
+
+class Outcome:
+    """What a step found, on its way to the CPU: `read` waits for that step alone, not for what was queued after it."""
+
+    def __init__(self, step: int, values: dict[str, torch.Tensor], image_ids: torch.Tensor, pairs: int):
+        self.step, self.image_ids, self.pairs, self.names = step, image_ids, pairs, tuple(values)
+        found = torch.stack([value.detach().float() for value in values.values()])
+        self.values = found.to("cpu", non_blocking=found.is_cuda)
+        self.arrived = torch.cuda.Event() if found.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The loss and its terms, the length of the gradient ("gradient") and the highest `stop` of all processes."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class TrainingStep:
@@ -47,17 +66,15 @@ class TrainingStep:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
-    def __call__(self, passes: Passes, step: int) -> dict[str, float] | None:
-        """One update; dropout depends on (seed, step) alone. Returns the loss, its terms and the counts of images and
-        pairs, or None where no process had a photo that could be read.
-        """
-        alpha, counts = self.alpha(step), {}
+    def __call__(self, passes: Passes, step: int, stop: int = 0) -> Outcome | None:
+        """One update; dropout depends on (seed, step) alone. None where no process had a photo that could be read."""
+        alpha, batch = self.alpha(step), {}
 
         def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
-            counts.update(images=len(image_emb), pairs=len(text_emb))
+            batch.update(image_ids=image_ids, pairs=len(text_emb))
             chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
             chunked = len(text_emb) > chunk_size
-            terms = (chunked_contrastive_loss if chunked else contrastive_loss)(
+            return (chunked_contrastive_loss if chunked else contrastive_loss)(
                 image_emb,
                 text_emb,
                 image_ids.to(self.device),
@@ -67,8 +84,6 @@ class TrainingStep:
                 margin=self.config.margin,
                 **({"chunk_size": chunk_size} if chunked else {}),
             )
-            self._require_finite(terms.total, step)
-            return terms
 
         terms = cached_backward(
             lambda part: self.model({key: part[key].to(self.device, non_blocking=True) for key in part}),
@@ -81,32 +96,38 @@ class TrainingStep:
         )
         if terms is None:
             return None
-        self._update()
-        values = {"loss": terms.total, "info_nce": terms.info_nce, "triplet": terms.triplet}
-        return {key: value.item() for key, value in values.items()} | counts
+        values = dict(zip(TERMS, terms, strict=True)) | {"gradient": self._update()}
+        values["stop"] = processes.highest(torch.tensor(float(stop), device=self.device))
+        return Outcome(step, values, **batch)
+
+    def fault(self, found: dict[str, float]) -> str | None:
+        """What is not finite in an Outcome's values, for a message. A gradient beyond float16's range is no fault: the
+        scaler skips that step and lowers its factor, until even a factor of 1 does not help.
+        """
+        if not math.isfinite(found["loss"]):
+            return f"the loss is {found['loss']}"
+        scaler = self.accelerator.scaler
+        if not math.isfinite(found["gradient"]) and not (scaler and scaler.get_scale() >= 1):
+            return f"the gradient is {found['gradient']}"
+        return None
 
     def alpha(self, step: int) -> float:
         """The triplet term's weight at a step: it grows linearly over the warm-up."""
         warmup = max(1.0, self.config.alpha_warmup_epochs * self.steps_per_epoch)
         return self.config.alpha * min(1.0, (step + 1) / warmup)
 
-    def _update(self):
+    def _update(self) -> torch.Tensor:
+        """Returns the length of the gradient before it is cut, ()."""
         if self.unwrapped.logit_scale.grad is not None:
             # Every process found all of it, not a share as of the other parameters.
             self.unwrapped.logit_scale.grad /= processes.count()
         processes.sum_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
-        self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
+        length = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.unwrapped.clamp_temperature()
         self.schedule.step()
-
-    def _require_finite(self, loss: torch.Tensor, step: int):
-        if not math.isfinite(loss.item()):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step + 1}, epoch {step // self.steps_per_epoch + 1}: lower the "
-                f"learning rates, or try --precision float32; the last finished epoch is kept in the run's folder"
-            )
+        return length
 
     def state(self) -> dict:
         """What a checkpoint keeps beside the model, to go on exactly."""
@@ -116,10 +137,9 @@ class TrainingStep:
     def restore(self, state: dict, step: int) -> None:
         """Go on from `step`; the rates given beside --resume win over what the checkpoint holds.
 
-        Raises ValueError where other parameters were trained.
+        Raises ValueError where other parameters were trained, or the optimizer's state does not fit them.
         """
-        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
-            raise ValueError("other towers were trained: resume with the same --freeze-image and --freeze-text")
+        self._require_fitting(state["optimizer"])
         rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
@@ -128,3 +148,24 @@ class TrainingStep:
         self.schedule.last_epoch = step
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _require_fitting(self, state: dict):
+        groups, saved = self.optimizer.param_groups, state.get("param_groups")
+        sizes = [len(group["params"]) for group in groups]
+        try:
+            saved_sizes = [len(group["params"]) for group in saved]
+            moments = [state["state"].get(number, {}) for group in saved for number in group["params"]]
+            shapes = [{k: tuple(v.shape) for k, v in m.items() if isinstance(v, torch.Tensor)} for m in moments]
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError("the optimizer's state in it is damaged") from None
+        if saved_sizes != sizes:
+            raise ValueError("other towers were trained: resume with the same --freeze-image and --freeze-text")
+        names = {parameter: name for name, parameter in self.unwrapped.named_parameters()}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for parameter, found in zip(parameters, shapes, strict=True):
+            for key, shape in found.items():
+                if shape not in ((), tuple(parameter.shape)):
+                    raise ValueError(
+                        f"the optimizer's {key} of {names[parameter]} has shape {list(shape)} instead of "
+                        f"{list(parameter.shape)}"
+                    )

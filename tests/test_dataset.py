@@ -95,7 +95,7 @@ def test_batches_are_of_one_size_and_hold_no_image_twice_in_an_epoch(images, bat
 def test_every_epoch_and_every_seed_has_its_own_order():
     def order(epoch, seed):
         sampler = EpochSampler(50, 8, seed, micro_batch_size=8)
-        sampler.epoch_number = epoch
+        sampler.go_to(epoch)
         return [index for batch in whole_batches(sampler) for index in batch]
 
     assert order(1, 0) == order(1, 0)

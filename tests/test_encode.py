@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -248,7 +249,8 @@ def feature_batches(images=10, captions=3, micro_batch_size=4):
         kept_captions=torch.arange(images * captions),
     )
     sampler = EpochSampler(images, 4, seed=0, micro_batch_size=micro_batch_size)
-    return FeatureBatches(encoded, sampler, captions_per_image=2, device=torch.device("cpu"))
+    paths = [Path(f"{number}.png") for number in range(images)]
+    return FeatureBatches(encoded, sampler, paths=paths, captions_per_image=2, device=torch.device("cpu"))
 
 
 def whole_batches(batches, epoch):

@@ -102,3 +102,51 @@ def test_one_process_exchanges_nothing_and_gets_back_what_it_gave():
     assert processes.gather_rows(rows) == (rows, 0) and processes.share(7) == slice(0, 7)
     assert processes.gather_lists([1]) == [1] and processes.from_first("x") == "x"
     assert (processes.rank(), processes.count()) == (0, 1)
+
+
+STOPPED = """
+import dataclasses, signal, sys
+from pathlib import Path
+import torch
+import cli, step, train, trainer
+from checkpoint import load_state
+from processes import rank
+from stop import Stopped
+
+trainer.leave = lambda: None  # the processes train three times
+whole, _ = train.parse_flags()
+data = cli.open_data(whole)
+trainer.train(whole, data, None)
+parts = dataclasses.replace(whole, name="parts")
+real = step.TrainingStep.__call__
+
+def call(self, passes, number, **options):
+    if number == 4 and rank() == 1:
+        signal.raise_signal(signal.SIGTERM)  # one of them is told, between two checkpoints
+    return real(self, passes, number, **options)
+
+step.TrainingStep.__call__ = call
+try:
+    trainer.train(parts, data, None)
+    sys.exit("not stopped")
+except Stopped as stop:
+    assert stop.signum == signal.SIGTERM
+folder = Path("runs/parts")
+torch.distributed.barrier()
+state = load_state(folder / "last.pt")
+assert (state["epoch"], len(state["statistics"])) == (1, 2) and state["tally"]["steps"] in (2, 3), state["tally"]
+assert not all(torch.equal(state["statistics"][0][k], v) for k, v in state["statistics"][1].items())
+step.TrainingStep.__call__ = real
+trainer.train(parts, data, folder)
+torch.distributed.barrier()
+ends = [load_state(Path("runs") / name / "last.pt")["model"] for name in ("whole", "parts")]
+assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_processes_of_which_one_is_told_to_end_go_on_as_if_neither_had_been(flags, tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    words = [*flags, "--batch-size", 6, "--micro-batch-size", 6, "--no-fold-batch-norm", "--epochs", 3]
+    words = [tmp_path / "stopped.py", *words, "--name", "whole"]
+    program(*LAUNCHERS["torchrun"], *words, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")

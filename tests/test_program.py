@@ -228,10 +228,11 @@ def test_a_name_that_is_taken_is_refused_and_the_run_left_alone(place, image_tow
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs" / "first").iterdir()} == before
 
 
-def test_ctrl_c_keeps_the_finished_epochs_and_resume_finishes(place, image_tower, text_tower, monkeypatch):
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_keeps_its_steps_and_resume_finishes(place, image_tower, text_tower, monkeypatch, signum):
     folder, _ = place
     words = ["--dataset", "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower, *SMALL]
-    command = [sys.executable, ROOT / "train.py", *words, "--epochs", 500, "--runs-dir", "stopped", "--name", "x"]
+    command = [sys.executable, ROOT / "train.py", *words, "--epochs", 500, "--runs-dir", signum.name, "--name", "x"]
     training = subprocess.Popen(
         list(map(str, command)), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -239,19 +240,19 @@ def test_ctrl_c_keeps_the_finished_epochs_and_resume_finishes(place, image_tower
         for line in training.stdout:
             if line.startswith("epoch "):
                 break
-        training.send_signal(signal.SIGINT)
+        training.send_signal(signum)
         _, errors = training.communicate(timeout=60)
     finally:
         training.kill()
-    assert training.returncode == 130, errors
-    assert "kept" in errors and "--resume stopped/x" in errors and "Traceback" not in errors
-    run = folder / "stopped" / "x"
+    assert training.returncode == 128 + signum, errors
+    assert "is kept; go on with" in errors and f"--resume {signum.name}/x" in errors and "Traceback" not in errors
+    run = folder / signum.name / "x"
     finished = len(read_log(run))
     assert finished >= 1 and (run / "last.pt").is_file() and not list(run.glob(".*"))
     monkeypatch.chdir(folder)
-    line = refused(within("infer.py", "a dog", "--runs-dir", "stopped"))
-    assert "finished" in line and "--resume stopped/x" in line
-    within("train.py", "--resume", "stopped/x", "--epochs", finished + 1)
+    line = refused(within("infer.py", "a dog", "--runs-dir", signum.name))
+    assert "finished" in line and f"--resume {signum.name}/x" in line
+    within("train.py", "--resume", f"{signum.name}/x", "--epochs", finished + 1)
     assert [record["epoch"] for record in read_log(run)] == list(range(1, finished + 2))
 
 

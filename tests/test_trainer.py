@@ -34,14 +34,14 @@ def records(folder):
 
 def stop_after(monkeypatch, epochs, error=KeyboardInterrupt):
     """The program is stopped as soon as this many epochs are saved."""
-    real = trainer.Trainer._save
+    real = trainer.Trainer._save_epoch
 
     def save(self, record):
         real(self, record)
         if self.progress.epoch == epochs:
             raise error
 
-    monkeypatch.setattr(trainer.Trainer, "_save", save)
+    monkeypatch.setattr(trainer.Trainer, "_save_epoch", save)
 
 
 def copy_with_a_broken_photo(config, tmp_path, split="train"):
@@ -83,6 +83,7 @@ def test_a_run_leaves_its_record(tiny):
     assert read_config(folder) == config
     assert {path.name for path in folder.iterdir()} == {
         "best.pt",
+        "checksums.txt",
         "config.json",
         "curves.png",
         "last.pt",
@@ -111,7 +112,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, monkeypatch
     whole = tiny(epochs=3, name="whole", **change)
     uninterrupted = train(whole, read(whole), None)
     parts = dataclasses.replace(whole, name="parts")
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt, match="--resume"):
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
         stop_after(stopped, 1)
         train(parts, read(parts), None)
     folder = uninterrupted.parent / "parts"
@@ -168,10 +169,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_epoch(tiny, monke
 
     monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
     config = tiny(epochs=3)
-    with pytest.raises(ValueError, match=rf"nan at step {STEPS + 2}, epoch 2"):
+    with pytest.raises(ValueError, match=rf"nan at step {STEPS + 2}, epoch 2") as error:
         train(config, read(config), None)
     folder = trainer.Path(config.runs_dir) / "run"
-    assert len(read_log(folder)) == 1
+    assert len(read_log(folder)) == 1 and "epoch 1 is kept" in str(error.value)
+    bad = json.loads((folder / "bad_batch.json").read_text())
+    assert (bad["step"], bad["epoch"], len(bad["photos"])) == (STEPS + 2, 2, 7)
+    assert set(bad["photos"]) <= {str(path) for path in read(config).part("train").paths}
+    assert bad["photos"][0] in str(error.value)
     assert all(tensor.isfinite().all() for tensor in weights(folder).values() if tensor.is_floating_point())
 
 
