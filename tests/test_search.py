@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from conftest import refused, within, write_photos
 from PIL import Image
 
 import search
+from checkpoint import load_state, save_state
 from encode import load_encoder
 from gallery import find_photos
 from search import combine, nearest_captions, weights_key
@@ -200,9 +202,9 @@ def test_a_cache_that_cannot_be_written_is_one_line(place):
 def test_other_weights_have_a_gallery_of_their_own(place, encoded):
     first = weights_key(place / "runs" / "first")
     infer("red", "--gallery", "holiday")
-    state = torch.load("runs/first/best.pt", weights_only=True)
+    state = load_state(Path("runs/first/best.pt"))
     state["model"]["image_head.norm.bias"][0] += 0.5
-    torch.save(state, "runs/first/best.pt")
+    save_state(Path("runs/first/best.pt"), state)
     assert weights_key(place / "runs" / "first") != first
     infer("red", "--gallery", "holiday")
     assert len(encoded) == 24
