@@ -68,11 +68,9 @@ def measure(
     """One step of a large batch, which warms up as it goes; of a small one two, the second for the time."""
     import torch
 
-    from build import build_batches, build_model
+    from benchmarks.training import build_step, readable
     from config import Config
-    from encode import build_encoder
     from readers import Part
-    from step import TrainingStep
 
     size = int(batch_size)
     config = Config(
@@ -87,19 +85,13 @@ def measure(
     captions = json.loads((Path(folder) / "captions.json").read_text())[: size * CAPTIONS_PER_IMAGE]
     owner = np.arange(size).repeat(CAPTIONS_PER_IMAGE)
     data = _OnePart(Part([Path(folder) / f"{number}.jpg" for number in range(size)], captions, owner))
-    torch.manual_seed(0)
-    model, tokenizer, _ = build_model(config, data)
-    encoder = build_encoder(
-        model, tokenizer, image_size=config.image_size, max_tokens=64, device=device, precision="auto", num_workers=0
-    )
-    batches, _ = build_batches(config, model, encoder, data)
-    step = TrainingStep(config, model.train(), encoder, steps_per_epoch=1, micro_batches=batches.sampler.micro_batches)
+    step, batches = build_step(config, data)
     for number in range(2 if size <= 256 else 1):
         started = time.perf_counter()
-        for first, second in batches.epoch(number):
-            step((map(_readable, first), None if second is None else map(_readable, second)), number)
+        for passes in batches.epoch(number):
+            step(readable(passes), number)
         seconds = time.perf_counter() - started
-    peak = torch.cuda.max_memory_allocated() if encoder.device.type == "cuda" else peak_bytes()
+    peak = torch.cuda.max_memory_allocated() if step.device.type == "cuda" else peak_bytes()
     embeddings = 4 * config.embed_dim * size * (1 + CAPTIONS_PER_IMAGE)
     return {"peak": peak / 1e6, "embeddings": embeddings / 1e6, "seconds": seconds}
 
@@ -110,10 +102,6 @@ class _OnePart:
 
     def part(self, split):
         return self.only
-
-
-def _readable(part):
-    return {key: part[key] for key in part if key != "unreadable"}
 
 
 if __name__ == "__main__":
