@@ -64,7 +64,7 @@ def whole_loop(config: Config, data) -> Iterator[int]:
     step, batches = build_step(config, data)
     for number in itertools.count():
         for passes in batches.epoch(number):
-            yield step(readable(passes), number)["pairs"]
+            yield step(readable(passes), number).pairs
 
 
 def step_alone(config: Config, data, steps: int) -> Iterator[int]:
@@ -75,7 +75,7 @@ def step_alone(config: Config, data, steps: int) -> Iterator[int]:
         for passes in itertools.islice(batches.epoch(0), min(steps, len(batches)))
     ]
     for number in itertools.count():
-        yield step(held[number % len(held)], number)["pairs"]
+        yield step(held[number % len(held)], number).pairs
 
 
 def build_step(config: Config, data) -> tuple[Callable, object]:
