@@ -98,6 +98,7 @@ def open_data(config: Config, data_dir: Path | None = None) -> "CaptionData":
         data_dir=data_dir or config.data_dir,
         cache_dir=config.cache_dir,
         split_seed=config.split_seed,
+        allow_bad_rows=config.allow_bad_rows,
     )
 
 

@@ -13,8 +13,9 @@ class Config:
     """Train an image-text retrieval model. Every setting below is a default of config.py."""
 
     # Data
-    dataset: str = "sample"  # "sample" (rendered scenes), "flickr8k", or a folder with images and a caption file
-    data_dir: str | None = None  # where the data set lies; without it flickr8k is downloaded with kagglehub
+    dataset: str = "sample"  # "sample", "flickr8k", "flickr30k", "coco", a folder or caption file, or owner/name (hub)
+    data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
+    allow_bad_rows: bool = False  # go on though more than 5 % of the caption rows cannot be used
     split_seed: int = 0  # which images are held out where the data set brings no split lists
     image_size: int | None = None  # pixels; None is what the image tower was trained with (ResNet50: 224)
     captions_per_image: int = 5  # captions that come along with each image of a batch

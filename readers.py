@@ -1,20 +1,21 @@
-"""From a folder or a name to one table of captions, split by image."""
+"""From a folder, a caption file or a name to one table of captions, split by image."""
 
-import csv
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-CAPTION_FILES = ("captions.txt", "captions.csv")
-IMAGE_FOLDERS = ("Images", "images", ".")
-SPLITS = ("train", "val", "test")
-FLICKR8K_LISTS = {
-    split: f"Flickr_8k.{name}Images.txt" for split, name in zip(SPLITS, ("train", "dev", "test"), strict=True)
-}
+from caption_rows import Captions, no_garbage_collection
+from layouts import Layout, read_layout
+from photo_files import find_copies, locate
+from sources import find_source
+from splits import SPLITS, assign_split, keep_copies_together
+
 SHOWN = 5  # examples in a message
+MOST_BAD = 0.05  # share of rows that cannot be used; with more, something else is wrong
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class CaptionData:
     image_root: Path
     table: pd.DataFrame  # columns image (relative to image_root), caption, split (or NaN: on no list)
     split_source: str
-    missing: list[str]  # images that have captions and a place in a split, but no file
+    missing: list[str] = field(default_factory=list)  # images with captions and a place in a split, but no file
+    form: str = ""  # of the caption files, in words
+    files: list[Path] = field(default_factory=list)  # the caption files
+    others: list[str] = field(default_factory=list)  # caption files that were not taken
+    bad: list[str] = field(default_factory=list)  # rows that could not be used
+    copies: list[str] = field(default_factory=list)  # images left out because a held-out part has the same photo
 
     def part(self, split: str) -> Part:
         """The images and captions of "train", "val" or "test"."""
@@ -44,180 +50,124 @@ class CaptionData:
         return Part([self.image_root / image for image in images], list(rows.caption.iloc[order]), ids[order])
 
     def describe(self) -> str:
-        """What was read, for the terminal: the split and the size of each part."""
+        """What was read, for the terminal: the split, the size of each part, and what is not used."""
         counts = self.table.groupby("split").agg(images=("image", "nunique"), captions=("caption", "size"))
         parts = [
             f"{s} {counts.images[s]:,} images / {counts.captions[s]:,} captions" for s in SPLITS if s in counts.index
         ]
         lines = [f"{self.name}: {', '.join(parts)} ({self.split_source})"]
-        unlisted = self.table.image[self.table.split.isna()].nunique()
+        if self.others:
+            taken = ", ".join(file.name for file in self.files)
+            lines.append(f"captions from {taken}; to take {few(self.others)} instead, pass that file as --dataset")
+        unlisted = self.table.image[self.table.split.isna() & ~self.table.image.isin(self.copies)].nunique()
         if unlisted:
             lines.append(f"{unlisted} images are on no list and are not used")
+        if self.copies:
+            lines.append(f"{len(self.copies)} images are left out, the same photo is held out: {few(self.copies)}")
         if self.missing:
             lines.append(f"{len(self.missing)} images have captions but no file, left out: {few(self.missing)}")
+        if self.bad:
+            lines.append(f"{len(self.bad):,} rows could not be used:")
+            lines += [f"  {fault}" for fault in self.bad[:SHOWN]]
         return "\n".join(lines)
 
 
-def open_dataset(dataset: str, *, data_dir: str | Path | None, cache_dir: str, split_seed: int) -> CaptionData:
-    """Find a data set by its name or folder, read its captions and split it by image."""
-    folder = _locate(dataset, data_dir, cache_dir)
-    table = read_captions(folder)
-    image_root, present = _find_images(folder, table.image.unique())
-    table["split"], source = _split(table.image, folder, split_seed)
-    missing = sorted(set(table.image[table.split.notna()]) - present)
-    data = CaptionData(dataset, image_root, table[table.image.isin(present)], source, missing)
-    empty = [split for split in SPLITS if not (data.table.split == split).any()]
-    if empty:
-        raise ValueError(f"no images left for {' and '.join(empty)} in {folder} ({source}): add photos with captions")
-    return data
+def open_dataset(
+    dataset: str, *, data_dir: str | Path | None, cache_dir: str, split_seed: int, allow_bad_rows: bool = False
+) -> CaptionData:
+    """Find a data set by its name, folder or file, read its captions and split it by image.
 
-
-def read_captions(path: str | Path) -> pd.DataFrame:
-    """Read a caption file, or the one in a folder, into the columns image (forward slashes) and caption.
-
-    The file is CSV with the header `image,caption` and one caption per row. Raises FileNotFoundError without a file,
-    ValueError with file and line where a row cannot be used.
+    Raises ValueError or FileNotFoundError where something is wrong with it, and ConnectionError for a failed download.
     """
-    path = _caption_file(Path(path))
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            rows = list(_rows(csv.reader(lines), path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
-    if not rows:
-        raise ValueError(f"{path}: holds no captions; expected the header 'image,caption' and a row per caption")
-    return pd.DataFrame(rows, columns=["image", "caption"])
+    source = find_source(dataset, data_dir, cache_dir)
+    with no_garbage_collection():
+        return _open(dataset, source, cache_dir, split_seed, allow_bad_rows)
 
 
-def few(names: list[str]) -> str:
+def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
+    layout = _read(source, cache_dir)
+    _check(layout.captions, layout.folder, allow_bad_rows)
+    images, captions, said = zip(*layout.captions.rows, strict=True)
+    rows, names = pd.factorize(np.array(images, dtype=object))  # of each caption its image's place among the names
+    found, ambiguous = locate(names, layout.files, layout.folder)
+    if not found:
+        raise FileNotFoundError(
+            f"none of the {len(names):,} images with captions was found; looked for {names[0]!r} in {layout.folder} "
+            f"and its folders, which hold {len(layout.files):,} files"
+        )
+    split_of_name, split_source = assign_split(names, _strictest(rows, names, said), layout, split_seed)
+    missing = sorted(
+        f"{name} (in several folders)" if name in set(ambiguous) else name
+        for name in names
+        if name not in found and split_of_name.get(name)
+    )
+    split, copies = keep_copies_together(split_of_name, found, _copies(layout.folder, found), split_source)
+    files = np.array([found.get(name) for name in names], dtype=object)
+    parts = np.array([split.get(file) for file in files], dtype=object)
+    columns = {"image": files[rows], "caption": np.array(captions, dtype=object), "split": parts[rows]}
+    table = pd.DataFrame(columns, dtype=object)
+    table = table[table.image.notna()]
+    empty = [part for part in SPLITS if not (table.split == part).any()]
+    if empty:
+        where = layout.folder
+        raise ValueError(
+            f"no images left for {' and '.join(empty)} in {where} ({split_source}): add photos with captions"
+        )
+    read = layout.captions
+    return CaptionData(
+        dataset, layout.folder, table, split_source, missing, read.form, read.files, layout.others, read.bad, copies
+    )
+
+
+def read_captions(path: str | Path, *, allow_bad_rows: bool = False) -> pd.DataFrame:
+    """Read a caption file, or those of a folder, into the columns image (forward slashes) and caption.
+
+    The form is told by looking at the file; README.md lists the forms. Raises FileNotFoundError without a file, and
+    ValueError with file and line where it is no caption file or more than a twentieth of its rows cannot be used.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no such caption file or folder: {path}")
+    captions = read_layout(path).captions
+    _check(captions, path, allow_bad_rows)
+    return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
+
+
+def few(names: Sequence[str]) -> str:
     """The first names of a list, for a message."""
     return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
-def _rows(reader, path):
-    """(image, caption) of each row; the first row must be the header."""
-    header = [cell.strip().lower() for cell in next(reader, [])]
-    if header and header != ["image", "caption"]:
-        raise ValueError(f"{path}, line 1: expected the header 'image,caption', found {','.join(header)[:80]!r}")
-    start = reader.line_num + 1
-    try:
-        for row in reader:
-            if row:
-                yield _row(row, f"{path}, line {start}")
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {start}: cannot be read as CSV: {error}; is a quote left open?") from None
+def _read(source, cache_dir) -> Layout:
+    from hub_data import is_hub_data, read_hub_data
+
+    if source.hub_name or is_hub_data(source.path):
+        return read_hub_data(source.hub_name or source.path, cache_dir)
+    return read_layout(source.path, source.karpathy)
 
 
-def _row(row, where):
-    if len(row) != 2:
-        hint = "a file name and a caption" if len(row) < 2 else 'put a caption that holds commas into "quotes"'
-        raise ValueError(f"{where}: expected 2 columns, found {len(row)}; {hint}")
-    image, caption = row[0].strip().replace("\\", "/"), row[1].strip()
-    if not image or not caption:
-        raise ValueError(f"{where}: the {'caption' if image else 'file name'} is empty; fill it in or delete the row")
-    if "\n" in caption:
-        raise ValueError(f"{where}: the caption runs over several lines; a quote was opened and not closed")
-    return image, caption
-
-
-def _caption_file(path):
-    if path.is_dir():
-        found = [path / name for name in CAPTION_FILES if (path / name).is_file()]
-        if not found:
-            raise FileNotFoundError(f"no caption file in {path}: expected {' or '.join(CAPTION_FILES)}")
-        return found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"no such caption file: {path}")
-    return path
-
-
-def _locate(dataset, data_dir, cache_dir):
-    """The folder of a data set; the sample set is made and flickr8k downloaded where it is not there yet."""
-    if data_dir is not None:
-        if not Path(data_dir).expanduser().is_dir():
-            raise FileNotFoundError(f"no such folder: {data_dir} (--data-dir)")
-        return Path(data_dir).expanduser()
-    if dataset == "sample":
-        from sample import write_sample
-
-        folder = Path(cache_dir) / "sample"
-        with _one_at_a_time(cache_dir):
-            write_sample(folder)
-        return folder
-    if dataset == "flickr8k":
-        with _one_at_a_time(cache_dir):
-            return _download("adityajn105/flickr8k")
-    if Path(dataset).expanduser().is_dir():
-        return Path(dataset).expanduser()
-    raise FileNotFoundError(
-        f"no data set or folder {dataset!r}: expected sample, flickr8k, or a folder with images and captions.txt"
-    )
-
-
-def _one_at_a_time(folder):
-    """Of several processes one makes or downloads a data set; the others wait and find it there."""
-    from filelock import FileLock
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return FileLock(Path(folder) / "data.lock")
-
-
-def _download(handle):
-    import kagglehub
-
-    try:
-        return Path(kagglehub.dataset_download(handle))
-    except Exception as error:  # kagglehub passes on whatever its network library raises
-        reason = f"{type(error).__name__}: {error}"[:80]
-        raise ConnectionError(
-            f"could not download {handle} from Kaggle ({reason}); try again, or fetch it by hand from "
-            f"kaggle.com/datasets/{handle} and pass its folder with --data-dir"
-        ) from None
-
-
-def _find_images(folder, images):
-    """The folder that image names are relative to, and the names that have a file there."""
-    roots = [folder / name for name in IMAGE_FOLDERS if (folder / name).is_dir()]
-    root, present = max(((root, _present(root, images)) for root in roots), key=lambda found: len(found[1]))
-    if not present:
-        places = ", ".join(map(str, roots))
-        raise FileNotFoundError(
-            f"none of the {len(images):,} images with captions was found; looked for {images[0]!r} in {places}"
+def _check(captions: Captions, path: Path, allow_bad_rows: bool):
+    bad, rows = len(captions.bad), len(captions.rows)
+    if bad > MOST_BAD * (bad + rows) and not allow_bad_rows:
+        raise ValueError(
+            f"{' | '.join(captions.bad[:SHOWN])} ({bad:,} of {bad + rows:,} rows cannot be used: mend them, or leave "
+            "them out with --allow-bad-rows)"
         )
-    return root, present
+    if not rows:
+        where = captions.files[0] if captions.files else path
+        raise ValueError(f"{where}: holds no captions; expected the header 'image,caption' and a row per caption")
 
 
-def _present(root, images):
-    """One listing per folder instead of one question per file: a network disk answers 30,000 of those in minutes."""
-    listed = {parent: _files(root / parent) for parent in {os.path.dirname(image) for image in images}}
-    return {image for image in images if os.path.basename(image) in listed[os.path.dirname(image)]}
+def _strictest(rows, names, said):
+    """The split that the captions' files give each name; of several the last of train, val and test."""
+    order = {None: -1} | {split: place for place, split in enumerate(SPLITS)}
+    strictest = np.full(len(names), -1)
+    np.maximum.at(strictest, rows, [order[split] for split in said])
+    return {name: SPLITS[place] for name, place in zip(names, strictest, strict=True) if place >= 0}
 
 
-def _files(folder):
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_file()}
-    except OSError:
-        return set()
-
-
-def _split(images, folder, seed):
-    """The split of every row, and where it comes from: the official lists if they are there, else 4:1 by image."""
-    lists = {split: folder / name for split, name in FLICKR8K_LISTS.items()}
-    if all(path.is_file() for path in lists.values()):
-        split_of = {
-            line.strip(): split for split, path in lists.items() for line in path.read_text("utf-8").splitlines()
-        }
-        return images.map(split_of), "official split lists"
-    return images.map(
-        _random_split(sorted(set(images)), seed)
-    ), f"train:test 4:1 by image, seed {seed}, val out of train"
-
-
-def _random_split(images, seed):
-    """A fifth of the images is test; a tenth of the others is val."""
-    shuffled = np.random.RandomState(seed).permutation(images)
-    n_test = max(1, len(images) // 5)
-    n_val = max(1, (len(images) - n_test) // 10)
-    names = np.repeat(["test", "val", "train"], [n_test, n_val, max(0, len(images) - n_test - n_val)])
-    return dict(zip(shuffled, names, strict=False))
+def _copies(folder, found):
+    """For each photo that is another's copy by its bytes, that other; both relative to the folder."""
+    files = dict.fromkeys(found[name] for name in sorted(found))
+    paths = {os.path.join(folder, file): file for file in files}
+    return {paths[copy]: paths[first] for copy, first in find_copies(paths).items()}

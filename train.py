@@ -45,7 +45,7 @@ def parse_flags() -> tuple[Config, Path | None]:
         default = read_config(cli.existing_folder(resumed, "--resume"))
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
-    if Path(config.dataset).expanduser().is_dir():  # so that the run finds its photos from any working folder
+    if Path(config.dataset).expanduser().exists():  # so that the run finds its photos from any working folder
         config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
     if config.model is not None and Path(config.model).expanduser().is_dir():
         config = replace(config, model=str(Path(config.model).expanduser().resolve()))
