@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -113,7 +114,8 @@ def _sampler(config, images):
 
 def _feature_batches(config, model, encoder, train, val):
     towers = torch.nn.ModuleList([model.image_encoder, model.text_encoder])
-    encoder = replace(encoder, encode_image=model.image_encoder, encode_text=model.text_encoder)
+    # Features are what is kept of the photos: keeping these as well would be of no use.
+    encoder = replace(encoder, encode_image=model.image_encoder, encode_text=model.text_encoder, cache_images=False)
     stored = [
         stored_features(encoder, towers, part, name, cache_dir=config.cache_dir)
         for part, name in ((train, "train"), (val, "val"))
@@ -130,10 +132,9 @@ def _feature_batches(config, model, encoder, train, val):
 
 
 def _photo_batches(config, encoder, part):
-    token_ids, mirrored_ids = (
-        tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens)
-        for captions in (part.captions, [mirror_caption(caption) for caption in part.captions])
-    )
+    captions = [*part.captions, *map(mirror_caption, part.captions)]
+    tokens = tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
+    token_ids, mirrored_ids = (replace(tokens, rows=rows) for rows in np.split(tokens.rows, 2))
     photos = CLIPDataset(
         part,
         token_ids,
@@ -143,6 +144,7 @@ def _photo_batches(config, encoder, part):
         augment=config.augment,
         min_crop=config.min_crop,
         seed=config.seed,
+        photo_cache=encoder.photo_cache(part.paths),
     )
     return TrainingBatches(
         photos,

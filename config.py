@@ -17,6 +17,7 @@ class Config:
     data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
     allow_bad_rows: bool = False  # go on though more than 5 % of the caption rows cannot be used
     split_seed: int = 0  # which images are held out where the data set brings no split lists
+    cache_images: bool = False  # keep photos decoded at training size in cache_dir; for machines with few cores
     image_size: int | None = None  # pixels; None is what the image tower was trained with (ResNet50: 224)
     captions_per_image: int = 5  # captions that come along with each image of a batch
     max_tokens: int = 64  # a longer caption is cut
@@ -61,7 +62,7 @@ class Config:
     # Run
     name: str | None = None  # folder of the run below runs_dir; without it, the data set and the time
     runs_dir: str = "runs"  # a run's checkpoints, log and pictures
-    cache_dir: str = "cache"  # stored features of frozen towers; safe to delete
+    cache_dir: str = "cache"  # features of frozen towers, token ids, kept photos; safe to delete
     seed: int = 0  # weights, order, crops and dropout
     save_every_steps: int | None = None  # steps between checkpoints within an epoch; one is written after each epoch
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one

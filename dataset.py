@@ -1,4 +1,7 @@
-"""A split of a data set, image by image: one item is one photo with some of its captions."""
+"""A split of a data set, image by image: one item is one photo with some of its captions.
+
+`python dataset.py PATH` says what the program understands of a data set, and saves a picture of a few examples.
+"""
 
 import re
 from collections.abc import Sequence
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from photo_cache import PhotoCache
 from photos import image_transform, load_image
 from readers import Part, read_captions
 from view import View
@@ -24,14 +28,16 @@ def mirror_caption(caption: str) -> str:
 class ImageFiles:
     """Photos for encoding: (3, H, W) uint8, or in words why the file cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], *, view: View):
-        self.paths, self.view = paths, view
+    def __init__(self, paths: Sequence[Path], *, view: View, photo_cache: PhotoCache | None = None):
+        self.paths, self.view, self.photo_cache = paths, view, photo_cache
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
+            if self.photo_cache is not None:
+                return _channels_first(self.photo_cache[index])
             return _channels_first(self.view(load_image(self.paths[index], self.view.draft_size)))
         except OSError as error:
             return str(error)
@@ -42,7 +48,7 @@ class CLIPDataset:
 
     token_ids and mirrored_ids hold one array per caption of the part: as written, and as it reads for the mirror
     image. Crop, mirror and captions depend on (seed, epoch, index) alone, so that any number of loader processes
-    gives the same batches.
+    gives the same batches. With a photo_cache crops are cut from the kept photos, which are as large as the view.
     """
 
     def __init__(
@@ -56,7 +62,9 @@ class CLIPDataset:
         augment: bool,
         min_crop: float,
         seed: int,
+        photo_cache: PhotoCache | None = None,
     ):
+        self.photo_cache = photo_cache
         self.paths, self.token_ids, self.mirrored_ids = part.paths, token_ids, mirrored_ids
         self.first_caption = np.searchsorted(part.caption_image_ids, np.arange(len(part.paths) + 1))
         self.view, self.captions_per_image = view, captions_per_image
@@ -71,13 +79,11 @@ class CLIPDataset:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         try:
-            image = load_image(self.paths[index], self.view.draft_size)
+            image = self._photo(index)
         except OSError as error:
             return {"unreadable": str(error)}
         crop_seed = int(rng.integers(2**31))
-        if self.random_crop is None:
-            image = self.view(image)
-        else:
+        if self.random_crop is not None:
             self.random_crop.set_random_seed(crop_seed)
             image = self.random_crop(image=image)["image"]
         mirrored = self.augment and rng.random() < 0.5
@@ -85,6 +91,13 @@ class CLIPDataset:
         chosen = choose_captions(rng, self.first_caption, index, self.captions_per_image)
         pixels = _channels_first(image[:, ::-1] if mirrored else image)
         return {"pixels": pixels, "captions": [captions[m] for m in chosen], "image_id": index}
+
+    def _photo(self, index):
+        """The photo as the tower sees it, or before a random crop with whatever size it has."""
+        if self.photo_cache is not None:
+            return self.photo_cache[index]
+        image = load_image(self.paths[index], self.view.draft_size)
+        return image if self.random_crop is not None else self.view(image)
 
 
 def choose_captions(rng: np.random.Generator, first_caption: np.ndarray, index: int, count: int) -> np.ndarray:
@@ -97,3 +110,10 @@ def choose_captions(rng: np.random.Generator, first_caption: np.ndarray, index: 
 
 def _channels_first(image):
     return np.ascontiguousarray(image.transpose(2, 0, 1))
+
+
+if __name__ == "__main__":
+    import cli
+    import overview
+
+    cli.run(overview.main)

@@ -16,6 +16,7 @@ from checkpoint import load_run
 from dataset import ImageFiles
 from device import autocast, pick_device, pick_precision, pick_workers
 from modules import CLIPModel
+from photo_cache import PhotoCache
 from processes import gather_rows, rank, share
 from readers import Part, few
 from tokenizer import pad, tokenize
@@ -48,11 +49,17 @@ class Encoder:
     device: torch.device
     precision: torch.dtype
     num_workers: int
+    cache_dir: str | None = None  # where token ids are kept, and with cache_images the photos
+    cache_images: bool = False
 
     @property
     def image_size(self) -> int:
         """The side of the square that a photo becomes, in pixels."""
         return self.view.size
+
+    def photo_cache(self, paths: Sequence[Path]) -> PhotoCache | None:
+        """The kept photos of these paths, where they are to be kept."""
+        return PhotoCache(paths, self.view, self.cache_dir) if self.cache_images else None
 
     def part(self, part: Part, name: str) -> Encoded:
         """Encode a split, each process its share; unreadable photos are named and left out with their captions."""
@@ -80,7 +87,7 @@ class Encoder:
         """Batch after batch of the photos: rows (b, F) of the readable ones as they come, float32 on the CPU, and for
         each photo None or why it cannot be read."""
         loader = DataLoader(
-            ImageFiles(paths, view=self.view),
+            ImageFiles(paths, view=self.view, photo_cache=self.photo_cache(paths)),
             batch_size=IMAGE_BATCH,
             num_workers=min(self.num_workers, -(-len(paths) // IMAGE_BATCH)),
             collate_fn=_stack_readable,
@@ -99,7 +106,9 @@ class Encoder:
     @torch.inference_mode()
     def captions(self, captions: Sequence[str], progress: str) -> Tensor:
         """Rows (M, H) of the captions in their order, float32 on the CPU; similar lengths share a batch."""
-        token_ids = tokenize(self.tokenizer, captions[share(len(captions))], max_tokens=self.max_tokens)
+        token_ids = tokenize(
+            self.tokenizer, captions[share(len(captions))], max_tokens=self.max_tokens, cache_dir=self.cache_dir
+        )
         order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
         batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
         rows = []
@@ -120,6 +129,8 @@ def build_encoder(
     device: str,
     precision: str,
     num_workers: int,
+    cache_dir: str | None = None,
+    cache_images: bool = False,
 ) -> Encoder:
     """The Encoder of a model, which moves to the device; device, precision and num_workers may be "auto" and -1.
 
@@ -136,6 +147,8 @@ def build_encoder(
         device=chosen,
         precision=pick_precision(precision, chosen),
         num_workers=pick_workers(num_workers, chosen),
+        cache_dir=cache_dir,
+        cache_images=cache_images,
     )
 
 

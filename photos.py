@@ -9,18 +9,32 @@ import numpy as np
 def load_image(path: str | Path, size: int) -> np.ndarray:
     """The photo as (H, W, 3) uint8 RGB, upright; a large JPEG is decoded at a size not much above `size`.
 
-    Raises OSError where the file is no image, is cut off or is too large to be one.
+    What is transparent is shown on white, and 16 bits are brought down to 8. Raises OSError where the file is no
+    image, is cut off or is too large to be one.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.draft("RGB", (size, size))  # lets the JPEG decoder skip the detail that resizing would throw away
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except UnidentifiedImageError:
         raise OSError(f"{path}: not an image, or of a kind that cannot be read") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _to_rgb(image):
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":  # 16 bits; Pillow's own conversion would cut off at 255
+        values = np.asarray(image, dtype=np.float32)
+        top = 65535 if image.mode.startswith("I") else max(1.0, values.max(initial=0))
+        image = Image.fromarray((values * (255 / top)).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def image_transform(size: int, *, min_crop: float = 1.0):

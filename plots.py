@@ -1,6 +1,8 @@
 """Pictures: curves of a run, bars of its metrics, and the matches of a query."""
 
+import re
 import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
+CHINESE = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
+CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
+CHINESE_FONTS += ("WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")
 NAMED_CLASSES = 30  # with more, the names and counts of a confusion picture would be unreadable
 MOST_ROWS = 20  # queries in one picture
 
@@ -138,6 +143,24 @@ def _show(grid, cells):
         axes.set_title(title, fontsize=9)
 
 
+def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]], path: Path) -> None:
+    """Photos of a data set, each with its title above and captions below it."""
+    columns = min(GRID_COLUMNS, len(examples))
+    rows = -(-len(examples) // columns)
+    figure, grid = _figure(3.4 * columns, 4.4 * rows + 0.4, rows=rows, columns=columns)
+    _show(grid, [(heading, photo) for photo, heading, _ in examples])
+    for axes, (_, _, captions) in zip(grid.flat, examples, strict=False):
+        text = "\n".join(_wrap(f"· {textwrap.shorten(caption, 120, placeholder='…')}", 46) for caption in captions)
+        axes.text(0, -0.04, text, va="top", fontsize=8, transform=axes.transAxes)
+    figure.suptitle(title, fontsize=12)
+    _save(figure, path)
+
+
+def _wrap(text, width):
+    """Lines of `width` letters, or half as many Chinese ones."""
+    return textwrap.fill(text, width // 2 if CHINESE.search(text) else width, subsequent_indent="  ")
+
+
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
     named, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -169,6 +192,8 @@ def _figure(width, height, *, rows=1, columns=1):
 
     # A caption or a file name may hold a dollar sign, which must not be read as a formula.
     plt.rcParams["text.parse_math"] = False
+    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
+    plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
     figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, axes
 
@@ -177,5 +202,9 @@ def _save(figure, path):
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or "png"))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        replace_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or "png"))
     plt.close(figure)
+    if any("missing from font" in str(warning.message) for warning in told):
+        print(f"{path} shows boxes for letters that no font here has: install one, such as Noto Sans CJK for Chinese")

@@ -1,6 +1,13 @@
 """Captions to token ids: with a pretrained text tower's tokenizer, or a WordPiece vocabulary learned from captions."""
 
+import hashlib
+import json
+import os
+import zipfile
 from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +21,7 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+CHUNK = 10_000  # captions tokenised at a time: the library keeps much more of each than its ids
 VOCABULARY_SIZE = 8192  # at most; 30,000 captions of Flickr8k hold about as many distinct words
 
 
@@ -43,12 +51,80 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=wordpiece._tokenizer, **SPECIAL_TOKENS)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], *, max_tokens: int) -> list[np.ndarray]:
-    """One array of token ids (int32, special tokens included) per caption, unpadded, at most `max_tokens` long."""
-    if not len(captions):
-        return []
-    encoded = tokenizer(list(captions), truncation=True, max_length=max_tokens, return_attention_mask=False)
-    return [np.asarray(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+@dataclass(frozen=True, eq=False)
+class Tokens(Sequence):
+    """The token ids of M captions, unpadded: tokens[m] is int32, (L,). Captions of the same words share theirs."""
+
+    flat: np.ndarray  # int32, those of all distinct captions one after another
+    starts: np.ndarray  # (K + 1,) int64, where each distinct caption begins in it
+    rows: np.ndarray  # (M,) int64, which distinct caption each caption is
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, caption):
+        row = self.rows[caption]
+        return self.flat[self.starts[row] : self.starts[row + 1]]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    *,
+    max_tokens: int,
+    cache_dir: str | Path | None = None,
+) -> Tokens:
+    """The token ids of captions, special tokens included, at most `max_tokens` each; kept in `cache_dir` if given."""
+    place = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    rows = np.array([place[caption] for caption in captions], dtype=np.int64)
+    if cache_dir is None:
+        return Tokens(*_encode(tokenizer, list(place), max_tokens), rows)
+    file = Path(cache_dir) / "tokens" / f"{_fingerprint(tokenizer, place, max_tokens)}.npz"
+    try:
+        with np.load(file) as kept:
+            return Tokens(kept["flat"], kept["starts"], rows)
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+        pass  # not there yet, or left incomplete by a full disk
+    flat, starts = _encode(tokenizer, list(place), max_tokens)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{os.getpid()}.npz")
+    np.savez(unfinished, flat=flat, starts=starts)
+    os.replace(unfinished, file)
+    return Tokens(flat, starts, rows)
+
+
+def _encode(tokenizer, captions, max_tokens):
+    parts, lengths = [np.empty(0, np.int32)], [0]
+    with _all_cores():
+        for first in range(0, len(captions), CHUNK):
+            chunk = captions[first : first + CHUNK]
+            ids = tokenizer(chunk, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
+            lengths.extend(map(len, ids))
+            parts.append(np.fromiter(chain.from_iterable(ids), np.int32))
+    return np.concatenate(parts), np.cumsum(lengths)
+
+
+@contextmanager
+def _all_cores():
+    """Scripts keep tokenizers from starting threads, which loader processes would warn of; here are none yet."""
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    try:
+        yield
+    finally:
+        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+
+
+def _fingerprint(tokenizer, captions, max_tokens):
+    """Changes with the captions and with anything of the tokenizer that changes their ids."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        state = {key: part for key, part in state.items() if key not in ("truncation", "padding")}  # set by each call
+    else:
+        state = sorted(tokenizer.get_vocab().items()), repr(tokenizer)
+    digest = hashlib.sha256(json.dumps([state, max_tokens], sort_keys=True).encode())
+    digest.update("\0".join(captions).encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()[:32]
 
 
 def pad(token_ids: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -37,6 +37,8 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
         device=config.device,
         precision=config.precision,
         num_workers=config.num_workers,
+        cache_dir=config.cache_dir,
+        cache_images=config.cache_images,
     )
     print(
         f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"

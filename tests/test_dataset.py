@@ -12,6 +12,7 @@ from conftest import write_photos
 from PIL import Image, ImageOps
 
 import batches as batches_module
+import tokenizer as tokenizer_module
 from batches import EpochSampler, TrainingBatches, collate
 from dataset import CLIPDataset, ImageFiles, choose_captions, mirror_caption
 from photos import image_transform, load_image
@@ -232,7 +233,7 @@ def test_a_caption_that_is_too_long_is_cut():
     tokenizer = train_tokenizer(["a red dog runs in deep snow"] * 3)
     short, long = tokenize(tokenizer, ["a", "a red dog runs in deep snow"], max_tokens=5)
     assert len(short) < 5 and len(long) == 5
-    assert tokenize(tokenizer, [], max_tokens=5) == []
+    assert len(tokenize(tokenizer, [], max_tokens=5)) == 0
 
 
 def test_a_learned_vocabulary_frames_each_caption_as_bert_does():
@@ -395,3 +396,53 @@ def test_collate_pads_with_the_id_it_is_given(paths):
     batch = partial(collate, pad_id=77)([dataset[0, k] for k in range(4)])
     assert (batch["input_ids"][batch["attention_mask"] == 0] == 77).all()
     assert (batch["input_ids"][batch["attention_mask"] == 1] != 77).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    image = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image.paste((200, 0, 0, 255), (0, 0, 20, 40))
+    image.quantize().save(tmp_path / "x.png") if mode == "P" else image.convert(mode).save(tmp_path / "x.png")
+    loaded = load_image(tmp_path / "x.png", SIZE)
+    assert (loaded[:, 21:] == 255).all() and (loaded[:, :20, 1] < 100).all()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bits_are_brought_down_to_8(tmp_path, suffix):
+    values = np.linspace(0, 65535, 40 * 40, dtype=np.uint16).reshape(40, 40)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    loaded = load_image(tmp_path / f"x.{suffix}", SIZE)
+    assert np.abs(loaded[..., 0].astype(int) - values // 257).max() <= 1
+    assert (loaded[..., 0] == loaded[..., 2]).all()
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "webp", "png", "jpg"])
+def test_every_kind_of_file_gives_its_colours(tmp_path, suffix):
+    Image.new("RGB", (40, 30), (200, 100, 50)).save(tmp_path / f"ein Bild 一.{suffix}", quality=95)
+    loaded = load_image(tmp_path / f"ein Bild 一.{suffix}", SIZE)
+    assert loaded.shape == (30, 40, 3) and np.abs(loaded.astype(int) - (200, 100, 50)).max() <= 4
+
+
+def test_captions_are_tokenised_once_and_kept(tmp_path, monkeypatch):
+    tokenizer = train_tokenizer(["a red dog runs in deep snow", "a cat"] * 3)
+    captions = ["a red dog", "a cat", "a red dog", "", "snow in deep snow"]
+    options = {"max_tokens": 5, "cache_dir": tmp_path / "cache"}
+    plain = tokenize(tokenizer, captions, max_tokens=5)
+    first = tokenize(tokenizer, captions, **options)
+    longer = tokenize(tokenizer, captions, max_tokens=6, cache_dir=tmp_path / "cache")
+    monkeypatch.setattr(tokenizer_module, "_encode", lambda *_: pytest.fail("tokenised again"))
+    kept = tokenize(tokenizer, captions, **options)
+    for ids, own, alone, more in zip(first, kept, plain, longer, strict=True):
+        assert ids.tolist() == own.tolist() == alone.tolist() == [*more[: len(ids) - 1], ids[-1]]
+    assert len(kept[4]) == 5 and len(longer[4]) == 6 and len(kept.starts) == 5  # four distinct captions
+
+
+def test_a_damaged_file_of_token_ids_is_made_anew(tmp_path):
+    tokenizer = train_tokenizer(["a red dog"] * 3)
+    first = tokenize(tokenizer, ["a dog"], max_tokens=5, cache_dir=tmp_path)
+    (file,) = (tmp_path / "tokens").iterdir()
+    file.write_bytes(file.read_bytes()[:50])
+    assert tokenize(tokenizer, ["a dog"], max_tokens=5, cache_dir=tmp_path)[0].tolist() == first[0].tolist()
+    other = train_tokenizer(["a blue dog, a dog, a blue one"] * 3)
+    tokenize(other, ["a dog"], max_tokens=5, cache_dir=tmp_path)
+    assert len(list((tmp_path / "tokens").iterdir())) == 2
