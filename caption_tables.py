@@ -129,7 +129,7 @@ def _read_columns(path, lines, columns):
         if cells is None:
             captions.bad.append(_wrong_width(f"{place}{number}", record, columns))
             continue
-        texts = [text for place in columns.captions if place < len(cells) for text in _texts(cells[place])]
+        texts = [text for column in columns.captions if column < len(cells) for text in _texts(cells[column])]
         split = split_of(cells[columns.split]) if columns.split is not None and columns.split < len(cells) else None
         captions.add(cells[columns.image], texts, split, place, number, "fill it in or delete the row")
     return captions

@@ -9,7 +9,7 @@ from pathlib import Path
 from caption_rows import Captions, find_fields, split_of
 from layouts import Layout
 
-SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # what save_to_disk leaves
+SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a data set with parts, and without
 FORM = "Hugging Face data set"
 
 

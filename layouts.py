@@ -17,13 +17,9 @@ SPLIT_IN_NAME = re.compile(
     rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
 )
 LIST_OF_PHOTOS = re.compile(r".*(?:train|dev|val|test)Images\.txt")
-KNOWN = (
-    "captions",
-    "results",
-    "flickr8k.token",
-    "results_20130124",
-    "metadata",
-)  # names of caption files, surest first
+# Names of caption files, the surest first.
+KNOWN = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
+MOST_OPENED = 100  # files that are looked into for captions
 HEAD = 2**16  # bytes by which a caption file is told
 KEYS = re.compile(r'"(?:caption|captions|sentences|text|raw|[^"]+\.(?:jpe?g|png|webp|bmp))"\s*:', re.IGNORECASE)
 EXPECTED = (
@@ -94,7 +90,7 @@ def _choose(folder, files):
         groups[_group_key(file)].append(file)
     years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
     ranked = sorted(groups.values(), key=lambda group: _rank(group[0], years))
-    fitting = [group for group in ranked if _looks_like_captions(folder / group[0])]
+    fitting = [group for group in ranked[:MOST_OPENED] if _looks_like_captions(folder / group[0])]
     # One that is named so but does not look so: its reader says what is wrong with it.
     fitting = fitting or [group for group in ranked if "caption" in _stem(group[0]) or _stem(group[0]) in KNOWN]
     return (fitting[0], [group[0] for group in fitting[1:]]) if fitting else ([], [])
@@ -175,7 +171,9 @@ def _texts_beside_photos(folder, files):
     texts = [file for file in files if file.lower().endswith(".txt") and file.rpartition(".")[0] in photos]
     if not texts:
         shown = ", ".join(sorted({file.partition("/")[0] for file in files})[:8]) or "nothing"
-        raise FileNotFoundError(f"no caption file in {folder}: {EXPECTED}; found {shown}")
+        sheet = next((file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))), None)
+        hint = f"; save {sheet} as CSV, with the columns image and caption" if sheet else ""
+        raise FileNotFoundError(f"no caption file in {folder}: {EXPECTED}; found {shown}{hint}")
     captions = Captions("photo.txt beside photo.jpg", [folder])
     for file in texts:
         lines = [line for line in decode(folder / file).split("\n") if line.strip()]

@@ -11,7 +11,7 @@ import pandas as pd
 from caption_rows import Captions, no_garbage_collection
 from layouts import Layout, read_layout
 from photo_files import find_copies, locate
-from sources import find_source
+from sources import Source, find_source
 from splits import SPLITS, assign_split, keep_copies_together
 
 SHOWN = 5  # examples in a message
@@ -41,13 +41,17 @@ class CaptionData:
     others: list[str] = field(default_factory=list)  # caption files that were not taken
     bad: list[str] = field(default_factory=list)  # rows that could not be used
     copies: list[str] = field(default_factory=list)  # images left out because a held-out part has the same photo
+    parts: dict[str, Part] = field(default_factory=dict, init=False, repr=False)  # those that were asked for
 
     def part(self, split: str) -> Part:
         """The images and captions of "train", "val" or "test"."""
-        rows = self.table[self.table.split == split]
-        ids, images = pd.factorize(rows.image)
-        order = np.argsort(ids, kind="stable")
-        return Part([self.image_root / image for image in images], list(rows.caption.iloc[order]), ids[order])
+        if split not in self.parts:
+            rows = self.table[self.table.split == split]
+            ids, images = pd.factorize(rows.image)
+            order = np.argsort(ids, kind="stable")
+            paths = [self.image_root / image for image in images]
+            self.parts[split] = Part(paths, list(rows.caption.iloc[order]), ids[order])
+        return self.parts[split]
 
     def describe(self) -> str:
         """What was read, for the terminal: the split, the size of each part, and what is not used."""
@@ -96,8 +100,9 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
             f"and its folders, which hold {len(layout.files):,} files"
         )
     split_of_name, split_source = assign_split(names, _strictest(rows, names, said), layout, split_seed)
+    unclear = set(ambiguous)
     missing = sorted(
-        f"{name} (in several folders)" if name in set(ambiguous) else name
+        f"{name} (in several folders)" if name in unclear else name
         for name in names
         if name not in found and split_of_name.get(name)
     )
@@ -119,7 +124,7 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
     )
 
 
-def read_captions(path: str | Path, *, allow_bad_rows: bool = False) -> pd.DataFrame:
+def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: str = "cache") -> pd.DataFrame:
     """Read a caption file, or those of a folder, into the columns image (forward slashes) and caption.
 
     The form is told by looking at the file; README.md lists the forms. Raises FileNotFoundError without a file, and
@@ -128,7 +133,7 @@ def read_captions(path: str | Path, *, allow_bad_rows: bool = False) -> pd.DataF
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such caption file or folder: {path}")
-    captions = read_layout(path).captions
+    captions = _read(Source(path), cache_dir).captions
     _check(captions, path, allow_bad_rows)
     return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
 

@@ -428,3 +428,10 @@ def test_a_folder_without_captions_says_what_was_expected_and_what_is_there(tmp_
         FileNotFoundError, match=r"no caption file in .*expected captions\.txt.*found a\.jpg, notes\.txt"
     ):
         opened(tmp_path)
+
+
+def test_a_spreadsheet_is_told_to_be_saved_as_csv(tmp_path):
+    photos(tmp_path, ["a.jpg"])
+    write(tmp_path / "captions.xlsx", "PK")
+    with pytest.raises(FileNotFoundError, match=r"save captions\.xlsx as CSV, with the columns image and caption"):
+        opened(tmp_path)
