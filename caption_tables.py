@@ -214,8 +214,9 @@ def _is_open(record, delimiter):
 
 
 def _cells(record, delimiter):
-    quoting = csv.QUOTE_NONE if delimiter == "|" else csv.QUOTE_MINIMAL
-    return next(csv.reader([record], delimiter=delimiter, quoting=quoting), [])
+    if delimiter == "|" or '"' not in record:  # bars come without quoting
+        return record.split(delimiter)
+    return next(csv.reader([record], delimiter=delimiter), [])
 
 
 def _read_lines(path, lines, form):
