@@ -60,7 +60,10 @@ def _load(source, cache_dir):
     except Exception as error:  # the library passes on whatever its network and file libraries raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         kind = ConnectionError if isinstance(source, str) else ValueError
-        raise kind(f"could not load the data set {source} ({reason}); is the name right, and is it whole?") from None
+        where = "there is no such folder, and on the Hugging Face hub" if isinstance(source, str) else "in this folder"
+        raise kind(
+            f"could not load the data set {source}: {where} {reason}; is the name right, and is it whole?"
+        ) from None
     return dict(found) if isinstance(found, dict) else {"all": found}
 
 

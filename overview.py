@@ -20,18 +20,22 @@ MOST_TOKENS = 4096  # of a caption that is measured
 class Flags:
     """Read a data set as training would, say what was understood, and save a picture of a few examples."""
 
-    dataset: Annotated[str, tyro.conf.Positional]  # a folder, a caption file, or a name, as --dataset of train.py
+    dataset: Annotated[str | None, tyro.conf.Positional] = None  # a folder, a caption file or a name, as for train.py
     data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
     split_seed: int = Config.split_seed  # which images are held out where the data set brings no split
     text_encoder: str | None = None  # whose tokens are counted; without it, a vocabulary learned from the captions
     out: Path | None = None  # the picture to write; without it, a file in runs/data_sets/
     cache_dir: str = Config.cache_dir  # where a data set that is made or unpacked is kept
 
+    def __post_init__(self):
+        if self.dataset is None:
+            raise ValueError("give a data set: python dataset.py my_photos/")
+        if self.out is not None and self.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+            raise ValueError(f"--out must end in .png, .jpg, .pdf or .svg, got {self.out}")
+
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    if flags.out is not None and flags.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        raise ValueError(f"--out must end in .png, .jpg, .pdf or .svg, got {flags.out}")
     from readers import open_dataset
 
     data = open_dataset(

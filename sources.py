@@ -36,7 +36,7 @@ def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path
     path = Path(dataset).expanduser()
     if path.exists():
         return Source(path)
-    if HUB_NAME.fullmatch(dataset):
+    if HUB_NAME.fullmatch(dataset) and not path.parent.exists():  # else it is a folder's name, mistyped
         return Source(path, hub_name=dataset)
     raise FileNotFoundError(
         f"no data set or folder {dataset!r}: expected sample, {', '.join(KAGGLE)}, a folder with images and "

@@ -115,5 +115,13 @@ def test_without_the_library_the_error_says_what_to_install(opened, tmp_path, mo
 
 
 def test_a_data_set_that_the_hub_refuses_is_one_error(opened):
-    with pytest.raises(ConnectionError, match="could not load the data set owner/name"):
+    with pytest.raises(ConnectionError, match="could not load the data set owner/name: there is no such folder, and"):
         opened("owner/name")
+
+
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(opened, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my").mkdir()
+    with pytest.raises(FileNotFoundError, match="no data set or folder 'my/fotos'"):
+        opened("my/fotos")

@@ -46,6 +46,7 @@ def test_from_within_the_data_folder_nothing_is_written_there(tmp_path, text_tow
 
 
 def test_a_mistake_is_one_line_and_help_is_quick(tmp_path):
+    assert "give a data set" in refused(program("dataset.py", cwd=tmp_path, check=False))
     assert "no data set or folder 'nowhere'" in refused(program("dataset.py", "nowhere", cwd=tmp_path, check=False))
     assert "--out must end in" in refused(program("dataset.py", ".", "--out", "x.txt", cwd=tmp_path, check=False))
     started = time.perf_counter()
