@@ -14,12 +14,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from embeddings import append_embeddings, create_embeddings, open_embeddings
 from run_folder import replace_file
+
+if TYPE_CHECKING:
+    from readers import CaptionData
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COPIED_ROWS = 65_536  # at a time
@@ -75,13 +78,13 @@ def find_photos(folder: Path) -> Photos:
     return Photos(folder.resolve().name, folder, dict(sorted(stamps.items())))
 
 
-def list_photos(name: str, root: Path, paths: Sequence[Path]) -> Photos:
-    """The photos at these paths below `root`, a data set's split; one that is gone by now is left out."""
+def split_photos(data: "CaptionData", split: str) -> Photos:
+    """The photos of a data set's split; one that is gone by now is left out."""
     stamps = {}
-    for path in paths:
+    for path in data.part(split).paths:
         with contextlib.suppress(OSError):
-            stamps[path.relative_to(root).as_posix()] = _stamp(path.stat())
-    return Photos(name, root, stamps)
+            stamps[path.relative_to(data.image_root).as_posix()] = _stamp(path.stat())
+    return Photos(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
 def open_gallery(store: Path, photos: Photos, encode: Encode) -> Gallery:

@@ -1,7 +1,6 @@
 """Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image photo.jpg` finds captions."""
 
 import json
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,17 +11,20 @@ import tyro
 
 import cli
 from config import Config
+from gallery import find_photos, split_photos
 from run_folder import newest_finished_run
+from search import Searcher, check_index, combine, nearest_captions, nearest_photos, slug
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Find the photos that fit a sentence or resemble a photo, or the captions that fit."""
+    """Find the photos that fit a sentence or resemble a photo, or the captions or labels that fit a photo."""
 
     query: Annotated[str | None, tyro.conf.Positional] = None  # a sentence: the photos that fit it are searched
     image: Path | None = None  # a photo; with a sentence beside it ("in snow"), photos like it in which that is so
+    labels: tuple[str, ...] = ()  # with --image: which of these fits, without training for it
     queries: Path | None = None  # a text file with a sentence per line
     gallery: Path | None = None  # search the photos in this folder and below, not those of the run's data set
     find: Literal["photos", "captions"] | None = None  # default: photos, but captions for a photo without --gallery
@@ -47,10 +49,10 @@ class Flags:
             raise ValueError("the sentence is empty")
         if self.gallery is not None and self.find == "captions":
             raise ValueError("a folder of photos has no captions: leave out --gallery or --find captions")
-        if self.index is not None and not re.fullmatch(r"faiss|milvus|.+\.db|https?://.+", self.index):
-            raise ValueError(
-                f"--index must be faiss, milvus, a file ending in .db or an http address, got {self.index}"
-            )
+        if self.labels and (self.image is None or self.query is not None or self.gallery is not None or self.find):
+            raise ValueError("--labels describe one photo: give --image PHOTO and nothing else to search")
+        if self.index is not None:
+            check_index(self.index)
         if self.index is not None and finds_captions(self):
             raise ValueError("--index is for photos: add --find photos")
         if self.top_k < 1:
@@ -73,14 +75,15 @@ def main() -> None:
     flags = cli.parse_flags(Flags)
     queries = read_queries(flags)
     folder = cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
-    from search import Searcher
-
     searcher = Searcher(folder, device=flags.device, precision=flags.precision, cache_dir=flags.cache_dir)
     # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
-    search = among_captions(flags, searcher) if finds_captions(flags) else among_photos(flags, searcher)
-    answers = search(encode_queries(searcher, queries))
+    if flags.labels:
+        answers = [searcher.classify(flags.image, flags.labels)]
+    else:
+        search = among_captions(flags, searcher) if finds_captions(flags) else among_photos(flags, searcher)
+        answers = search(encode_queries(searcher, queries))
     for query, matches in zip(queries, answers, strict=True):
-        print(as_json(query, matches) if flags.json else as_table(query, matches))
+        print(as_json(flags, query, matches) if flags.json else as_table(query, matches))
     draw(flags, folder, queries, answers)
 
 
@@ -107,29 +110,21 @@ def finds_captions(flags: Flags) -> bool:
 
 def among_photos(flags: Flags, searcher) -> Callable:
     """List the photos to search; the function that is returned finds matches among them for queries (Q, D)."""
-    from gallery import find_photos, list_photos
-    from search import nearest_photos
-
     if flags.gallery is not None:
         photos = find_photos(flags.gallery.expanduser())
     else:
-        data = cli.open_data(searcher.config, flags.data_dir)
-        photos = list_photos(f"{Path(data.name).name}-{flags.split}", data.image_root, data.part(flags.split).paths)
+        photos = split_photos(cli.open_data(searcher.config, flags.data_dir), flags.split)
     return lambda queries: nearest_photos(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
 def among_captions(flags: Flags, searcher) -> Callable:
     """Read the captions to search; the function that is returned finds matches among them for queries (Q, D)."""
-    from search import nearest_captions
-
     captions = cli.open_data(searcher.config, flags.data_dir).part(flags.split).captions
     return lambda queries: nearest_captions(queries, searcher.captions(captions), captions, flags.top_k)
 
 
 def encode_queries(searcher, queries: list[Query]):
     """Embeddings (Q, D) of the queries; a sentence that is longer than the model reads is told of."""
-    from search import combine
-
     sentences = [query.sentence for query in queries if query.sentence is not None]
     for line in filter(None, map(searcher.too_long, sentences)):
         print(line, file=sys.stderr)
@@ -143,13 +138,11 @@ def as_table(query: Query, matches: list) -> str:
     return "\n".join([str(query), *lines])
 
 
-def as_json(query: Query, matches: list) -> str:
+def as_json(flags: Flags, query: Query, matches: list) -> str:
     """The matches as one line of JSON."""
-    found = [
-        {"score": round(match.score, 6), "photo" if isinstance(match.item, Path) else "caption": str(match.item)}
-        for match in matches
-    ]
+    noun = "label" if flags.labels else "caption" if finds_captions(flags) else "photo"
     asked = {"query": query.sentence, "image": query.image and str(query.image)}
+    found = [{"score": round(match.score, 6), noun: str(match.item)} for match in matches]
     return json.dumps({name: value for name, value in asked.items() if value is not None} | {"matches": found})
 
 
@@ -158,7 +151,6 @@ def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> Non
     if flags.out is None and (flags.json or len(queries) > 1):
         return
     from plots import plot_captions, plot_photos
-    from search import slug
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name) or 'query'}.png"

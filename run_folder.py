@@ -77,21 +77,29 @@ def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
 
 
-def newest_finished_run(runs_dir: str | Path) -> Path:
-    """The run below `runs_dir` that reached its last epoch most recently."""
+def finished_runs(runs_dir: str | Path) -> list[Path]:
+    """The runs below `runs_dir` that reached their last epoch, the most recent first; FileNotFoundError without one."""
     logs = sorted(Path(runs_dir).glob(f"*/{LOG}"), key=lambda log: log.stat().st_mtime, reverse=True)
-    for log in logs:
-        try:
-            if (log.parent / BEST).is_file() and len(read_log(log.parent)) >= read_config(log.parent).epochs:
-                return log.parent
-        except (OSError, ValueError):
-            pass  # a damaged run must not hide the others
+    if finished := [log.parent for log in logs if _has_finished(log.parent)]:
+        return finished
     if logs:
         raise FileNotFoundError(
             f"no run in {runs_dir}/ has finished yet; use one as it is with --run {logs[0].parent}, "
             f"or let it go on: python train.py --resume {logs[0].parent}"
         )
     raise FileNotFoundError(f"no runs in {runs_dir}/ yet; train one: python train.py")
+
+
+def newest_finished_run(runs_dir: str | Path) -> Path:
+    """The run below `runs_dir` that reached its last epoch most recently."""
+    return finished_runs(runs_dir)[0]
+
+
+def _has_finished(folder):
+    try:
+        return (folder / BEST).is_file() and len(read_log(folder)) >= read_config(folder).epochs
+    except (OSError, ValueError):
+        return False  # a damaged run must not hide the others
 
 
 def write_text(path: Path, text: str) -> None:

@@ -41,10 +41,14 @@ class Searcher:
         self.store = Path(cache_dir or self.config.cache_dir) / "galleries"
 
     @cached_property
-    def encoder(self) -> "Encoder":
+    def _loaded(self):
         from encode import load_encoder
 
-        return load_encoder(self.folder, device=self.device, precision=self.precision)[0]
+        return load_encoder(self.folder, device=self.device, precision=self.precision)
+
+    @property
+    def encoder(self) -> "Encoder":
+        return self._loaded[0]
 
     def sentences(self, sentences: Sequence[str]) -> "Tensor":
         """Embeddings (Q, D) of sentences, unit rows. Raises ValueError for an empty one."""
@@ -68,6 +72,14 @@ class Searcher:
                 raise OSError(next(filter(None, reasons)))
             rows.append(batch)
         return torch.cat(rows)
+
+    def classify(self, photo: Path, labels: Sequence[str]) -> list[Match]:
+        """The labels with their probabilities, the best first. Raises ValueError for labels that make no choice."""
+        from zero_shot import class_embeddings, probabilities
+
+        photo_emb, temperature = self.photos([photo]), self._loaded[1].temperature.item()
+        (chances,) = probabilities(photo_emb, class_embeddings(self.encoder, labels), temperature).tolist()
+        return sorted(map(Match, chances, labels), key=lambda match: -match.score)
 
     def gallery(self, photos: Photos) -> Gallery:
         """The gallery of these photos; those that it does not hold yet are encoded."""
@@ -162,6 +174,12 @@ def _checksums(checkpoint):
             return [(entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in archive.infolist()]
     except zipfile.BadZipFile:
         raise ValueError(f"{checkpoint} cannot be used as a checkpoint: it is cut off or damaged") from None
+
+
+def check_index(name: str) -> None:
+    """Raise ValueError for what no index (index.py) is called."""
+    if not re.fullmatch(r"faiss|milvus|.+\.db|https?://.+", name):
+        raise ValueError(f"--index must be faiss, milvus, a file FILE.db or an http address, got {name}")
 
 
 def slug(text: str) -> str:

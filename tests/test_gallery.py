@@ -10,7 +10,8 @@ from conftest import write_photos
 
 import gallery as module
 from embeddings import append_embeddings, create_embeddings, open_embeddings
-from gallery import find_photos, list_photos, open_gallery
+from gallery import find_photos, open_gallery, split_photos
+from readers import open_dataset
 
 DIM = 6
 
@@ -170,10 +171,14 @@ def test_file_names_of_any_letters_are_kept(folder, tmp_path):
     assert set(odd) <= set(gallery.names) and encoded == []
 
 
-def test_the_photos_of_a_split_are_a_gallery_too(folder, tmp_path):
-    paths = [folder / "photo_00.png", folder / "summer" / "photo_03.png", folder / "gone.png"]
-    photos = list_photos("x-test", folder, paths)
-    assert photos.stamps == {name: find_photos(folder).stamps[name] for name in ("photo_00.png", "summer/photo_03.png")}
+def test_the_photos_of_a_split_are_a_gallery_too(tmp_path):
+    folder = write_photos(tmp_path / "photos", 10)
+    data = open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0)
+    gone = data.part("train").paths[0]
+    gone.unlink()
+    photos, everything = split_photos(data, "train"), find_photos(folder / "Images").stamps
+    assert photos.root == folder / "Images" and photos.name == "photos-train"
+    assert photos.stamps == {path.name: everything[path.name] for path in data.part("train").paths if path != gone}
 
 
 @pytest.mark.parametrize("fault", ["missing", "empty", "a file"])

@@ -17,6 +17,7 @@ from checkpoint import load_state, save_state
 from encode import load_encoder
 from gallery import find_photos
 from search import combine, nearest_captions, weights_key
+from zero_shot import classify
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
 PHOTO = "holiday/Images/photo_03.png"
@@ -128,6 +129,18 @@ def test_a_photo_with_a_sentence_is_the_normalised_sum_of_both(place):
     assert combine(None, photo[None])[0] is not None and torch.equal(combine(sentence[None], None)[0], sentence)
 
 
+def test_labels_are_ranked_by_probability(place):
+    (answer,) = answers("--image", PHOTO, "--labels", "red and blue", "white", "green beside black")
+    chances = [match["score"] for match in answer["matches"]]
+    assert sum(chances) == pytest.approx(1, abs=1e-5) and chances == sorted(chances, reverse=True)
+    encoder, model = load_encoder(place / "runs" / "first", device="cpu", precision="float32")
+    expected, _ = classify(encoder, [place / PHOTO], ["white", "red and blue"], temperature=model.temperature.item())
+    (two,) = answers("--image", PHOTO, "--labels", "white", "red and blue")
+    assert {match["label"]: match["score"] for match in two["matches"]} == pytest.approx(
+        {"white": expected[0, 0].item(), "red and blue": expected[0, 1].item()}, abs=1e-5
+    )
+
+
 def test_a_file_of_queries_is_answered_line_by_line(place):
     (place / "queries.txt").write_text("red on the left\n\n  blue beside white \n", "utf-8")
     both = answers("--queries", "queries.txt", "--gallery", "holiday", "--out", "grid.png")
@@ -153,7 +166,15 @@ def test_json_is_all_that_is_printed_and_no_picture_is_drawn_unasked(place):
     assert not (place / "runs" / "first" / "matches").exists()
 
 
-@pytest.mark.parametrize("words", [["--image", PHOTO], ["red", "--find", "captions"], ["red", "--image", PHOTO]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--image", PHOTO],
+        ["red", "--find", "captions"],
+        ["red", "--image", PHOTO],
+        ["--image", PHOTO, "--labels", "a", "b"],
+    ],
+)
 def test_every_kind_of_answer_can_be_drawn(place, words):
     infer(*words, "--out", "x.png")
     with Image.open("x.png") as picture:

@@ -1,0 +1,70 @@
+"""The runs and galleries that the page offers, each loaded when it is first asked for."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import cli
+from gallery import Gallery, find_photos, split_photos
+from run_folder import finished_runs
+from search import Searcher
+
+OWN_PHOTOS = "the run's data set"
+
+
+class Shelf:
+    """Runs and galleries by the names that visitors choose from; nothing else can be reached through it.
+
+    run: the one to start with, or None for the newest finished one. options: further keywords of Searcher.
+    """
+
+    def __init__(
+        self,
+        run: Path | None,
+        folders: Sequence[Path],
+        *,
+        split: str,
+        runs_dir: Path,
+        data_dir: Path | None,
+        options: dict,
+    ):
+        self.split, self.data_dir, self.options = split, data_dir, options
+        first = [] if run is None else [cli.existing_folder(run, "--run")]
+        try:
+            others = finished_runs(runs_dir)
+        except FileNotFoundError:
+            if run is None:
+                raise
+            others = []
+        self.runs = {str(folder): folder for folder in (*first, *others)}
+        self.folders = {str(folder): cli.existing_folder(folder, "--gallery") for folder in folders}
+        self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
+
+    @property
+    def galleries(self) -> list[str]:
+        """The names of the galleries: the folders, and the data set of whichever run is chosen."""
+        return [*self.folders, OWN_PHOTOS]
+
+    def captions(self, run: str) -> list[str]:
+        """The captions of a run's data set."""
+        return self._data(run).part(self.split).captions
+
+    def look_again(self) -> None:
+        """Notice photos that were added, changed or deleted, at the next search."""
+        self.gallery.cache_clear()
+
+    def warm_up(self) -> None:
+        """Load what the page shows first, so that its first visitor need not wait."""
+        run = next(iter(self.runs))
+        self.gallery(run, self.galleries[0])
+        self.searcher(run).sentences(["a photo"])
+
+    def _searcher(self, run: str) -> Searcher:
+        return Searcher(self.runs[run], **self.options)
+
+    def _gallery(self, run: str, name: str) -> Gallery:
+        photos = split_photos(self._data(run), self.split) if name == OWN_PHOTOS else find_photos(self.folders[name])
+        return self.searcher(run).gallery(photos)
+
+    def _data(self, run):
+        return cli.open_data(self.searcher(run).config, self.data_dir)
