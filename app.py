@@ -1,6 +1,7 @@
 """The search as a web page: `python app.py --gallery ~/Pictures`, then open http://127.0.0.1:7860."""
 
 import os
+import signal
 import tempfile
 import threading
 from dataclasses import dataclass
@@ -78,6 +79,7 @@ def serve(page, flags: Flags) -> None:
         run_history=False,
         footer_links=["api"],
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was uploaded is deleted then, too
     print(f"open http://{flags.host}:{flags.port} (Ctrl-C ends it)", flush=True)
     try:
         threading.Event().wait()

@@ -12,13 +12,14 @@ from run_folder import METRICS, read_config
 from shelf import Shelf
 
 MOST_PIXELS = 50_000_000  # of an uploaded photo: 150 MB once it is unpacked
+SWEPT = (3600, 3600)  # seconds: every hour, uploads and copies older than an hour are deleted
 MOST_MATCHES, MOST_CAPTIONS, THUMBNAIL = 60, 10, 512
 
 
 def build_page(shelf: Shelf, index: str | None):
     """The page: a tab to search, by an index of index.py if one is named, one captions, labels, the model."""
     gr = gradio()
-    with gr.Blocks(title="Photo search", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False, delete_cache=SWEPT) as page:
         gr.Markdown("# Photo search")
         with gr.Row():
             run = gr.Dropdown(list(shelf.runs), label="Run", value=next(iter(shelf.runs)))
