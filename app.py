@@ -24,6 +24,7 @@ class Flags:
 
     gallery: tuple[Path, ...] = ()  # folders of photos to search, beside the run's own data set
     run: Path | None = None  # the run to start with; without it the newest finished one
+    model: str | None = None  # a pretrained pair (CLIP, SigLIP ...) to start with: a folder or a hub's name
     split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
     index: str | None = None  # as in infer.py: "faiss", "milvus", a file FILE.db, or a cluster's http address
     host: str = "127.0.0.1"  # who may open the page: "0.0.0.0" lets everyone who reaches this machine
@@ -38,6 +39,8 @@ class Flags:
     def __post_init__(self):
         if self.auth is not None and not all(self.auth.partition(":")[::2]):
             raise ValueError("--auth must be NAME:PASSWORD")
+        if self.model is not None and not self.gallery:
+            raise ValueError("--model brings no photos: name a folder with --gallery FOLDER")
         if self.index is not None:
             check_index(self.index)
         if not 1 <= self.port <= 65_535:
@@ -50,6 +53,7 @@ def main() -> None:
         flags.run,
         flags.gallery,
         split=flags.split,
+        model=flags.model,
         runs_dir=flags.runs_dir,
         data_dir=flags.data_dir,
         options={"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir},

@@ -12,8 +12,17 @@ import tyro
 import cli
 from config import Config
 from gallery import find_photos, split_photos
-from run_folder import newest_finished_run
-from search import Searcher, check_index, combine, nearest_captions, nearest_photos, slug
+from run_folder import newest_finished_run, read_config
+from search import (
+    Searcher,
+    check_index,
+    combine,
+    nearest_captions,
+    nearest_photos,
+    search_with_pair,
+    search_with_run,
+    slug,
+)
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -29,6 +38,7 @@ class Flags:
     gallery: Path | None = None  # search the photos in this folder and below, not those of the run's data set
     find: Literal["photos", "captions"] | None = None  # default: photos, but captions for a photo without --gallery
     run: Path | None = None  # the run's folder; without it the newest finished one
+    model: str | None = None  # instead of a run a pretrained pair as it is (CLIP, SigLIP ...): a folder or a hub's name
     split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
     top_k: int = 8  # how many matches
     index: str | None = None  # for large galleries: "faiss", "milvus", a file FILE.db, or a cluster's http address
@@ -55,6 +65,8 @@ class Flags:
             check_index(self.index)
         if self.index is not None and finds_captions(self):
             raise ValueError("--index is for photos: add --find photos")
+        if self.model is not None and (self.run is not None or (self.gallery is None and not self.labels)):
+            raise ValueError("--model stands instead of --run, and searches the photos of --gallery FOLDER")
         if self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         if self.out is not None and self.out.suffix.lower() not in PICTURES:
@@ -74,17 +86,18 @@ class Query(NamedTuple):
 def main() -> None:
     flags = cli.parse_flags(Flags)
     queries = read_queries(flags)
-    folder = cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
-    searcher = Searcher(folder, device=flags.device, precision=flags.precision, cache_dir=flags.cache_dir)
+    options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
+    run = None if flags.model else chosen_run(flags)
+    searcher = search_with_run(run, **options) if run else search_with_pair(flags.model, **options)
     # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
     if flags.labels:
         answers = [searcher.classify(flags.image, flags.labels)]
     else:
-        search = among_captions(flags, searcher) if finds_captions(flags) else among_photos(flags, searcher)
+        search = among_captions(flags, run, searcher) if finds_captions(flags) else among_photos(flags, run, searcher)
         answers = search(encode_queries(searcher, queries))
     for query, matches in zip(queries, answers, strict=True):
         print(as_json(flags, query, matches) if flags.json else as_table(query, matches))
-    draw(flags, folder, queries, answers)
+    draw(flags, run or searcher.store.parent, queries, answers)
 
 
 def read_queries(flags: Flags) -> list[Query]:
@@ -102,28 +115,33 @@ def read_queries(flags: Flags) -> list[Query]:
     return queries
 
 
+def chosen_run(flags: Flags) -> Path:
+    """The run's folder that was named, or the newest finished one."""
+    return cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
+
+
 def finds_captions(flags: Flags) -> bool:
     """A photo alone finds captions where there are any, everything else photos; --find says otherwise."""
     photo_alone = flags.image is not None and flags.query is None and flags.gallery is None
     return flags.find == "captions" or (flags.find is None and photo_alone)
 
 
-def among_photos(flags: Flags, searcher) -> Callable:
+def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
     """List the photos to search; the function that is returned finds matches among them for queries (Q, D)."""
     if flags.gallery is not None:
         photos = find_photos(flags.gallery.expanduser())
     else:
-        photos = split_photos(cli.open_data(searcher.config, flags.data_dir), flags.split)
+        photos = split_photos(cli.open_data(read_config(run), flags.data_dir), flags.split)
     return lambda queries: nearest_photos(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
-def among_captions(flags: Flags, searcher) -> Callable:
+def among_captions(flags: Flags, run: Path, searcher: Searcher) -> Callable:
     """Read the captions to search; the function that is returned finds matches among them for queries (Q, D)."""
-    captions = cli.open_data(searcher.config, flags.data_dir).part(flags.split).captions
+    captions = cli.open_data(read_config(run), flags.data_dir).part(flags.split).captions
     return lambda queries: nearest_captions(queries, searcher.captions(captions), captions, flags.top_k)
 
 
-def encode_queries(searcher, queries: list[Query]):
+def encode_queries(searcher: Searcher, queries: list[Query]):
     """Embeddings (Q, D) of the queries; a sentence that is longer than the model reads is told of."""
     sentences = [query.sentence for query in queries if query.sentence is not None]
     for line in filter(None, map(searcher.too_long, sentences)):

@@ -114,7 +114,10 @@ def _model_tab(gr, shelf, run, page):
         """A run's metrics by split, its curves, and its settings."""
         from PIL import Image
 
-        folder, config = shelf.runs[run], vars(read_config(shelf.runs[run]))
+        folder = shelf.runs[run]
+        if folder is None:
+            return {"headers": ["split"], "data": []}, None, {"model": run}
+        config = vars(read_config(folder))
         measured = json.loads((folder / METRICS).read_text("utf-8")) if (folder / METRICS).is_file() else {}
         names = list(next(iter(measured.values()), {}))
         rows = [[split, *(round(values[name], 1) for name in names)] for split, values in measured.items()]

@@ -1,18 +1,18 @@
-"""Search with a trained run: what infer.py and app.py share. A tower is loaded when the first query needs it."""
+"""Search with a trained run or a pretrained pair: what infer.py and app.py share. Loaded when a query needs it."""
 
 import hashlib
 import re
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from config import MODEL_FIELDS
+from config import MODEL_FIELDS, Config
 from embeddings import open_embeddings, write_embeddings
 from gallery import Gallery, Photos, open_gallery, writable
 from run_folder import BEST, FROZEN, TOWERS, read_config, replace_file
@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from encode import Encoder
+    from modules import CLIPModel
 
 SLUG_LENGTH = 40
+PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings, vocabulary
 
 
 class Match(NamedTuple):
@@ -33,18 +35,17 @@ class Match(NamedTuple):
 
 
 class Searcher:
-    """The best weights of a run: what they say of sentences and photos, and the galleries they have encoded."""
+    """What a model says of sentences and photos, and the galleries that it has encoded.
 
-    def __init__(self, folder: Path, *, device: str = "auto", precision: str = "auto", cache_dir: Path | None = None):
-        self.folder, self.config, self.key = folder, read_config(folder), weights_key(folder)
-        self.device, self.precision = device, precision
-        self.store = Path(cache_dir or self.config.cache_dir) / "galleries"
+    load gives its Encoder and CLIPModel, when they are first needed; key names it: it changes with the weights.
+    """
+
+    def __init__(self, key: str, load: Callable[[], tuple["Encoder", "CLIPModel"]], *, cache_dir: Path):
+        self.key, self.load, self.store = key, load, cache_dir / "galleries"
 
     @cached_property
     def _loaded(self):
-        from encode import load_encoder
-
-        return load_encoder(self.folder, device=self.device, precision=self.precision)
+        return self.load()
 
     @property
     def encoder(self) -> "Encoder":
@@ -59,7 +60,7 @@ class Searcher:
 
     def too_long(self, sentence: str) -> str | None:
         """A line about what the model leaves unread, where a sentence is longer than it can read."""
-        tokens, most = len(self.encoder.tokenizer(sentence)["input_ids"]), self.encoder.max_tokens
+        tokens, most = len(self.encoder.tokenizer(sentence, verbose=False)["input_ids"]), self.encoder.max_tokens
         return None if tokens <= most else f"the model reads {most} of the sentence's {tokens} tokens: {sentence[:60]}…"
 
     def photos(self, paths: Sequence[Path]) -> "Tensor":
@@ -113,8 +114,7 @@ class Searcher:
 
     def _name(self, name, *parts):
         """A file name that differs for other weights and other parts."""
-        digest = hashlib.sha256("\0".join([self.key, *parts]).encode("utf-8", "surrogateescape")).hexdigest()
-        return f"{slug(name) or 'photos'}-{digest[:16]}"
+        return f"{slug(name) or 'photos'}-{_digest([self.key, *parts])[:16]}"
 
 
 def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
@@ -150,6 +150,47 @@ def _matches(scores, indices, items):
     return [[Match(score, items[row]) for score, row in zip(*pair, strict=True)] for pair in found]
 
 
+def search_with_run(folder: Path, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
+    """The Searcher of a run's best weights. cache_dir None is where the run keeps its own things."""
+
+    def load():
+        from encode import load_encoder
+
+        return load_encoder(folder, device=device, precision=precision)
+
+    return Searcher(weights_key(folder), load, cache_dir=Path(cache_dir or read_config(folder).cache_dir))
+
+
+def search_with_pair(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
+    """The Searcher of a pretrained pair as it is, by its folder or its name on the hub (pairs.py)."""
+    cache_dir = Path(cache_dir or Config.cache_dir)
+
+    def load():
+        from build import pretrained_encoder
+
+        return pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
+
+    if Path(name).expanduser().is_dir():
+        return Searcher(pair_key(Path(name).expanduser()), load, cache_dir=cache_dir)
+    loaded = load()  # downloads it: only then is it known which state of it the hub holds
+    from huggingface_hub import try_to_load_from_cache
+
+    state = str(try_to_load_from_cache(name, "config.json"))  # .../snapshots/COMMIT/config.json
+    return Searcher(_digest([name, Path(state).parent.name]), lambda: loaded, cache_dir=cache_dir)
+
+
+def pair_key(folder: Path) -> str:
+    """A name for a pretrained pair in a folder: it changes with any of its files."""
+    import mmap
+
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in PAIR_FILES and path.stat().st_size):
+        digest.update(path.name.encode())
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            digest.update(content)
+    return digest.hexdigest()
+
+
 def weights_key(folder: Path) -> str:
     """A name for what a run's best checkpoint makes of photos and sentences: it changes with weights and settings.
 
@@ -166,6 +207,10 @@ def weights_key(folder: Path) -> str:
         if path.is_file():
             digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def _digest(parts):
+    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def _checksums(checkpoint):

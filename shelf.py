@@ -6,8 +6,8 @@ from pathlib import Path
 
 import cli
 from gallery import Gallery, find_photos, split_photos
-from run_folder import finished_runs
-from search import Searcher
+from run_folder import finished_runs, read_config
+from search import Searcher, search_with_pair, search_with_run
 
 OWN_PHOTOS = "the run's data set"
 
@@ -15,7 +15,8 @@ OWN_PHOTOS = "the run's data set"
 class Shelf:
     """Runs and galleries by the names that visitors choose from; nothing else can be reached through it.
 
-    run: the one to start with, or None for the newest finished one. options: further keywords of Searcher.
+    run, or a pretrained pair's name: the one to start with; None for the newest finished run. options: the device,
+    precision and cache_dir of search_with_run.
     """
 
     def __init__(
@@ -24,6 +25,7 @@ class Shelf:
         folders: Sequence[Path],
         *,
         split: str,
+        model: str | None = None,
         runs_dir: Path,
         data_dir: Path | None,
         options: dict,
@@ -33,10 +35,11 @@ class Shelf:
         try:
             others = finished_runs(runs_dir)
         except FileNotFoundError:
-            if run is None:
+            if run is None and model is None:
                 raise
             others = []
-        self.runs = {str(folder): folder for folder in (*first, *others)}
+        pairs = {} if model is None else {model: None}  # has no folder of its own
+        self.runs = pairs | {str(folder): folder for folder in (*first, *others)}
         self.folders = {str(folder): cli.existing_folder(folder, "--gallery") for folder in folders}
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
 
@@ -60,11 +63,14 @@ class Shelf:
         self.searcher(run).sentences(["a photo"])
 
     def _searcher(self, run: str) -> Searcher:
-        return Searcher(self.runs[run], **self.options)
+        folder = self.runs[run]
+        return search_with_run(folder, **self.options) if folder else search_with_pair(run, **self.options)
 
     def _gallery(self, run: str, name: str) -> Gallery:
         photos = split_photos(self._data(run), self.split) if name == OWN_PHOTOS else find_photos(self.folders[name])
         return self.searcher(run).gallery(photos)
 
     def _data(self, run):
-        return cli.open_data(self.searcher(run).config, self.data_dir)
+        if self.runs[run] is None:
+            raise ValueError(f"{run} was not trained here and has no data set: choose other photos, or a run")
+        return cli.open_data(read_config(self.runs[run]), self.data_dir)

@@ -25,7 +25,8 @@ from search import Match
 from shelf import OWN_PHOTOS, Shelf
 
 SENTENCE, FOUND = "a yellow circle left of a red cross", "scene_164.png"
-QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2, "--num-workers", 0]
+QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
+QUICK += ["--num-workers", 0, "--precision", "float32"]  # accelerate allows a process one precision only
 WAIT = 30  # seconds
 
 
@@ -306,6 +307,7 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
     [
         (["--auth", "me"], ["--auth", "NAME:PASSWORD"]),
         (["--port", 0], ["--port", "0"]),
+        (["--model", "clip"], ["--model", "--gallery"]),
         (["--index", "x"], ["--index", "faiss"]),
         (["--gallery", "nowhere", "--run", "."], ["nowhere", "--gallery"]),
         ([], ["no runs in runs/", "python train.py"]),

@@ -180,6 +180,8 @@ def test_a_damaged_run_is_one_line_that_names_it(place, tmp_path, monkeypatch, c
         (["infer.py", "a dog", "--image", "x.jpg"], ["x.jpg", "--image"]),
         (["infer.py", "a dog", "--queries", "my_photos/captions.txt"], ["--queries", "alone"]),
         (["infer.py", "a dog", "--labels", "a dog", "a cat"], ["--labels", "--image"]),
+        (["infer.py", "a dog", "--model", "clip"], ["--model", "--gallery"]),
+        (["infer.py", "a dog", "--model", "./clip", "--gallery", "my_photos"], ["./clip"]),
         (["infer.py", "a dog", "--index", "annoy"], ["--index", "faiss", "annoy"]),
         (["infer.py", "--image", "my_photos/Images/photo_00.png", "--index", "faiss"], ["--index", "--find photos"]),
         (["infer.py", "--queries", "none.txt"], ["none.txt", "--queries"]),

@@ -11,8 +11,10 @@ import pytest
 import torch
 from conftest import refused, within, write_photos
 from PIL import Image
+from test_pairs import clip
 
 import search
+from build import pretrained_encoder
 from checkpoint import load_state, save_state
 from encode import load_encoder
 from gallery import find_photos
@@ -229,6 +231,28 @@ def test_other_weights_have_a_gallery_of_their_own(place, encoded):
     assert weights_key(place / "runs" / "first") != first
     infer("red", "--gallery", "holiday")
     assert len(encoded) == 24
+
+
+def test_a_pretrained_pair_searches_without_a_run_and_has_galleries_of_its_own(place, encoded, tmp_path):
+    folder = tmp_path / "clip"
+    torch.manual_seed(0)
+    for part in clip():
+        part.save_pretrained(folder)
+    words = ["red on the left", "--gallery", "holiday", "--top-k", 100]
+    found(*words)
+    matches = found(*words, "--model", folder, "--cache-dir", "cache")
+    assert len(encoded) == 24 and matches == found(*words, "--model", folder) and len(encoded) == 24
+    encoder, _ = pretrained_encoder(str(folder), max_tokens=64, device="cpu", precision="float32")
+    rows, _ = encoder.images([search.Path(match["photo"]) for match in matches], "")
+    scores = rows @ encoder.captions(["red on the left"], "")[0]
+    assert [match["score"] for match in matches] == pytest.approx(scores.tolist(), abs=2e-3)
+    assert len(found("--image", PHOTO, "--model", folder, "--labels", "a", "b")) == 2
+    infer(*words, "--model", folder)
+    assert (place / "cache" / "matches" / "red-on-the-left.png").is_file()
+    before = len(encoded)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    infer(*words, "--model", folder)
+    assert len(encoded) == before + 12
 
 
 def test_a_run_that_was_copied_finds_its_galleries(place, encoded):
