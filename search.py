@@ -163,15 +163,17 @@ def search_with_run(folder: Path, *, device: str, precision: str, cache_dir: Pat
 
 def search_with_pair(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
     """The Searcher of a pretrained pair as it is, by its folder or its name on the hub (pairs.py)."""
-    cache_dir = Path(cache_dir or Config.cache_dir)
+    from hub import local_or_name
+
+    cache_dir, source = Path(cache_dir or Config.cache_dir), local_or_name(name)
 
     def load():
         from build import pretrained_encoder
 
         return pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
 
-    if Path(name).expanduser().is_dir():
-        return Searcher(pair_key(Path(name).expanduser()), load, cache_dir=cache_dir)
+    if Path(source).is_dir():
+        return Searcher(pair_key(Path(source)), load, cache_dir=cache_dir)
     loaded = load()  # downloads it: only then is it known which state of it the hub holds
     from huggingface_hub import try_to_load_from_cache
 
