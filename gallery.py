@@ -83,7 +83,8 @@ def split_photos(data: "CaptionData", split: str) -> Photos:
     stamps = {}
     for path in data.part(split).paths:
         with contextlib.suppress(OSError):
-            stamps[path.relative_to(data.image_root).as_posix()] = _stamp(path.stat())
+            name = os.path.relpath(path, data.image_root)  # a table may name photos that lie elsewhere
+            stamps[name.replace(os.sep, "/")] = _stamp(path.stat())
     return Photos(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
