@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
+LINE_INCHES = 0.14  # of a caption below its photo
 CHINESE = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
 CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
 CHINESE_FONTS += ("WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")
@@ -145,13 +146,19 @@ def _show(grid, cells):
 
 def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]], path: Path) -> None:
     """Photos of a data set, each with its title above and captions below it."""
+    texts = [
+        "\n".join(_wrap(f"· {textwrap.shorten(caption, 120, placeholder='…')}", 46) for caption in captions)
+        for _, _, captions in examples
+    ]
     columns = min(GRID_COLUMNS, len(examples))
     rows = -(-len(examples) // columns)
-    figure, grid = _figure(3.4 * columns, 4.4 * rows + 0.4, rows=rows, columns=columns)
-    _show(grid, [(heading, photo) for photo, heading, _ in examples])
-    for axes, (_, _, captions) in zip(grid.flat, examples, strict=False):
-        text = "\n".join(_wrap(f"· {textwrap.shorten(caption, 120, placeholder='…')}", 46) for caption in captions)
-        axes.text(0, -0.04, text, va="top", fontsize=8, transform=axes.transAxes)
+    heights = [3.4, LINE_INCHES * max(text.count("\n") + 1 for text in texts)] * rows  # photos, captions, photos ...
+    figure, grid = _figure(3.4 * columns, sum(heights) + 0.3 * rows, rows=2 * rows, columns=columns, heights=heights)
+    _show(grid[::2], [(heading, photo) for photo, heading, _ in examples])
+    for axes in grid[1::2].flat:
+        axes.axis("off")
+    for axes, text in zip(grid[1::2].flat, texts, strict=False):
+        axes.text(0, 1, text, va="top", fontsize=8, transform=axes.transAxes)
     figure.suptitle(title, fontsize=12)
     _save(figure, path)
 
@@ -184,7 +191,7 @@ def _thumbnail(photo):
     return load_image(photo, 256)
 
 
-def _figure(width, height, *, rows=1, columns=1):
+def _figure(width, height, *, rows=1, columns=1, heights=None):
     import matplotlib
 
     matplotlib.use("Agg")  # no screen is needed, and none is asked for
@@ -194,8 +201,9 @@ def _figure(width, height, *, rows=1, columns=1):
     plt.rcParams["text.parse_math"] = False
     installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
     plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes
+    return plt.subplots(
+        rows, columns, figsize=(width, height), height_ratios=heights, layout="constrained", squeeze=False
+    )
 
 
 def _save(figure, path):
