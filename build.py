@@ -15,7 +15,8 @@ from features import FeatureBatches, stored_features
 from modules import CLIPModel
 from pairs import build_pair
 from readers import CaptionData, Part
-from tokenizer import tokenize
+from stages import adapters, add_lora, last_parameters, lora_rank
+from tokenizer import report_cut, tokenize
 from towers import build_image_encoder, build_text_encoder
 
 
@@ -23,7 +24,7 @@ def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTraine
     """The model of a configuration, its tokenizer, and the specification of its image tower, or of its pair."""
     if config.model is not None:
         pair = build_pair(config.model, image_size=config.image_size)
-        model = _joined(config, pair.image_encoder, pair.text_encoder, temperature=pair.temperature)
+        model = _joined(config, pair.image_encoder, pair.text_encoder, temperature=pair.temperature, bias=pair.bias)
         return model, pair.tokenizer, pair.specification
     image_encoder, specification = build_image_encoder(
         config.image_encoder,
@@ -62,13 +63,29 @@ def pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: st
 
 
 def apply_settings(config: Config, model: CLIPModel) -> None:
-    """What of a configuration concerns training alone: what is frozen, and what drops."""
-    model.image_encoder.freeze(config.freeze_image)
-    model.text_encoder.freeze(config.freeze_text)
+    """What of a configuration concerns training alone: what trains, what drops, and whether a bias is learned."""
+    model.use_bias(config.bias)
+    for tower, frozen, last, flag in (
+        (model.image_encoder, config.freeze_image, config.image_stages, "--image-stages"),
+        (model.text_encoder, config.freeze_text, config.text_layers, "--text-layers"),
+    ):
+        try:
+            tower.freeze(frozen, trained=_trained(tower.backbone, last, config.lora))
+        except ValueError as error:
+            raise ValueError(f"{flag} {last}: {error}" if last else str(error)) from None
     model.set_dropout(config.dropout, config.image_feature_dropout)
 
 
-def _joined(config, image_encoder, text_encoder, *, temperature):
+def _trained(backbone, last, rank):
+    """Names of the parameters that train, or None for all."""
+    if (known := lora_rank(backbone)) != rank:
+        if known:
+            raise ValueError(f"the run to start from has adapters: keep its --lora {known}")
+        add_lora(backbone, rank)
+    return adapters(backbone) if rank else None if last is None else last_parameters(backbone, last)
+
+
+def _joined(config, image_encoder, text_encoder, *, temperature, bias=None):
     image_head, text_head = config.heads
     model = CLIPModel(
         image_encoder,
@@ -78,6 +95,7 @@ def _joined(config, image_encoder, text_encoder, *, temperature):
         temperature=temperature,
         image_head=image_head,
         text_head=text_head,
+        bias=bias,
     )
     apply_settings(config, model)
     return model
@@ -96,6 +114,8 @@ def build_batches(
 ) -> tuple[FeatureBatches | TrainingBatches, Encoded | Part]:
     """The training batches, and the validation part; both as stored features where both towers are frozen."""
     train, val = data.part("train"), data.part("val")
+    if encoder.max_tokens < config.max_tokens:
+        print(f"the text tower takes {encoder.max_tokens} tokens, fewer than --max-tokens {config.max_tokens}")
     if config.on_features:
         return _feature_batches(config, model, encoder, train, val)
     return _photo_batches(config, encoder, train), val
@@ -135,6 +155,8 @@ def _photo_batches(config, encoder, part):
     captions = [*part.captions, *map(mirror_caption, part.captions)]
     tokens = tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
     token_ids, mirrored_ids = (replace(tokens, rows=rows) for rows in np.split(tokens.rows, 2))
+    if line := report_cut(encoder.tokenizer, part.captions, token_ids, max_tokens=encoder.max_tokens):
+        print(line)
     photos = CLIPDataset(
         part,
         token_ids,

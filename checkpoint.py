@@ -138,13 +138,14 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
         raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it holds no model")
     try:
         image_encoder, text_encoder, tokenizer = load_towers(
-            folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling
+            folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling, lora=config.lora
         )
     except Exception as error:  # timm, transformers and tokenizers raise their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {reason}") from None
-    _require_dimensions(folder, config.embed_dim, weights)
     image_head, text_head = config.heads
+    if image_head == text_head == "residual":
+        _require_dimensions(folder, config.embed_dim, weights)
     model = CLIPModel(
         image_encoder,
         text_encoder,
@@ -153,6 +154,7 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
         temperature=config.temperature,
         image_head=image_head,
         text_head=text_head,
+        bias=config.bias,
     )
     load_weights(model, folder, weights)
     return Run(folder, config, model.eval(), tokenizer, state)

@@ -1,11 +1,53 @@
-"""The objective without its matrix: InfoNCE and the hardest triplets over B images and M captions, never B×M."""
+"""The objectives without their matrix: over B images and M captions, never B×M entries at a time."""
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from losses import LossTerms, triplet_from_cosines
+from losses import (
+    LossTerms,
+    Objective,
+    cosine_margin_loss,
+    sigmoid_loss,
+    soft_cross_entropy,
+    triplet_from_cosines,
+    violations,
+)
+
+
+def chunked_objective_loss(
+    image_emb: Tensor,
+    text_emb: Tensor,
+    image_ids: Tensor,
+    caption_image_ids: Tensor,
+    objective: Objective,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    alpha: float,
+    chunk_size: int,
+) -> LossTerms:
+    """losses.objective_loss, its values and gradients to rounding, from `chunk_size` captions at a time.
+
+    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; the ids and the result as there.
+    Memory O((B + M) * D + B * chunk_size) instead of O(B * M); the backward pass computes each chunk a second time.
+    """
+    rows = image_emb, text_emb, image_ids, caption_image_ids
+    settings = {"margin": objective.margin, "distance": objective.distance, "chunk_size": chunk_size}
+    with torch.autocast(image_emb.device.type, enabled=False):
+        # A term that is left out of the total costs no backward pass.
+        hardest = objective.negatives == "hardest"
+        terms = chunked_contrastive_loss(*rows, temperature=temperature, alpha=alpha if hardest else 0.0, **settings)
+        main, triplet = terms.main, terms.triplet
+        if objective.main in ("sigmoid", "cosine"):
+            main = _by_captions(rows, objective, temperature, bias, chunk_size)
+        elif objective.main == "soft":
+            main = _soft(rows, objective.softness, temperature, chunk_size)
+        if not hardest:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
+                triplet = _mined(rows, objective, chunk_size)
+        return LossTerms(main + alpha * triplet, main, triplet)
 
 
 def chunked_contrastive_loss(
@@ -17,9 +59,10 @@ def chunked_contrastive_loss(
     temperature: float | Tensor,
     alpha: float,
     margin: float,
+    distance: str = "euclidean",
     chunk_size: int,
 ) -> LossTerms:
-    """losses.contrastive_loss, its values and gradients to rounding, from `chunk_size` captions at a time.
+    """InfoNCE and the hardest triplets, to rounding those of losses.py, from `chunk_size` captions at a time.
 
     image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; the ids and the result as there.
     Memory O((B + M) * D + B * chunk_size) instead of O(B * M); the backward pass computes each chunk a second time.
@@ -38,7 +81,8 @@ def chunked_contrastive_loss(
             images, captions = (torch.arange(len(emb), device=emb.device) for emb in (image_emb, text_emb))
             negative_caption = _pair_cosines(image_emb, text_emb, images, hardest_caption, chunk_size)  # (B,)
             negative_image = _pair_cosines(image_emb, text_emb, hardest_image, captions, chunk_size)  # (M,)
-            triplet = triplet_from_cosines(positive, negative_caption[image], negative_image[caption], margin)
+            negatives = negative_caption[image], negative_image[caption]
+            triplet = triplet_from_cosines(positive, *negatives, margin, distance=distance)
         return LossTerms(info_nce + alpha * triplet, info_nce, triplet)
 
 
@@ -86,6 +130,74 @@ class _ChunkedRows(torch.autograd.Function):
             image_grad += weights @ text_emb[chunk]
             text_grad[chunk] = weights.T @ image_emb
         return scale * image_grad, scale * text_grad, scale_grad, None, None, None
+
+
+def _by_captions(rows, objective, temperature, bias, chunk_size):
+    """The sigmoid or the cosine loss: a mean over captions, whose chunks add up."""
+    image_emb, text_emb, image_ids, caption_image_ids = rows
+
+    def part(image_emb, texts, ids, temperature, bias):
+        sim, positives = image_emb @ texts.T, image_ids[:, None] == ids
+        if objective.main == "sigmoid":
+            return len(texts) * sigmoid_loss(sim, positives, temperature, bias)
+        return len(texts) * cosine_margin_loss(sim, positives, objective.cosine_margin)
+
+    chunks = zip(text_emb.split(chunk_size), caption_image_ids.split(chunk_size), strict=True)
+    parts = [checkpoint(part, image_emb, *chunk, temperature, bias, use_reentrant=False) for chunk in chunks]
+    return torch.stack(parts).sum() / len(text_emb)
+
+
+def _soft(rows, softness, temperature, chunk_size):
+    """The soft targets' loss: rows of images, then rows of captions, as many at a time as keep B * chunk_size."""
+    image_emb, text_emb, image_ids, caption_image_ids = rows
+    of_image, of_text = _resembling(rows, chunk_size)
+
+    def part(anchors, ids, own, others, other_ids, others_own, temperature):
+        sim, positives = anchors @ others.T, ids[:, None] == other_ids
+        return soft_cross_entropy(sim, positives, own @ others_own.T, temperature, softness)
+
+    def direction(anchors, others):
+        size = max(1, chunk_size * len(image_emb) // len(others[0]))
+        chunks = zip(*(tensor.split(size) for tensor in anchors), strict=True)
+        return torch.cat([checkpoint(part, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks])
+
+    images, texts = (image_emb, image_ids, of_image), (text_emb, caption_image_ids, of_text)
+    return (direction(images, texts).mean() + direction(texts, images).mean()) / 2
+
+
+def _resembling(rows, chunk_size):
+    """losses.resembling, the mask of positives a chunk of captions at a time."""
+    image_emb, text_emb, image_ids, caption_image_ids = (tensor.detach() for tensor in rows)
+    image, caption = _positive_pairs(image_ids, caption_image_ids, chunk_size)
+    counts = image.bincount(minlength=len(image_emb)).clamp(min=1)[:, None]
+    captions = torch.zeros_like(image_emb).index_add(0, image, text_emb[caption]) / counts
+    images = torch.zeros_like(text_emb).index_add(0, caption, image_emb[image])
+    return torch.cat([image_emb, captions], 1) / 2**0.5, torch.cat([images, text_emb], 1) / 2**0.5
+
+
+def _mined(rows, objective, chunk_size):
+    """The triplet term of all or of semi-hard negatives, as many positive pairs at a time as keep B * chunk_size."""
+    image_emb, text_emb, image_ids, caption_image_ids = rows
+    image, caption = _positive_pairs(image_ids, caption_image_ids, chunk_size)
+
+    def part(anchors, anchor_ids, anchor, others, other_ids, other):
+        sim = anchors[anchor] @ others.T
+        positive = sim.gather(1, other[:, None]).squeeze(1)  # rounded as the negatives are: a tie stays one
+        is_negative = anchor_ids[anchor][:, None] != other_ids
+        kinds = {"negatives": objective.negatives, "distance": objective.distance}
+        return violations(sim, positive, is_negative, objective.margin, **kinds).sum()
+
+    def direction(anchors, anchor_ids, anchor, others, other_ids, other):
+        size = max(1, chunk_size * len(image_emb) // len(others))
+        parts = [
+            checkpoint(part, anchors, anchor_ids, *pairs[:1], others, other_ids, *pairs[1:], use_reentrant=False)
+            for pairs in zip(anchor.split(size), other.split(size), strict=True)
+        ]
+        return torch.stack(parts).sum()
+
+    by_image = direction(image_emb, image_ids, image, text_emb, caption_image_ids, caption)
+    by_caption = direction(text_emb, caption_image_ids, caption, image_emb, image_ids, image)
+    return (by_image + by_caption) / (2 * len(image))
 
 
 def _positive_pairs(image_ids, caption_image_ids, chunk_size):

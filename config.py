@@ -31,6 +31,10 @@ class Config:
     pretrained: bool = True  # False: random weights; the text tower is then a small DistilBERT with its own vocabulary
     freeze_image: bool = False  # keep the image tower as it is
     freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
+    image_stages: int | None = None  # train only so many stages of the image tower, the last ones (ResNet50 has 4)
+    text_layers: int | None = None  # train only so many layers of the text tower, the last ones
+    lora: int = 0  # rank of adapters (LoRA, needs peft) that train instead of the towers' weights; 0 is none
+    freeze_epochs: int = 0  # only the heads train in the first epochs, then the towers too
     fold_batch_norm: bool = True  # pretrained only: fixed batch norm statistics, absorbed by the convolutions (faster)
     image_pooling: Literal["own", "mean", "max", "gpo"] = "own"  # of the photo's regions; "gpo" learns how
     text_pooling: Literal["mean", "cls", "max", "gpo"] = "mean"  # of the caption's tokens; "cls" takes the first
@@ -42,10 +46,15 @@ class Config:
 
     start_from: str | None = None  # a run's folder: training starts from its best weights, and its towers
 
-    # Objective: InfoNCE + alpha * triplet margin with the hardest negatives of the batch
-    alpha: float = 0.1  # weight of the triplet term; 0 is plain InfoNCE
+    # Objective: a main term over all pairs of the batch + alpha * triplet margin
+    objective: Literal["info_nce", "sigmoid", "cosine", "soft"] = "info_nce"  # the main term; see losses.py
+    softness: float = 0.2  # of "soft": the share of its targets that goes by resemblance
+    cosine_margin: float = 0.2  # of "cosine": unlike pairs below this cosine cost nothing
+    alpha: float = 0.1  # weight of the triplet term; 0 is the main term alone
     alpha_warmup_epochs: float = 2.0  # alpha grows from 0: the hardest negatives of an untrained model lead nowhere
-    margin: float = 0.2  # Euclidean distance between unit vectors, so at most 2
+    negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # that the triplet term pushes away
+    distance: Literal["euclidean", "cosine"] = "euclidean"  # between unit vectors, so at most 2; or 1 - cosine
+    margin: float = 0.2  # in that distance
     temperature: float = 0.07  # where the learned temperature starts; it divides the cosines
 
     # Optimisation
@@ -75,12 +84,15 @@ class Config:
         _require(self, "at least 16", lambda v: v is None or v >= 16, "image_size")
         _require(self, "at least 3", lambda v: v >= 3, "max_tokens")  # [CLS], a word, [SEP]
         _require(self, "at least -1", lambda v: v >= -1, "num_workers")
-        _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed")
+        _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed", "lora", "freeze_epochs")
+        _require(self, "at least 1", lambda v: v is None or v >= 1, "image_stages", "text_layers")
         _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "min_crop")
         _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout", "image_feature_dropout")
         _require(
             self, "at least 0.01 (the logits would explode) and finite", lambda v: 0.01 <= v < math.inf, "temperature"
         )
+        _require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "softness")
+        _require(self, "from -1 to 1", lambda v: -1 <= v <= 1, "cosine_margin")
         _require(self, "above 0 and finite", lambda v: 0 < v < math.inf, "max_grad_norm")
         _require(
             self,
@@ -99,11 +111,26 @@ class Config:
         )
         if self.save_every_steps is not None and self.save_every_steps < 1:
             raise ValueError(f"--save-every-steps must be at least 1, got {self.save_every_steps}")
+        self._require_something_to_train()
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             bounds = f"from 1 to --batch-size ({self.batch_size})"
             raise ValueError(f"--micro-batch-size must be {bounds}, got {self.micro_batch_size}")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
+
+    def _require_something_to_train(self):
+        if self.lora and (self.image_stages or self.text_layers):
+            raise ValueError("--lora trains adapters in the whole tower: leave out --image-stages and --text-layers")
+        if self.freeze_image and self.freeze_text:
+            if self.lora:
+                raise ValueError("--lora has no tower to adapt: leave out --freeze-image or --freeze-text")
+            if self.heads == ("none", "none"):
+                raise ValueError("nothing is left to train: add --image-head adaptor --text-head adaptor")
+
+    @property
+    def bias(self) -> float | None:
+        """Where the learned bias of the sigmoid loss starts (arXiv 2303.15343, section 3.2)."""
+        return -10.0 if self.objective == "sigmoid" else None
 
     @property
     def heads(self) -> tuple[str, str]:
@@ -130,6 +157,7 @@ MODEL_FIELDS = (
     "text_head",
     "embed_dim",
     "image_size",
+    "lora",
 )
 
 # What suits a data set better than the defaults above. A flag on the command line wins over this table.

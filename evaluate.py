@@ -1,7 +1,8 @@
-"""Measure a trained run: `python evaluate.py runs/NAME --split test`, or `--zero-shot FOLDER` of class folders."""
+"""Measure a run, `python evaluate.py runs/NAME --split test`, or a pretrained pair, `--model NAME --dataset NAME`."""
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +15,12 @@ from run_folder import METRICS, newest_finished_run, read_config, write_text
 
 @dataclass(frozen=True)
 class Flags:
-    """Recall@K, mAP@10 and median rank of a run over the full pool of a split, or how well it tells classes apart."""
+    """Recall@K, mAP@10 and median rank over the full pool of a split, or how well classes are told apart."""
 
     run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; without it the newest finished one
+    model: str | None = None  # instead of a run: a pretrained pair as it is (CLIP, SigLIP ...), a name or a folder
     split: Literal["train", "val", "test"] = "test"  # what to measure on
+    dataset: str | None = None  # of another data set than the run's own
     zero_shot: Path | None = None  # instead: a folder with a folder of photos per class, named like the class
     templates: tuple[str, ...] = ()  # sentences a class is said in, with {} for its name, instead of the built-in ones
     data_dir: Path | None = None  # where the data set lies now, if it has moved since training
@@ -28,39 +31,66 @@ class Flags:
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    folder = cli.existing_folder(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
+    folder, config = subject(flags)
     if flags.zero_shot is not None:
         return measure_zero_shot(folder, flags)
-    config = read_config(folder)
     data = cli.open_data(config, flags.data_dir)
     part = data.part(flags.split)
+    what = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
     print(
         f"{folder}: {flags.split} split of {data.name}, {len(part.paths):,} images, {len(part.captions):,} captions",
         flush=True,
     )
-    metrics = measure(folder, part, flags)
+    metrics = measure(part, folder, flags)
     print(table(metrics))
-    save(folder, flags.split, metrics)
+    save(folder, what, metrics)
 
 
-def measure(folder: Path, part, flags: Flags) -> dict:
-    """The retrieval metrics of the run's best checkpoint."""
+def subject(flags: Flags) -> tuple[Path, Config]:
+    """The folder of what is measured, where its figures go, and the configuration that names the data set."""
+    if flags.model is None:
+        folder = cli.existing_folder(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
+        config = read_config(folder)
+    elif flags.run is not None:
+        raise ValueError("give one of a run and --model")
+    elif flags.dataset is None and flags.zero_shot is None:
+        raise ValueError("--model needs a data set to be measured on: add --dataset NAME_OR_FOLDER")
+    else:
+        slug = re.sub(r"[^\w.-]+", "-", flags.model).strip("-")
+        folder, config = flags.runs_dir / f"pretrained-{slug}", Config()
+    if flags.dataset is not None:  # without its own --data-dir, and the old one's is not that of the new
+        config = replace(config, dataset=flags.dataset, data_dir=None)
+    return folder, config
+
+
+def load(folder: Path, flags: Flags):
+    """The Encoder of the run's best checkpoint or of the pretrained pair, and its model."""
+    settings = {"device": flags.device, "precision": flags.precision}
+    if flags.model is not None:
+        from build import pretrained_encoder
+
+        return pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
     from encode import load_encoder
+
+    return load_encoder(folder, **settings)
+
+
+def measure(part, folder: Path, flags: Flags) -> dict:
+    """The retrieval metrics of a split."""
     from retrieval import retrieval_metrics
 
-    encoder, _ = load_encoder(folder, device=flags.device, precision=flags.precision)
+    encoder, _ = load(folder, flags)
     encoded = encoder.part(part, flags.split)
     return retrieval_metrics(encoded.images, encoded.texts, encoded.caption_image_ids)
 
 
 def measure_zero_shot(folder: Path, flags: Flags) -> None:
     """Print and store how often the right class is found, and draw which are taken for which."""
-    from encode import load_encoder
     from plots import plot_confusion
     from zero_shot import accuracy, class_folders, classify, confusion
 
     labels, photos, truth = class_folders(flags.zero_shot.expanduser())
-    encoder, model = load_encoder(folder, device=flags.device, precision=flags.precision)
+    encoder, model = load(folder, flags)
     temperature = model.temperature.item()
     chances, readable = classify(encoder, photos, labels, temperature=temperature, templates=flags.templates)
     if not len(chances):
@@ -93,13 +123,15 @@ def save(folder: Path, split: str, metrics: dict) -> None:
     from plots import plot_metrics
 
     store(folder, split, metrics)
-    plot_metrics(metrics, f"{folder.name}, {split} split", folder / f"metrics-{split}.png")
-    print(f"saved {folder / METRICS} and {folder / f'metrics-{split}.png'}")
+    picture = folder / f"metrics-{split.replace(' ', '-')}.png"
+    plot_metrics(metrics, f"{folder.name}, {split}", picture)
+    print(f"saved {folder / METRICS} and {picture}")
 
 
 def store(folder: Path, name: str, metrics: dict) -> None:
     """Write the metrics into the run's metrics.json, beside what was measured before."""
     path = folder / METRICS
+    path.parent.mkdir(parents=True, exist_ok=True)
     known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
     write_text(path, json.dumps(known | {name: metrics}, indent=2) + "\n")
 

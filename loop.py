@@ -14,7 +14,7 @@ from checkpoint import save_state, split_frozen
 from config import Config
 from encode import Encoder
 from modules import CLIPModel
-from plots import plot_curves
+from plots import MAIN_TERMS, plot_curves
 from processes import average_statistics, count, from_first, gather_lists, gather_statistics, rank, spread_statistics
 from progress import Progress
 from readers import CaptionData, few
@@ -75,8 +75,9 @@ class Trainer:
 
     def _train_epoch(self):
         """The steps that are left of an epoch."""
-        self.model.train()
         epoch, tally, steps = self.progress.epoch, self.progress.tally, len(self.batches)
+        self.model.hold_towers(epoch < self.config.freeze_epochs)
+        self.model.train()
         every = self.config.save_every_steps
         with tqdm(total=steps, initial=tally.steps, desc=f"epoch {epoch + 1}", leave=False, disable=_quiet()) as bar:
             tally.start_clock()
@@ -131,7 +132,7 @@ class Trainer:
         progress, tally = self.progress, self.progress.tally
         return {
             "epoch": progress.epoch + 1,
-            **tally.means(),
+            **{self.config.objective if key == "main" else key: mean for key, mean in tally.means().items()},
             "alpha": self.step.alpha((progress.epoch + 1) * len(self.batches) - 1),
             "temperature": self.model.temperature.item(),
             "seconds": tally.seconds,
@@ -246,7 +247,8 @@ def _advice(error, config):
 
 def _epoch_line(record, epochs):
     """One line for the terminal: loss, validation recall, speed."""
-    terms = f"InfoNCE {record['info_nce']:.3f} + {record['alpha']:.3g} × triplet {record['triplet']:.3f}"
+    main = next(name for name in MAIN_TERMS if name in record)
+    terms = f"{MAIN_TERMS[main]} {record[main]:.3f} + {record['alpha']:.3g} × triplet {record['triplet']:.3f}"
     recalls = [
         f"{way} R@1/5/10 {record[f'{way}_R@1']:5.1f} {record[f'{way}_R@5']:5.1f} {record[f'{way}_R@10']:5.1f}"
         for way in ("i2t", "t2i")

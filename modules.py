@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from heads import ProjectionHead, build_head
 from pooling import GeneralisedPooling, pool, regions
 from view import View
+
+__all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
 
@@ -132,60 +135,6 @@ class TextEncoder(Tower):
         return self.pool(hidden, attention_mask) if self.pool else pool(hidden, attention_mask, self.pooling)
 
 
-class ProjectionHead(nn.Module):
-    """Tower features (*, in_dim) to the shared space (*, out_dim): linear, then a residual block, then LayerNorm."""
-
-    def __init__(self, in_dim: int, out_dim: int, dropout: float, feature_dropout: float = 0.0):
-        super().__init__()
-        self.feature_dropout = nn.Dropout(feature_dropout)
-        self.projection = nn.Linear(in_dim, out_dim)
-        self.hidden = nn.Linear(out_dim, out_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.norm = nn.LayerNorm(out_dim)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        projected = self.projection(self.feature_dropout(features))
-        return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
-
-
-class LinearHead(nn.Module):
-    """Tower features (*, in_dim) to the shared space (*, out_dim) by one matrix."""
-
-    def __init__(self, in_dim: int, out_dim: int, feature_dropout: float = 0.0):
-        super().__init__()
-        self.feature_dropout = nn.Dropout(feature_dropout)
-        self.projection = nn.Linear(in_dim, out_dim, bias=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.projection(self.feature_dropout(features))
-
-
-class Adaptor(nn.Module):
-    """Features (*, dim) plus a small correction that starts at 0 (CLIP-Adapter, arXiv 2110.04544, eq. 4)."""
-
-    def __init__(self, dim: int, dropout: float, feature_dropout: float = 0.0):
-        super().__init__()
-        self.feature_dropout, self.dropout = nn.Dropout(feature_dropout), nn.Dropout(dropout)
-        self.down, self.up = nn.Linear(dim, dim), nn.Linear(dim, dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        correction = self.up(self.dropout(F.gelu(self.down(self.feature_dropout(F.normalize(features, dim=-1))))))
-        return features + correction * features.norm(dim=-1, keepdim=True)
-
-
-def build_head(kind: str, in_dim: int, out_dim: int, *, dropout: float, feature_dropout: float = 0.0) -> nn.Module:
-    """A head of a kind: "residual" or "linear", or "adaptor" or "none", which keep the features' dimensions."""
-    if kind in ("adaptor", "none") and in_dim != out_dim:
-        raise ValueError(f"a head {kind!r} keeps its tower's {in_dim} dimensions, but the other side has {out_dim}")
-    if kind == "residual":
-        return ProjectionHead(in_dim, out_dim, dropout, feature_dropout)
-    if kind == "linear":
-        return LinearHead(in_dim, out_dim, feature_dropout)
-    return Adaptor(in_dim, dropout, feature_dropout) if kind == "adaptor" else nn.Identity()
-
-
 class CLIPModel(nn.Module):
     """Both towers with their heads, a learned temperature, and where `bias` says where it starts a learned bias.
 
@@ -215,13 +164,24 @@ class CLIPModel(nn.Module):
             image_head, image_encoder.dim, embed_dim, dropout=dropout, feature_dropout=image_feature_dropout
         )
         self.text_head = build_head(text_head, text_encoder.dim, embed_dim, dropout=dropout)
-        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
+        self.logit_bias = None
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP
+        self.use_bias(bias)
 
     @property
     def temperature(self) -> torch.Tensor:
         """What the cosines are divided by, ()."""
         return (-self.logit_scale).exp()
+
+    @property
+    def bias(self) -> torch.Tensor | float:
+        """What is added to the scaled cosines, (); 0 where none is learned."""
+        return 0.0 if self.logit_bias is None else self.logit_bias
+
+    def use_bias(self, start: float | None) -> None:
+        """Learn a bias, from `start` unless there is one already; None: do without."""
+        if start is None or self.logit_bias is None:
+            self.logit_bias = None if start is None else nn.Parameter(self.logit_scale.detach().clone().fill_(start))
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) pixels → (B, D) unit rows, float32."""
@@ -244,6 +204,12 @@ class CLIPModel(nn.Module):
         if "image_features" in batch:
             return self.embed_image(batch["image_features"]), self.embed_text(batch["text_features"])
         return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])
+
+    def hold_towers(self, held: bool) -> None:
+        """Keep both towers as they are for the time being, or let train what trains of them."""
+        for tower in (self.image_encoder, self.text_encoder):
+            if tower.held != held:
+                tower.hold(held)
 
     def set_dropout(self, dropout: float, image_feature_dropout: float) -> None:
         """Let the heads drop with other probabilities."""

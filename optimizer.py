@@ -1,6 +1,7 @@
 """AdamW with a learning rate per part of the model, and its schedule."""
 
 import math
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -16,24 +17,34 @@ def build_optimizer(
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tower = name.partition(".")[0]
-            part = tower if tower in rates else "heads"
+            tower, _, rest = name.partition(".")
+            part = tower if tower in rates and rest.startswith("backbone.") else "heads"
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
-            {"params": parameters, "lr": rates.get(part, lr_heads), "weight_decay": weight_decay if decays else 0.0}
+            {
+                "params": parameters,
+                "lr": rates.get(part, lr_heads),
+                "weight_decay": weight_decay if decays else 0.0,
+                "tower": part in rates,
+            }
             for (part, decays), parameters in groups.items()
         ]
     )
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """Learning rates rise linearly over the warm-up steps, then fall to 0 along a cosine (arXiv 1608.03983)."""
+def build_schedule(
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, towers_from: int = 0
+) -> LambdaLR:
+    """Learning rates rise linearly over the warm-up steps, then fall to 0 along a cosine (arXiv 1608.03983).
 
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
+    Towers that are released at step `towers_from` warm up from there, on the same cosine.
+    """
+
+    def factor(step: int, start: int) -> float:
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+        return cosine * min(1.0, max(0, step - start + 1) / (warmup_steps + 1))
 
-    return LambdaLR(optimizer, factor)
+    starts = [towers_from if group.get("tower") else 0 for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [partial(factor, start=start) for start in starts])

@@ -202,7 +202,7 @@ def _rows(features):
 def _meant(name):
     """The known pairs that look like `name`, in brackets."""
     word = name.lower().rpartition("/")[2]
-    names = {known.rpartition("/")[2].lower(): known for known in KNOWN}
-    near = [names[key] for key in difflib.get_close_matches(word, names, n=3)]
-    near = [] if name in near else near or [known for known in KNOWN if word and word in known.lower()][:3]
+    likeness = {known: difflib.SequenceMatcher(None, word, known.lower().rpartition("/")[2]) for known in KNOWN}
+    near = [known for known in KNOWN if likeness[known].ratio() > 0.6 or word[:4] in known.lower()]
+    near = sorted(near, key=lambda known: -likeness[known].ratio())[:3] if len(word) > 3 and name not in KNOWN else []
     return f" (did you mean {', '.join(near)}?)" if near else ""

@@ -1,12 +1,13 @@
 """Pictures: curves of a run, bars of its metrics, and the matches of a query."""
 
-import re
+import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fonts import CHINESE, HOW, families
 from run_folder import replace_file
 
 if TYPE_CHECKING:
@@ -14,11 +15,9 @@ if TYPE_CHECKING:
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
+MAIN_TERMS = {"info_nce": "InfoNCE", "sigmoid": "sigmoid", "cosine": "cosine margin", "soft": "soft InfoNCE"}
 GRID_COLUMNS = 4
 LINE_INCHES = 0.14  # of a caption below its photo
-CHINESE = re.compile(r"[\u3000-\u9fff\uff00-\uffef]")
-CHINESE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "SimHei")
-CHINESE_FONTS += ("WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS")
 NAMED_CLASSES = 30  # with more, the names and counts of a confusion picture would be unreadable
 MOST_ROWS = 20  # queries in one picture
 
@@ -27,8 +26,9 @@ def plot_curves(history: Sequence[dict], path: Path) -> None:
     """Loss and validation recall over the epochs of log.jsonl."""
     figure, ((loss_axes, recall_axes),) = _figure(10, 4, columns=2)
     epochs = [record["epoch"] for record in history]
-    for key, label in (("loss", "loss"), ("info_nce", "InfoNCE"), ("triplet", "triplet (before α)")):
-        loss_axes.plot(epochs, [record[key] for record in history], label=label)
+    for key, label in {"loss": "loss", **MAIN_TERMS, "triplet": "triplet (before α)"}.items():
+        if key in history[0]:
+            loss_axes.plot(epochs, [record[key] for record in history], label=label)
     for way, name in DIRECTIONS.items():
         for k, style in ((1, "-"), (5, "--"), (10, ":")):
             values = [record[f"{way}_R@{k}"] for record in history]
@@ -95,7 +95,7 @@ def plot_photos(answers: Sequence[tuple], path: Path) -> None:
     rows = -(-len(cells) // columns)
     figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)
     _show(grid, cells)
-    figure.suptitle(textwrap.fill(text, 22 * columns), fontsize=13)
+    figure.suptitle(_fill(text, 22 * columns), fontsize=13)
     _save(figure, path)
 
 
@@ -103,7 +103,7 @@ def _plot_rows(answers, path):
     columns = 1 + max(len(matches) for *_, matches in answers)
     figure, grid = _figure(1.9 * columns, 2.1 * len(answers), rows=len(answers), columns=columns)
     for axes, (text, _, matches) in zip(grid, answers, strict=True):
-        axes[0].text(0.5, 0.5, textwrap.fill(text, 18), ha="center", va="center", fontsize=10)
+        axes[0].text(0.5, 0.5, _fill(text, 18), ha="center", va="center", fontsize=10)
         axes[0].axis("off")
         _show(axes[1:], _titled(matches, width=20))
     _save(figure, path)
@@ -116,11 +116,11 @@ def plot_captions(answers: Sequence[tuple], path: Path) -> None:
     figure, grid = _figure(11, len(answers) * max(2.5, 0.55 * longest), rows=len(answers), columns=2)
     for (left, right), (text, asked, matches) in zip(grid, answers, strict=True):
         if asked is None:
-            left.text(0.5, 0.5, textwrap.fill(text, 40), ha="center", va="center", fontsize=13)
+            left.text(0.5, 0.5, _fill(text, 40), ha="center", va="center", fontsize=13)
         else:
             left.imshow(_thumbnail(asked))
-        lines = [f"{match.score:.3f}  {textwrap.shorten(match.item, 130, placeholder='…')}" for match in matches]
-        lines = [textwrap.fill(line, 62, subsequent_indent=" " * 12) for line in lines]
+        lines = [f"{match.score:.3f}  {_cut(match.item, 130)}" for match in matches]
+        lines = [_fill(line, 62, subsequent_indent=" " * 12) for line in lines]
         right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
         left.axis("off")
         right.axis("off")
@@ -130,7 +130,7 @@ def plot_captions(answers: Sequence[tuple], path: Path) -> None:
 def _titled(matches, width=30):
     """A title and a photo for each match."""
     return [
-        (f"{rank}.  {match.score:.3f}\n{textwrap.shorten(match.item.name, width, placeholder='…')}", match.item)
+        (f"{rank}.  {match.score:.3f}\n{_cut(match.item.name, width)}", match.item)
         for rank, match in enumerate(matches, start=1)
     ]
 
@@ -147,7 +147,7 @@ def _show(grid, cells):
 def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]], path: Path) -> None:
     """Photos of a data set, each with its title above and captions below it."""
     texts = [
-        "\n".join(_wrap(f"· {textwrap.shorten(caption, 120, placeholder='…')}", 46) for caption in captions)
+        "\n".join(_fill(f"· {_cut(caption, 120)}", 46, subsequent_indent="  ") for caption in captions)
         for _, _, captions in examples
     ]
     columns = min(GRID_COLUMNS, len(examples))
@@ -163,11 +163,6 @@ def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]
     _save(figure, path)
 
 
-def _wrap(text, width):
-    """Lines of `width` letters, or half as many Chinese ones."""
-    return textwrap.fill(text, width // 2 if CHINESE.search(text) else width, subsequent_indent="  ")
-
-
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
     named, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
@@ -176,7 +171,7 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="taken for", ylabel="is")
     if named:
-        names = [textwrap.shorten(label, 24, placeholder="…") for label in labels]
+        names = [_cut(label, 24) for label in labels]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         for row, column in counts.nonzero().tolist():
@@ -199,8 +194,7 @@ def _figure(width, height, *, rows=1, columns=1, heights=None):
 
     # A caption or a file name may hold a dollar sign, which must not be read as a formula.
     plt.rcParams["text.parse_math"] = False
-    installed = {font.name for font in matplotlib.font_manager.fontManager.ttflist}
-    plt.rcParams["font.family"] = ["DejaVu Sans", *(font for font in CHINESE_FONTS if font in installed)]
+    plt.rcParams["font.family"] = families()
     return plt.subplots(
         rows, columns, figsize=(width, height), height_ratios=heights, layout="constrained", squeeze=False
     )
@@ -215,4 +209,16 @@ def _save(figure, path):
         replace_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or "png"))
     plt.close(figure)
     if any("missing from font" in str(warning.message) for warning in told):
-        print(f"{path} shows boxes for letters that no font here has: install one, such as Noto Sans CJK for Chinese")
+        print(f"{path} shows boxes for letters that no font here has; {HOW}", file=sys.stderr)
+
+
+def _fill(text, width, **settings):
+    """Lines of `width` letters, or half as many Chinese ones."""
+    return textwrap.fill(text, width // 2 if CHINESE.search(text) else width, **settings)
+
+
+def _cut(text, width):
+    """Its beginning where it is longer; Chinese has no words at which to end."""
+    text = " ".join(text.split())
+    width = width // 2 if CHINESE.search(text) else width
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"

@@ -7,16 +7,16 @@ from accelerate import Accelerator
 
 import processes
 from batches import Passes
-from chunked_losses import chunked_contrastive_loss
+from chunked_losses import chunked_objective_loss
 from config import Config
 from encode import Encoder
 from gradcache import cached_backward
-from losses import LossTerms, contrastive_loss
+from losses import LossTerms, Objective, objective_loss
 from modules import CLIPModel
 from optimizer import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
-TERMS = ("loss", "info_nce", "triplet")
+TERMS = ("loss", "main", "triplet")
 LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
 
 
@@ -44,6 +44,14 @@ class TrainingStep:
     def __init__(self, config: Config, model: CLIPModel, encoder: Encoder, *, steps_per_epoch: int, micro_batches: int):
         self.config, self.device, self.unwrapped = config, encoder.device, model
         self.steps_per_epoch = steps_per_epoch
+        self.objective = Objective(
+            main=config.objective,
+            negatives=config.negatives,
+            distance=config.distance,
+            margin=config.margin,
+            cosine_margin=config.cosine_margin,
+            softness=config.softness,
+        )
         self.first_number = processes.rank() * micro_batches
         self.accelerator = Accelerator(
             mixed_precision=ACCELERATE_NAMES[encoder.precision], cpu=encoder.device.type == "cpu"
@@ -59,6 +67,7 @@ class TrainingStep:
             optimizer,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
             total_steps=config.epochs * steps_per_epoch,
+            towers_from=config.freeze_epochs * steps_per_epoch,
         )
         if config.compile:
             model.image_encoder.backbone.compile()
@@ -74,14 +83,15 @@ class TrainingStep:
             batch.update(image_ids=image_ids, pairs=len(text_emb))
             chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
             chunked = len(text_emb) > chunk_size
-            return (chunked_contrastive_loss if chunked else contrastive_loss)(
+            return (chunked_objective_loss if chunked else objective_loss)(
                 image_emb,
                 text_emb,
                 image_ids.to(self.device),
                 caption_image_ids.to(self.device),
+                self.objective,
                 temperature=self.unwrapped.temperature,
+                bias=self.unwrapped.bias,
                 alpha=alpha,
-                margin=self.config.margin,
                 **({"chunk_size": chunk_size} if chunked else {}),
             )
 
@@ -118,9 +128,10 @@ class TrainingStep:
 
     def _update(self) -> torch.Tensor:
         """Returns the length of the gradient before it is cut, ()."""
-        if self.unwrapped.logit_scale.grad is not None:
-            # Every process found all of it, not a share as of the other parameters.
-            self.unwrapped.logit_scale.grad /= processes.count()
+        for parameter in (self.unwrapped.logit_scale, self.unwrapped.logit_bias):
+            if parameter is not None and parameter.grad is not None:
+                # Every process found all of it, not a share as of the other parameters.
+                parameter.grad /= processes.count()
         processes.sum_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
         length = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -142,9 +153,9 @@ class TrainingStep:
         self._require_fitting(state["optimizer"])
         rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        for group, (lr, decay) in zip(self.optimizer.param_groups, rates, strict=True):
-            group["initial_lr"], group["weight_decay"] = lr, decay
-            group["lr"] = lr * self.schedule.lr_lambdas[0](step)
+        factors = [factor(step) for factor in self.schedule.lr_lambdas]
+        for group, (lr, decay), factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
+            group["initial_lr"], group["weight_decay"], group["lr"] = lr, decay, lr * factor
         self.schedule.last_epoch = step
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ SPECIAL_TOKENS = {
 }
 CHUNK = 10_000  # captions tokenised at a time: the library keeps much more of each than its ids
 VOCABULARY_SIZE = 8192  # at most; 30,000 captions of Flickr8k hold about as many distinct words
+CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -31,7 +33,10 @@ def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
 
 
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """An uncased WordPiece tokenizer whose vocabulary is learned from the captions; needs no network."""
+    """An uncased WordPiece tokenizer whose vocabulary is learned from the captions; needs no network.
+
+    Chinese is read character by character, so that every character of the captions is in the vocabulary.
+    """
     from tokenizers import BertWordPieceTokenizer
 
     trained = BertWordPieceTokenizer(lowercase=True)  # splits Chinese into characters
@@ -43,12 +48,18 @@ def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
         captions,
         vocab_size=VOCABULARY_SIZE,
         min_frequency=2,
+        limit_alphabet=VOCABULARY_SIZE,  # the default of 1,000 would leave most of Chinese unknown
         show_progress=False,
-        special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{letter}" for letter in letters if not letter.isspace())],
+        special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{letter}" for letter in letters if _continues(letter))],
     )
     # Built anew from the vocabulary, it also frames each caption with [CLS] and [SEP].
     wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
     return PreTrainedTokenizerFast(tokenizer_object=wordpiece._tokenizer, **SPECIAL_TOKENS)
+
+
+def _continues(letter):
+    """Whether a word may go on with it; a Chinese character is a word of its own."""
+    return not letter.isspace() and not CHINESE.match(letter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +136,17 @@ def _fingerprint(tokenizer, captions, max_tokens):
     digest = hashlib.sha256(json.dumps([state, max_tokens], sort_keys=True).encode())
     digest.update("\0".join(captions).encode("utf-8", "surrogatepass"))
     return digest.hexdigest()[:32]
+
+
+def report_cut(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], token_ids: Sequence[np.ndarray], *, max_tokens: int
+) -> str | None:
+    """A line about captions that are longer than `max_tokens`, whose end is not read, or None without any."""
+    full = [caption for caption, ids in zip(captions, token_ids, strict=True) if len(ids) == max_tokens]
+    cut = [caption for caption in full if len(tokenizer(caption)["input_ids"]) > max_tokens]
+    if not cut:
+        return None
+    return f"{len(cut):,} captions are longer than {max_tokens} tokens and lose their end, e.g. {cut[0][:60]!r}"
 
 
 def pad(token_ids: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:

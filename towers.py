@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConf
 from hub import loading_error, local_or_name, offline_if_unreachable, require_weights
 from modules import ImageEncoder, TextEncoder
 from pairs import pair_from
+from stages import add_lora, stage_matcher
 from tokenizer import load_tokenizer, train_tokenizer
 from view import View
 
@@ -129,15 +130,19 @@ def save_towers(
 
 
 def load_towers(
-    folder: Path, *, pooling: str, image_pooling: str = "own"
+    folder: Path, *, pooling: str, image_pooling: str = "own", lora: int = 0
 ) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
     """The towers that save_towers described, for a checkpoint to fill with weights; needs no network."""
     specification = json.loads((folder / "image.json").read_text())
     config, tokenizer = AutoConfig.from_pretrained(folder / "text"), load_tokenizer(folder / "text")
     if specification.get("pair"):
-        return *pair_from(specification, config, tokenizer), tokenizer
-    image_encoder = image_encoder_from(specification, frozen=False, pooling=image_pooling)
-    return image_encoder, text_encoder_from(config, pooling=pooling, frozen=False), tokenizer
+        towers = pair_from(specification, config, tokenizer)
+    else:
+        image_encoder = image_encoder_from(specification, frozen=False, pooling=image_pooling)
+        towers = image_encoder, text_encoder_from(config, pooling=pooling, frozen=False)
+    for tower in towers if lora else ():
+        add_lora(tower.backbone, lora)
+    return *towers, tokenizer
 
 
 def _factory_arguments(source):
@@ -186,12 +191,17 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
 
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
-    return fuse(backbone.eval()).requires_grad_(True)
+    folded = fuse(backbone.eval()).requires_grad_(True)
+    # What is asked of a timm model later, and a folded one would not know.
+    folded.num_prefix_tokens, folded.stages = getattr(backbone, "num_prefix_tokens", 0), stage_matcher(backbone)
+    return folded
 
 
 def _load_text_backbone(source):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if AutoConfig.from_pretrained(source).model_type == "timm_wrapper":
+        raise ValueError("it is an image tower in timm's layout: give it as --image-encoder")
     backbone, report = AutoModel.from_pretrained(source, output_loading_info=True)
     if hasattr(backbone, "get_text_features"):
         raise ValueError("it is a pair of image and text towers: give it as --model")
@@ -217,7 +227,9 @@ def _timm_source(name):
                 f"image encoder {name}: no config.json beside the weights (timm's layout) in {path}"
             )
         if '"architecture"' not in (path / "config.json").read_text("utf-8", errors="replace"):
-            raise ValueError(f"image encoder {name}: its config.json names no timm 'architecture'; is it a text model?")
+            raise ValueError(
+                f"image encoder {name}: its config.json names no timm 'architecture'; is it a text model or a pair?"
+            )
         return f"local-dir:{path}"
     local_or_name(name)
     if "/" in name:

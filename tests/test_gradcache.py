@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from chunked_losses import chunked_contrastive_loss
+from chunked_losses import chunked_contrastive_loss, chunked_objective_loss
 from gradcache import cached_backward
-from losses import contrastive_loss
+from losses import Objective, contrastive_loss, objective_loss
 
 ALPHA, MARGIN = 0.3, 0.2
 
@@ -204,3 +204,36 @@ def test_chunked_objective_of_one_image_has_no_triplet():
         emb[:1], emb, torch.zeros(1), torch.zeros(3), temperature=0.1, alpha=1.0, margin=MARGIN, chunk_size=2
     )
     assert terms.triplet == 0 and terms.total.isfinite()
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+@pytest.mark.parametrize("chunk_size", [1, 10, 64])  # 64 captions: 10 leaves a ragged last chunk
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective("sigmoid"),
+        Objective("cosine", distance="cosine", cosine_margin=0.1),
+        Objective("soft", negatives="all"),
+        Objective("info_nce", negatives="semi-hard", distance="cosine"),
+        Objective("info_nce", negatives="all"),
+    ],
+    ids=lambda objective: f"{objective.main}-{objective.negatives}",
+)
+def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alpha):
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
+    embeddings = [
+        nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=torch.float64)) for rows in (23, 64)
+    ]
+    embeddings[1][40] = embeddings[1][3]  # a tie
+    results = []
+    for loss in (objective_loss, partial(chunked_objective_loss, chunk_size=chunk_size)):
+        scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.07, -5.0)]
+        leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, *scalars)]
+        settings = {"temperature": leaves[2], "bias": leaves[3], "alpha": alpha}
+        terms = loss(*leaves[:2], torch.arange(23) * 7, owner * 7, objective, **settings)
+        terms.total.backward()
+        grads = [torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results.append([*(term.detach() for term in terms), *grads])
+    for plain, chunked in zip(*results, strict=True):
+        assert ((plain - chunked).abs().max() / plain.abs().max().clamp(min=1e-12)).item() < 1e-10

@@ -6,7 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from losses import contrastive_loss, hardest_triplet, info_nce, positive_mask
+from losses import (
+    Objective,
+    contrastive_loss,
+    cosine_margin_loss,
+    hardest_triplet,
+    info_nce,
+    mined_triplet,
+    objective_loss,
+    positive_mask,
+    resembling,
+    sigmoid_loss,
+    soft_cross_entropy,
+    soft_info_nce,
+)
 
 MARGIN = 0.3
 
@@ -215,3 +228,165 @@ def test_order_of_captions_does_not_change_the_loss():
     expected = contrastive_loss(image_emb, text_emb, image_ids, captions, **arguments)
     shuffled = contrastive_loss(image_emb, text_emb[order], image_ids, captions[order], **arguments)
     torch.testing.assert_close(shuffled.total, expected.total)
+
+
+def softmax(values):
+    exps = [math.exp(value) for value in values]
+    return [value / sum(exps) for value in exps]
+
+
+def dot(a, b):
+    return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
+
+
+def test_sigmoid_loss_against_loops():
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, captions)
+    total = 0.0
+    for i, m in ((i, m) for i in range(5) for m in range(9)):
+        z = 1 if positives[i, m] else -1
+        total += math.log(1 + math.exp(-z * (sim[i, m].item() / 0.1 - 10)))
+    assert sigmoid_loss(sim, positives, 0.1, -10.0).item() == pytest.approx(total / 9)
+
+
+def test_cosine_margin_loss_against_loops():
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, captions)
+    total = 0.0
+    for column, own in zip(sim.T.tolist(), positives.T.tolist(), strict=True):
+        near = [0.5 * (1 - s) for s, is_own in zip(column, own, strict=True) if is_own]
+        far = [0.5 * max(0.0, s - 0.1) for s, is_own in zip(column, own, strict=True) if not is_own]
+        total += sum(near) / len(near) + sum(far) / len(far)
+    assert cosine_margin_loss(sim, positives, 0.1).item() == pytest.approx(total / 9)
+
+
+def test_cosine_margin_loss_of_one_caption_each_is_torchs_own():
+    image_emb, text_emb = unit(6, 8), unit(6, 8, seed=1)
+    parts = []
+    for target, rows in ((1, [(i, i) for i in range(6)]), (-1, [(i, m) for i in range(6) for m in range(6) if i != m])):
+        image, caption = (torch.tensor(side) for side in zip(*rows, strict=True))
+        sign = torch.full((len(rows),), target)
+        parts.append(F.cosine_embedding_loss(image_emb[image], text_emb[caption], sign, margin=0.1))
+    found = cosine_margin_loss(image_emb @ text_emb.T, torch.eye(6, dtype=torch.bool), 0.1)
+    torch.testing.assert_close(found, sum(parts) / 2)
+
+
+def test_soft_info_nce_against_loops():
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    positives, temperature, softness = positive_mask(image_ids, captions), 0.2, 0.3
+    owner = positives.int().argmax(0).tolist()
+    own = [[m for m in range(9) if owner[m] == i] for i in range(5)]
+    alike = [
+        [
+            dot(image_emb[i], image_emb[owner[m]]) / 2
+            + sum(dot(text_emb[n], text_emb[m]) for n in own[i]) / len(own[i]) / 2
+            for m in range(9)
+        ]
+        for i in range(5)
+    ]
+    sim = (image_emb @ text_emb.T).tolist()
+
+    def direction(sim, alike, mask):
+        total = 0.0
+        for scores, similar, is_own in zip(sim, alike, mask, strict=True):
+            chances, soft = softmax([s / temperature for s in scores]), softmax([s / temperature for s in similar])
+            target = [(1 - softness) * o / sum(is_own) + softness * q for o, q in zip(is_own, soft, strict=True)]
+            total -= sum(t * math.log(p) for t, p in zip(target, chances, strict=True))
+        return total / len(sim)
+
+    def turned(rows):
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    mask = positives.int().tolist()
+    expected = (direction(sim, alike, mask) + direction(turned(sim), turned(alike), turned(mask))) / 2
+    assert soft_info_nce(image_emb, text_emb, positives, temperature, softness).item() == pytest.approx(expected)
+
+
+def test_soft_info_nce_without_softness_is_info_nce_and_its_targets_carry_no_gradient():
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    positives = positive_mask(image_ids, captions)
+    hard = info_nce(image_emb @ text_emb.T, positives, 0.1)
+    torch.testing.assert_close(soft_info_nce(image_emb, text_emb, positives, 0.1, 0.0), hard)
+    leaf = image_emb.clone().requires_grad_()
+    soft_info_nce(leaf, text_emb, positives, 0.1, 1.0).backward()
+
+    of_image, of_text = resembling(image_emb, text_emb, positives)
+
+    def with_fixed_targets(images):
+        rows = soft_cross_entropy(images @ text_emb.T, positives, of_image @ of_text.T, 0.1, 1.0)
+        columns = soft_cross_entropy(text_emb @ images.T, positives.T, of_text @ of_image.T, 0.1, 1.0)
+        return (rows.mean() + columns.mean()) / 2
+
+    step = 1e-6
+    for row, column in ((0, 0), (3, 5)):
+        ends = []
+        for sign in (1, -1):
+            moved = image_emb.clone()
+            moved[row, column] += sign * step
+            ends.append(with_fixed_targets(moved))
+        assert leaf.grad[row, column].item() == pytest.approx(((ends[0] - ends[1]) / (2 * step)).item(), rel=1e-4)
+
+
+def distance(cosine, kind):
+    return 1 - cosine if kind == "cosine" else math.sqrt(max(2 - 2 * cosine, 1e-12))
+
+
+def mined_by_loops(sim, positives, margin, negatives, kind):
+    def direction(sim, positives):
+        losses = []
+        for scores, own in zip(sim, positives, strict=True):
+            far = [distance(s, kind) for s, is_own in zip(scores, own, strict=True) if not is_own]
+            for near in (distance(s, kind) for s, is_own in zip(scores, own, strict=True) if is_own):
+                if negatives == "all":
+                    losses.append(sum(max(0.0, margin + near - d) for d in far) / len(far) if far else 0.0)
+                elif negatives == "semi-hard":
+                    farther = [d for d in far if d > near]
+                    losses.append(max(0.0, margin + near - min(farther)) if farther else 0.0)
+                else:
+                    losses.append(max(0.0, margin + near - min(far)) if far else 0.0)
+        return sum(losses) / len(losses)
+
+    turned = [list(column) for column in zip(*sim, strict=True)], [list(c) for c in zip(*positives, strict=True)]
+    return (direction(sim, positives) + direction(*turned)) / 2
+
+
+@pytest.mark.parametrize("kind", ["euclidean", "cosine"])
+@pytest.mark.parametrize("negatives", ["hardest", "semi-hard", "all"])
+@pytest.mark.parametrize("seed", range(3))
+def test_each_kind_of_triplet_against_loops(negatives, kind, seed):
+    image_emb, text_emb, image_ids, captions = ragged_batch(seed, dtype=torch.float64)
+    objective = Objective(negatives=negatives, distance=kind, margin=0.4)
+    terms = objective_loss(image_emb, text_emb, image_ids, captions, objective, temperature=0.1, alpha=0.5)
+    sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, captions)
+    expected = mined_by_loops(sim.tolist(), positives.tolist(), 0.4, negatives, kind)
+    assert expected > 0 and terms.triplet.item() == pytest.approx(expected)
+    torch.testing.assert_close(terms.total, terms.main + 0.5 * terms.triplet)
+
+
+@pytest.mark.parametrize("negatives", ["hardest", "semi-hard", "all"])
+def test_a_batch_of_one_image_has_no_triplet_and_a_finite_gradient(negatives):
+    image_emb, text_emb = unit(1, 8).requires_grad_(), unit(3, 8, seed=1)
+    objective = Objective(negatives=negatives)
+    terms = objective_loss(image_emb, text_emb, torch.zeros(1), torch.zeros(3), objective, temperature=0.1, alpha=1.0)
+    terms.total.backward()
+    assert terms.triplet == 0 and image_emb.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("negatives", ["semi-hard", "all"])
+def test_mined_triplets_have_the_gradient_of_their_loops(negatives):
+    image_emb, text_emb, image_ids, captions = ragged_batch(dtype=torch.float64)
+    sim, positives = (image_emb @ text_emb.T).requires_grad_(), positive_mask(image_ids, captions)
+    assert torch.autograd.gradcheck(lambda sim: mined_triplet(sim, positives, 0.4, negatives=negatives), sim)
+
+
+@pytest.mark.parametrize("main", ["sigmoid", "cosine", "soft"])
+def test_each_main_term_falls_as_pairs_come_together(main):
+    image_emb, _, image_ids, captions = ragged_batch()
+    own = image_emb[positive_mask(image_ids, captions).int().argmax(0)]
+    settings = dict(objective=Objective(main=main), temperature=0.1, bias=-10.0, alpha=0.0)
+    apart, near, together = (
+        objective_loss(image_emb, F.normalize(own + noise * unit(9, 8, seed=5), dim=1), image_ids, captions, **settings)
+        for noise in (3.0, 0.5, 0.0)
+    )
+    assert apart.main > near.main
+    assert main == "soft" or near.main > together.main  # soft targets leave others their share

@@ -24,14 +24,14 @@ def no_pictures(monkeypatch):
 
 def spoil(monkeypatch, at_step, change):
     """Change the terms of the objective at one step (from 0)."""
-    real, calls = step.contrastive_loss, []
+    real, calls = step.objective_loss, []
 
-    def contrastive_loss(*arguments, **options):
+    def objective_loss(*arguments, **options):
         calls.append(1)
         terms = real(*arguments, **options)
         return change(terms, arguments[0]) if len(calls) == at_step + 1 else terms
 
-    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    monkeypatch.setattr(step, "objective_loss", objective_loss)
 
 
 def endless_gradient(terms, image_emb):
@@ -124,8 +124,8 @@ def test_an_overflow_that_the_scaler_handles_stops_nothing(tiny, monkeypatch):
 
 def test_a_gradient_that_no_factor_makes_finite_stops_the_run(tiny, monkeypatch):
     factors = with_scaler(monkeypatch, scale=4.0)
-    real = step.contrastive_loss
-    monkeypatch.setattr(step, "contrastive_loss", lambda *a, **o: endless_gradient(real(*a, **o), a[0]))
+    real = step.objective_loss
+    monkeypatch.setattr(step, "objective_loss", lambda *a, **o: endless_gradient(real(*a, **o), a[0]))
     config = tiny(epochs=5)
     with pytest.raises(ValueError, match="the gradient is nan at step 3"):
         train(config, read(config), None)

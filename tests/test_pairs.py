@@ -231,6 +231,7 @@ def one_line(call, kind=ValueError):
         ("clip-vit-base-patsh16", "openai/clip-vit-base-patch16"),
         ("siglip2-base", "google/siglip2-base-patch16-224"),
         ("chinese-clip", "OFA-Sys/chinese-clip-vit-base-patch16"),
+        ("clipp", "openai/clip-vit-base-patch32"),
     ],
 )
 def test_an_unknown_pair_is_answered_with_near_names(name, meant):
@@ -277,3 +278,15 @@ def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp
     assert json.loads((tmp_path / "runs" / "again" / "config.json").read_text())["model"] == str(saved / "clip")
     line = refused(within("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x"))
     assert "clip-vit-base-patch" in line
+
+
+def test_a_pair_without_a_run_is_measured(photos, tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(tmp_path)
+    done = within("evaluate.py", "--model", saved / "clip", "--dataset", photos, "--precision", "float32")
+    assert done.returncode == 0, done.stderr
+    assert "6 images" in done.stdout and "rsum" in done.stdout
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert (folder / "metrics.json").is_file() and folder.name.startswith("pretrained-")
+    assert "--dataset" in refused(within("evaluate.py", "--model", saved))
+    both = within("evaluate.py", "runs/x", "--model", saved / "clip", "--dataset", photos)
+    assert "one of" in refused(both)

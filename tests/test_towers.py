@@ -11,9 +11,10 @@ import timm
 import torch
 from conftest import program, refused, tiny_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, DistilBertModel
+from transformers import BertConfig, BertModel, DistilBertModel, RobertaConfig, RobertaModel
 
 import towers
+from tokenizer import report_cut, tokenize
 from towers import build_image_encoder, build_text_encoder, load_towers, save_towers
 
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -280,7 +281,52 @@ def test_the_arguments_in_a_folders_config_shape_the_tower_and_its_saved_copy(im
 
 
 def test_a_text_model_given_as_the_image_tower_is_named_as_such(text_tower):
-    assert "is it a text model?" in one_line(lambda: image_encoder(text_tower), ValueError)
+    assert "is it a text model or a pair?" in one_line(lambda: image_encoder(text_tower), ValueError)
+
+
+def test_an_image_model_given_as_the_text_tower_is_named_as_such(image_tower):
+    assert "--image-encoder" in one_line(lambda: text_encoder(image_tower), ValueError)
+
+
+def test_an_unknown_text_encoder_is_answered_with_near_names(monkeypatch):
+    line = one_line(lambda: text_encoder("distilbert-base-uncasd"), ConnectionError)
+    assert "did you mean distilbert-base-uncased" in line
+
+
+def test_a_roberta_loads_and_its_positions_are_counted_without_those_of_its_padding(tmp_path):
+    tokenizer = tiny_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=14, pad_token_id=1, **sizes)
+    RobertaModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder, _ = text_encoder(tmp_path, pooling="max")
+    assert encoder.max_tokens == 12
+    ids = torch.full((1, 12), 7)
+    assert encoder.eval()(ids, torch.ones_like(ids)).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder(torch.full((1, 13), 7), torch.ones(1, 13, dtype=torch.long))
+
+
+def test_a_chinese_bert_loads_with_its_vocabulary_of_characters(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"一只狗在雪地里"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n", "utf-8")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertModel(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(tmp_path)
+    encoder, tokenizer = text_encoder(tmp_path, pooling="cls")
+    ids = tokenizer(["一只狗在雪地里"], return_tensors="pt")
+    assert ids["input_ids"].tolist() == [[2, 5, 6, 7, 8, 9, 10, 11, 3]]
+    assert encoder(ids["input_ids"], ids["attention_mask"]).shape == (1, 32)
+
+
+def test_captions_that_are_cut_are_counted():
+    tokenizer = tiny_tokenizer()
+    captions = ["red " * 20, "red blue", "red " * 8]
+    ids = tokenize(tokenizer, captions, max_tokens=10)
+    line = report_cut(tokenizer, captions, ids, max_tokens=10)
+    assert "1 captions are longer than 10 tokens" in line  # the third just fits
+    short = captions[1:]
+    assert report_cut(tokenizer, short, tokenize(tokenizer, short, max_tokens=10), max_tokens=10) is None
 
 
 def test_saved_towers_hold_no_weights(image_tower, text_tower, tmp_path):

@@ -107,7 +107,9 @@ def test_best_is_the_epoch_with_the_highest_rsum(tiny, monkeypatch):
     assert load_state(folder / "last.pt")["epoch"] == 4
 
 
-@pytest.mark.parametrize("change", [{}, {"fold_batch_norm": False}, {"freeze_image": True, "freeze_text": True}])
+@pytest.mark.parametrize(
+    "change", [{}, {"fold_batch_norm": False}, {"freeze_image": True, "freeze_text": True}, {"freeze_epochs": 2}]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tiny, monkeypatch, change):
     whole = tiny(epochs=3, name="whole", **change)
     uninterrupted = train(whole, read(whole), None)
@@ -160,14 +162,14 @@ def test_resuming_without_a_checkpoint_is_an_error(tiny, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_epoch(tiny, monkeypatch):
-    real, calls = step.contrastive_loss, []
+    real, calls = step.objective_loss, []
 
     def contrastive_loss(*arguments, **options):
         calls.append(1)
         terms = real(*arguments, **options)
         return terms._replace(total=terms.total * float("nan")) if len(calls) == STEPS + 2 else terms
 
-    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    monkeypatch.setattr(step, "objective_loss", contrastive_loss)
     config = tiny(epochs=3)
     with pytest.raises(ValueError, match=rf"nan at step {STEPS + 2}, epoch 2") as error:
         train(config, read(config), None)
@@ -190,7 +192,7 @@ def out_of_gpu_memory():
 
 @pytest.mark.parametrize("exhaust", [out_of_cpu_memory, out_of_gpu_memory])
 def test_out_of_memory_names_what_to_lower_and_keeps_the_finished_epochs(tiny, monkeypatch, exhaust):
-    real, calls = step.contrastive_loss, []
+    real, calls = step.objective_loss, []
 
     def contrastive_loss(*arguments, **options):
         calls.append(1)
@@ -198,7 +200,7 @@ def test_out_of_memory_names_what_to_lower_and_keeps_the_finished_epochs(tiny, m
             exhaust()
         return real(*arguments, **options)
 
-    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    monkeypatch.setattr(step, "objective_loss", contrastive_loss)
     config = tiny(epochs=2)
     with pytest.raises(ValueError, match=r"out of memory with 8 images .*--micro-batch-size .* to 4 or less") as error:
         train(config, read(config), None)
@@ -211,7 +213,7 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory(tiny, monkeypatch):
     def contrastive_loss(*arguments, **options):
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(step, "contrastive_loss", contrastive_loss)
+    monkeypatch.setattr(step, "objective_loss", contrastive_loss)
     config = tiny()
     with pytest.raises(RuntimeError, match="something else"):
         train(config, read(config), None)
