@@ -1,6 +1,7 @@
 """The search as a web page: `python app.py --gallery ~/Pictures`, then open http://127.0.0.1:7860."""
 
 import os
+import re
 import signal
 import tempfile
 import threading
@@ -47,6 +48,20 @@ class Flags:
             raise ValueError(f"--port must be from 1 to 65535, got {self.port}")
 
 
+class OnlyOwnFiles:
+    """Refuses what Gradio would fetch from other machines for a visitor, /file=http..., and hand on."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and re.search(r"file=\s*\w+:", scope["path"]):
+            await send({"type": "http.response.start", "status": 403, "headers": []})
+            await send({"type": "http.response.body", "body": b"not served"})
+        else:
+            await self.app(scope, receive, send)
+
+
 def main() -> None:
     flags = cli.parse_flags(Flags)
     shelf = Shelf(
@@ -79,6 +94,7 @@ def serve(page, flags: Flags) -> None:
         max_file_size=LARGEST_UPLOAD,
         prevent_thread_lock=True,
         quiet=True,
+        app_kwargs={"middleware": [(OnlyOwnFiles, (), {})]},
         ssr_mode=False,
         run_history=False,
         footer_links=["api"],

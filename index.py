@@ -97,6 +97,7 @@ def search_milvus(gallery: Gallery, queries: Tensor, k: int, *, uri: str) -> tup
     try:
         client = milvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
         _follow(milvus, client, collection, gallery, ids, uri)
+        client.load_collection(collection)  # another process may have left it released
         vectors, most = queries.float().cpu().numpy().tolist(), min(k, len(ids), MOST_MATCHES)
         found = client.search(collection, vectors, limit=most, output_fields=["id"], consistency_level="Strong")
         client.close()
@@ -116,6 +117,7 @@ def _follow(milvus, client, collection, gallery, ids, uri):
         return
     if not there:
         _create(milvus, client, collection, gallery.embeddings.shape[1], uri)
+    client.load_collection(collection)
     held = set(_held_ids(client, collection))
     if gone := list(held - set(ids)):
         for start in range(0, len(gone), INSERTED_ROWS):

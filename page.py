@@ -132,6 +132,14 @@ def _photo_input(gr, label, elem_id):
     photo = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=elem_id)
     # Gradio would unpack the file here, whatever it is; `checked` looks at it first.
     photo.preprocess = lambda payload: payload and payload.path
+    keep = photo.async_move_resource_to_block_cache
+
+    async def keep_upload(path):  # Gradio would fetch an address of any size and keep it
+        if path is not None and "://" in str(path):
+            raise gr.Error("send the photo itself, not its address", print_exception=False)
+        return await keep(path)
+
+    photo.async_move_resource_to_block_cache = keep_upload
     return photo
 
 

@@ -20,14 +20,15 @@ import pytest
 from conftest import ROOT, refused, within, write_photos
 from PIL import Image
 
-from page import MOST_PIXELS, checked, thumbnails
+from page import MOST_PIXELS, checked, gradio, thumbnails
 from search import Match
 from shelf import OWN_PHOTOS, Shelf
 
 SENTENCE, FOUND = "a yellow circle left of a red cross", "scene_164.png"
 QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
 QUICK += ["--num-workers", 0, "--precision", "float32"]  # accelerate allows a process one precision only
-WAIT = 30  # seconds
+WAIT = 60  # seconds
+OFFERED = ("runs/sample", "pictures")
 
 
 @pytest.fixture(scope="module")
@@ -210,10 +211,12 @@ def test_no_file_of_this_machine_is_served(page, place, prefix, quoted):
     config = place / "runs" / "sample" / "config.json"
     targets = ["/etc/passwd", place / "pictures" / "secret.txt", place / "pictures" / FOUND]
     targets += [config, "runs/sample/best.pt"]
+    targets += ["http://example.com/x.png", "HTTPS://example.com", page]
     targets += ["../../../../../../etc/passwd", f"{place}/pictures/../pictures/{FOUND}", f"file://{config}"]
     for target in map(str, targets):
         status, body = fetch(page + prefix + (urllib.parse.quote(target, safe="") if quoted else target))
         assert status in (401, 403, 404, 405), (target, status)
+        assert body == b"not served" or "://" not in target or "stream" in prefix, target
         assert b"for nobody" not in body and b"root:" not in body and b"PNG" not in body
 
 
@@ -250,6 +253,12 @@ def test_programs_reach_no_other_run_folder_or_file(page, words):
     assert event == "error" and "root:" not in data
 
 
+def test_an_address_is_not_fetched_for_a_visitor(page):
+    photo = {"path": "http://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
+    event, data = ask(page, "search_photos", SENTENCE, photo, *OFFERED, 3)
+    assert event == "error" and "send the photo itself" in data
+
+
 def test_a_large_upload_is_refused(page):
     boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n"
     body = boundary + bytes(21_000_000) + b"\r\n--x--\r\n"
@@ -279,6 +288,12 @@ def test_an_upload_is_looked_at_before_it_is_unpacked(tmp_path):
         checked(str(tmp_path / "rubbish.jpg"))
     with pytest.raises(ValueError, match="choose a photo"):
         checked(None)
+
+
+def test_without_gradio_the_page_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match="pip install gradio"):
+        gradio()
 
 
 def test_thumbnails_are_small_and_those_of_vanished_photos_are_left_out(tmp_path):

@@ -1,5 +1,8 @@
 """Engines for large galleries find what exact search finds, and follow the gallery."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -43,6 +46,24 @@ def test_milvus_follows_the_gallery(tmp_path, queries, capsys):
         assert torch.equal(found, top_k(queries, gallery.embeddings, 99)[1])
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 2 and "50 photos added, 0 taken out" in told[0] and "5 photos added, 10 taken out" in told[1]
+
+
+def test_a_collection_that_another_process_left_is_searched_and_follows(tmp_path, queries):
+    pytest.importorskip("milvus_lite")
+    for version, seeds in ((1, range(30)), (1, range(30)), (2, range(35))):
+        gallery = gallery_of(tmp_path / "a-00ff", seeds, version)
+        code = f"""
+import sys, torch
+sys.path[:0] = {sys.path!r}
+from index import search_index
+from test_index import gallery_of
+from pathlib import Path
+gallery = gallery_of(Path({str(tmp_path / "a-00ff")!r}), {seeds!r}, {version})
+print(search_index({str(tmp_path / "x.db")!r}, gallery, torch.tensor({queries.tolist()}), 5)[1].tolist())
+"""
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(top_k(queries, gallery.embeddings, 5)[1].tolist())
 
 
 def test_two_galleries_share_a_milvus_file(tmp_path, queries):
