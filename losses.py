@@ -227,8 +227,8 @@ def mined_triplet(
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
     pairs = sim[image, caption]
     settings = {"negatives": negatives, "distance": distance}
-    by_image = violations(sim[image], pairs, ~positives[image], margin, **settings)
-    by_caption = violations(sim.T[caption], pairs, ~positives.T[caption], margin, **settings)
+    by_image = violations(sim.index_select(0, image), pairs, ~positives[image], margin, **settings)
+    by_caption = violations(sim.T.index_select(0, caption), pairs, ~positives.T[caption], margin, **settings)
     return (by_image.mean() + by_caption.mean()) / 2
 
 
