@@ -63,8 +63,11 @@ def pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: st
 
 
 def apply_settings(config: Config, model: CLIPModel) -> None:
-    """What of a configuration concerns training alone: what trains, what drops, and whether a bias is learned."""
+    """What a configuration may change of a model: its photos' size, what trains and drops, whether it has a bias."""
     model.use_bias(config.bias)
+    if config.image_size not in (None, own := model.image_encoder.view.size):
+        model.image_encoder.resize(config.image_size)
+        model.image_encoder.require_size("the image tower", own=own)
     for tower, frozen, last, flag in (
         (model.image_encoder, config.freeze_image, config.image_stages, "--image-stages"),
         (model.text_encoder, config.freeze_text, config.text_layers, "--text-layers"),

@@ -156,6 +156,7 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
         text_head=text_head,
         bias=config.bias,
     )
+    model.image_encoder.resize(config.image_size)
     load_weights(model, folder, weights)
     return Run(folder, config, model.eval(), tokenizer, state)
 

@@ -92,6 +92,10 @@ class ImageEncoder(Tower):
         everywhere = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
         return self.pool(features, everywhere) if self.pool else pool(features, everywhere, self.pooling)
 
+    def resize(self, size: int | None) -> None:
+        """Read photos at another size; None leaves it."""
+        self.view = self.view.resized(size)
+
     def require_size(self, name: str, *, own: int) -> None:
         """Look at one grey photo: a size that the tower refuses is told here and not in the middle of training."""
         size = self.view.size

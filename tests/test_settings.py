@@ -1,6 +1,7 @@
 """What a line of configuration chooses: each objective, pooling, head and kind of training runs from end to end."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -227,3 +228,14 @@ def test_released_towers_warm_up_from_their_release():
     assert all(tower == 0 for _, tower in rates[:8])
     assert [tower / head for head, tower in rates[8:12]] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert all(tower == head for head, tower in rates[12:])
+
+
+def test_a_run_that_starts_from_another_may_read_larger_photos(tiny):
+    first = run_of(tiny())
+    assert load_encoder(first, device="cpu", precision="float32")[0].image_size == 32
+    larger = run_of(tiny(start_from=str(first), image_size=48, name="larger"))
+    assert load_encoder(larger, device="cpu", precision="float32")[0].image_size == 48
+    towers = larger / "towers" / "image.json"
+    described = json.loads(towers.read_text())
+    towers.write_text(json.dumps({key: value for key, value in described.items() if key != "view"}))
+    assert load_encoder(larger, device="cpu", precision="float32")[0].image_size == 48
