@@ -111,14 +111,16 @@ class Config:
         )
         if self.save_every_steps is not None and self.save_every_steps < 1:
             raise ValueError(f"--save-every-steps must be at least 1, got {self.save_every_steps}")
-        self._require_something_to_train()
+        self._require_parts_that_fit()
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             bounds = f"from 1 to --batch-size ({self.batch_size})"
             raise ValueError(f"--micro-batch-size must be {bounds}, got {self.micro_batch_size}")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
 
-    def _require_something_to_train(self):
+    def _require_parts_that_fit(self):
+        if self.model is not None and (self.image_pooling, self.text_pooling) != ("own", "mean"):
+            raise ValueError("--model brings its own pooling: leave out --image-pooling and --text-pooling")
         if self.lora and (self.image_stages or self.text_layers):
             raise ValueError("--lora trains adapters in the whole tower: leave out --image-stages and --text-layers")
         if self.freeze_image and self.freeze_text:

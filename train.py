@@ -35,6 +35,8 @@ def main() -> None:
 def parse_flags() -> tuple[Config, Path | None]:
     """The configuration: the flags given, over the resumed run's settings or the data set's defaults."""
     resumed, start_from = cli.given("--resume"), cli.given("--start-from")
+    if cli.given("--model") and (cli.given("--image-encoder") or cli.given("--text-encoder")):
+        raise ValueError("--model is both towers: leave out --image-encoder and --text-encoder")
     if resumed is None:
         parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
         pair = cli.given("--model") or (parent and parent.model)

@@ -276,6 +276,8 @@ def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp
     done = within("train.py", "--dataset", photos, "--start-from", "runs/pair", *small, "--name", "again")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "again" / "config.json").read_text())["model"] == str(saved / "clip")
+    both = within("train.py", "--dataset", photos, "--model", saved / "clip", "--image-encoder", "resnet50")
+    assert "--model is both towers" in refused(both)
     line = refused(within("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x"))
     assert "clip-vit-base-patch" in line
 

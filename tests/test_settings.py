@@ -176,9 +176,10 @@ def test_more_stages_than_there_are_is_one_line(tiny, settings, line):
         ({"lora": 4, "image_stages": 1}, "--lora"),
         (FROZEN | {"lora": 4}, "--lora"),
         (FROZEN | {"model": "some/pair"}, "nothing is left to train"),
+        ({"model": "some/pair", "text_pooling": "gpo"}, "--model brings its own pooling"),
     ],
 )
-def test_settings_that_leave_nothing_to_train_are_refused(tiny, settings, line):
+def test_settings_that_do_not_fit_together_are_refused(tiny, settings, line):
     with pytest.raises(ValueError, match=line):
         tiny(**settings)
 
