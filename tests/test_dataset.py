@@ -249,6 +249,14 @@ def test_the_same_captions_give_the_same_vocabulary():
     assert all(train_tokenizer(captions).get_vocab() == first for _ in range(5))
 
 
+def test_a_vocabulary_of_chinese_holds_every_letter_and_is_the_same_every_time():
+    letters = [chr(0x4E00 + k) for k in range(1500)]
+    captions = ["".join(letters[k : k + 10]) for k in range(0, 1500, 10)]
+    first = train_tokenizer(captions).get_vocab()
+    assert set(letters) <= first.keys() and not any(name.startswith("##") for name in first)
+    assert all(train_tokenizer(captions).get_vocab() == first for _ in range(3))
+
+
 def test_a_learned_vocabulary_ignores_case_and_splits_chinese_into_characters():
     tokenizer = train_tokenizer(["雪地里的狗", "雪地里的猫", "Red dog"] * 3)
     upper, lower = tokenize(tokenizer, ["RED DOG", "red dog"], max_tokens=9)
