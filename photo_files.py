@@ -12,7 +12,7 @@ from pathlib import Path
 from caption_rows import PHOTO_NAME
 
 DEPTH = 5  # folders below the one that is given
-PROBE = 4096  # bytes from the middle of a photo, which tell apart nearly all photos of the same size
+PROBE = 1024  # bytes from the middle of a photo, which tell apart nearly all photos of the same size
 COCO_PREFIX = re.compile(r"COCO_(?:train|val|test)2014_")  # of 2014's names; 2017 has the same photos without it
 
 
@@ -134,9 +134,13 @@ def _size(path):
 
 
 def _middle(path):
-    with open(path, "rb", buffering=0) as file:
-        file.seek(max(0, _size(path) // 2 - PROBE // 2))
-        return file.read(PROBE)
+    # Without Python's file objects: of a hundred thousand photos a good half share their size with another.
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        os.lseek(file, max(0, os.fstat(file).st_size // 2 - PROBE // 2), os.SEEK_SET)
+        return os.read(file, PROBE)
+    finally:
+        os.close(file)
 
 
 def _digest(path):
