@@ -73,16 +73,19 @@ def _stamp(changed, row):
 
 def _reserve(file, size, cache_dir):
     """A file of `size` bytes, empty until it is written to; one that is there is kept."""
-    if file.is_file() and file.stat().st_size == size:
-        return
+    from filelock import FileLock
+
     file.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(file.parent).free
-    if free < size:
-        raise ValueError(
-            f"--cache-images needs {size / 1e9:.1f} GB in {cache_dir}/, where {free / 1e9:.1f} GB are free: leave it "
-            "out, lower --image-size, or name another place with --cache-dir"
-        )
-    unfinished = file.with_suffix(f".{os.getpid()}")
-    with unfinished.open("wb") as empty:
-        empty.truncate(size)
-    os.replace(unfinished, file)
+    with FileLock(file.with_suffix(".lock")):  # of several processes one makes it, and all open the same
+        if file.is_file() and file.stat().st_size == size:
+            return
+        free = shutil.disk_usage(file.parent).free
+        if free < size:
+            raise ValueError(
+                f"--cache-images needs {size / 1e9:.1f} GB in {cache_dir}/, where {free / 1e9:.1f} GB are free: leave "
+                "it out, lower --image-size, or name another place with --cache-dir"
+            )
+        unfinished = file.with_suffix(f".{os.getpid()}")
+        with unfinished.open("wb") as empty:
+            empty.truncate(size)
+        os.replace(unfinished, file)

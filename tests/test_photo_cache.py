@@ -63,7 +63,7 @@ def test_a_photo_that_changed_is_decoded_again(paths, cache, monkeypatch):
 
 def test_another_size_or_another_list_has_its_own_file(paths, cache, tmp_path):
     cache(), cache(View(40)), PhotoCache(paths[:5], VIEW, tmp_path / "cache")
-    assert len(list((tmp_path / "cache" / "photos").iterdir())) == 3
+    assert len(list((tmp_path / "cache" / "photos").glob("*.u8"))) == 3
 
 
 def test_a_row_that_was_half_written_is_decoded_again(paths, cache, monkeypatch):
@@ -122,3 +122,11 @@ def test_loader_processes_share_the_file_and_give_the_batches_of_none(paths, cac
 
     shared, alone = batches(2), batches(0)
     assert len(shared) == 4 and all(np.array_equal(a, b) for a, b in zip(shared, alone, strict=True))
+
+
+def test_a_file_that_another_process_made_is_kept(paths, cache, monkeypatch):
+    first, second = cache(), cache()
+    photo = first[0]
+    names = decoded(monkeypatch)
+    assert np.array_equal(second[0], photo) and not names
+    assert first.file.stat().st_ino == second.file.stat().st_ino
