@@ -73,6 +73,8 @@ def _home(path):
 
 def _siblings(path, folder, files):
     """A caption file and those that differ in their split alone: en_train.json, en_val.json."""
+    if _reader(path.name) is None:
+        raise ValueError(f"{path}: expected a caption file ({', '.join(READERS)}), found {path.name}; pass its folder")
     own = path.resolve().relative_to(folder.resolve()).as_posix()
     key = _group_key(own)
     return [file for file in files if _group_key(file) == key and _reader(file)] if _split_in(own) else [own]

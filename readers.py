@@ -114,9 +114,9 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
     table = table[table.image.notna()]
     empty = [part for part in SPLITS if not (table.split == part).any()]
     if empty:
-        where = layout.folder
         raise ValueError(
-            f"no images left for {' and '.join(empty)} in {where} ({split_source}): add photos with captions"
+            f"no images left for {' and '.join(empty)} in {layout.folder} ({split_source}; {len(missing):,} photos are "
+            f"missing, {len(layout.captions.bad):,} rows cannot be used): add photos with captions"
         )
     read = layout.captions
     return CaptionData(

@@ -435,3 +435,9 @@ def test_a_spreadsheet_is_told_to_be_saved_as_csv(tmp_path):
     write(tmp_path / "captions.xlsx", "PK")
     with pytest.raises(FileNotFoundError, match=r"save captions\.xlsx as CSV, with the columns image and caption"):
         opened(tmp_path)
+
+
+def test_a_photo_given_as_data_set_is_refused(tmp_path):
+    photos(tmp_path, ["a.jpg"])
+    with pytest.raises(ValueError, match=r"expected a caption file \(\.json, .*found a\.jpg; pass its folder"):
+        opened(tmp_path / "a.jpg")
