@@ -1,11 +1,13 @@
 """Search with a trained run or a pretrained pair: what infer.py and app.py share. Loaded when a query needs it."""
 
 import hashlib
+import os
 import re
 import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -67,8 +69,8 @@ class Searcher:
         """Embeddings (Q, D) of photos, unit rows. Raises OSError with the reason for one that cannot be read."""
         import torch
 
-        rows = []
-        for batch, reasons in self.encoder.image_batches(paths, "photos"):
+        rows, here = [], replace(self.encoder, num_workers=0)  # a process of its own takes longer than a photo
+        for batch, reasons in here.image_batches(paths, "photos"):
             if any(reasons):
                 raise OSError(next(filter(None, reasons)))
             rows.append(batch)
@@ -106,7 +108,10 @@ class Searcher:
 
     def _encode(self, root, names, notes) -> Iterator[tuple[np.ndarray, list[str | None]]]:
         left, started = iter(names), time.perf_counter()
-        for rows, reasons in self.encoder.image_batches([root / name for name in names], "photos"):
+        # Photos of a camera take as long to unpack as to encode.
+        workers = max(self.encoder.num_workers, (os.cpu_count() or 1) // 2)
+        encoder = replace(self.encoder, num_workers=workers)
+        for rows, reasons in encoder.image_batches([root / name for name in names], "photos"):
             named = zip(reasons, left, strict=False)
             yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in named]
         seconds = time.perf_counter() - started
