@@ -27,10 +27,21 @@ def list_files(folder: Path) -> list[str]:
             except OSError:  # a folder that may not be opened holds nothing for us
                 continue
             for entry in entries:
-                if not entry.name.startswith("."):
-                    (deeper if entry.is_dir() else files).append(place + entry.name + ("/" if entry.is_dir() else ""))
+                if entry.name.startswith(".") or _leads_back(entry):
+                    continue
+                if entry.is_dir():
+                    deeper.append(f"{place}{entry.name}/")
+                else:
+                    files.append(place + entry.name)
         level = deeper
     return sorted(files)
+
+
+def _leads_back(entry):
+    """Whether an entry is a link to a folder that it lies in; links to other folders are followed."""
+    if not entry.is_symlink():
+        return False
+    return (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
 
 
 def locate(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[dict[str, str], list[str]]:

@@ -441,3 +441,15 @@ def test_a_photo_given_as_data_set_is_refused(tmp_path):
     photos(tmp_path, ["a.jpg"])
     with pytest.raises(ValueError, match=r"expected a caption file \(\.json, .*found a\.jpg; pass its folder"):
         opened(tmp_path / "a.jpg")
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    photos(tmp_path / "elsewhere", names(5))
+    write(tmp_path / "data" / "captions.csv", "image,caption\n" + "".join(f"{name},a dog\n" for name in names(5)))
+    try:
+        (tmp_path / "data" / "Images").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+        (tmp_path / "data" / "again").symlink_to(tmp_path / "data", target_is_directory=True)
+    except OSError:
+        pytest.skip("links need rights that this user lacks")
+    layout = read_layout(tmp_path / "data")
+    assert layout.files == sorted(["captions.csv", *(f"Images/{name}" for name in names(5))]) and layout.others == []
