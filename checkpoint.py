@@ -1,6 +1,7 @@
 """Checkpoints: plain dicts of tensors, and the way from a run's folder back to its model."""
 
 import pickle
+import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +70,9 @@ def _read(path):
     if not zipfile.is_zipfile(path):
         return None, "it is cut off or damaged, or was never one"
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what torch does not know; here that is an error or of no matter
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         return None, "it holds more than tensors"
     except Exception:  # damaged bytes can lead the unpickler to any error

@@ -10,7 +10,7 @@ import tyro
 
 import cli
 from config import Config
-from run_folder import METRICS, newest_finished_run, read_config, write_text
+from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Flags:
 def main() -> None:
     flags = cli.parse_flags(Flags)
     folder, config = subject(flags)
+    read_metrics(folder)  # what is wrong with them is told before minutes of measuring
     if flags.zero_shot is not None:
         return measure_zero_shot(folder, flags)
     data = cli.open_data(config, flags.data_dir)
@@ -130,10 +131,8 @@ def save(folder: Path, split: str, metrics: dict) -> None:
 
 def store(folder: Path, name: str, metrics: dict) -> None:
     """Write the metrics into the run's metrics.json, beside what was measured before."""
-    path = folder / METRICS
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text("utf-8")) if path.is_file() else {}
-    write_text(path, json.dumps(known | {name: metrics}, indent=2) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / METRICS, json.dumps(read_metrics(folder) | {name: metrics}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def pair_from(
     specification: dict, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ImageEncoder, TextEncoder]:
     """The towers of a specification and a transformers configuration, their weights still random."""
-    model = AutoModel.from_config(config)
+    model = AutoModel.from_config(config, trust_remote_code=False)
     _learned_scale(model)
     return _towers(model, tokenizer, specification, frozen_image=False, frozen_text=False)
 

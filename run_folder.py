@@ -72,9 +72,26 @@ def read_starts(folder: Path) -> list[dict]:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """One dict per finished epoch."""
+    """One dict per finished epoch; ValueError where the file is damaged."""
     path = folder / LOG
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [_json_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_metrics(folder: Path) -> dict:
+    """What was measured of the run so far; ValueError where the file is damaged."""
+    path = folder / METRICS
+    return _json_object(path.read_bytes(), str(path)) if path.is_file() else {}
+
+
+def _json_object(content, where):
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged ({error}): repair it, or delete the file") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} is damaged (no object of JSON): repair it, or delete the file")
+    return found
 
 
 def finished_runs(runs_dir: str | Path) -> list[Path]:

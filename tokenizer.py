@@ -29,7 +29,7 @@ CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a transformers text model, from a folder or from the hub."""
-    return AutoTokenizer.from_pretrained(str(folder_or_name))
+    return AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
 
 
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -22,6 +22,7 @@ from tokenizer import load_tokenizer, train_tokenizer
 from view import View
 
 RANDOM = ", or start from random weights with --no-pretrained"
+FETCHING = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 KNOWN_TEXTS = (  # for the one that was meant; any other name works too
     "distilbert-base-uncased",
     "distilbert-base-multilingual-cased",
@@ -78,9 +79,16 @@ def build_image_encoder(
 
 
 def image_encoder_from(specification: dict, *, frozen: bool, pooling: str = "own") -> ImageEncoder:
-    """The image tower of a specification, its weights still random."""
-    arguments = specification["arguments"] | {"num_classes": 0}
-    backbone = timm.create_model(specification["architecture"], pretrained=False, **arguments)
+    """The image tower of a specification, its weights still random.
+
+    Raises ValueError for what would make timm read other files: a run may come from someone else.
+    """
+    architecture, arguments = specification["architecture"], specification["arguments"] | {"num_classes": 0}
+    if not timm.is_model(architecture):  # "hf-hub:..." and "local-dir:..." are none
+        raise ValueError(f"{architecture!r} is no model of timm")
+    if fetching := sorted(FETCHING & arguments.keys()):
+        raise ValueError(f"an image tower is not built with {', '.join(fetching)}")
+    backbone = timm.create_model(architecture, pretrained=False, **arguments)
     return _image_encoder(backbone, specification, frozen, pooling)
 
 
@@ -116,7 +124,9 @@ def build_text_encoder(
 
 def text_encoder_from(config: PretrainedConfig, *, pooling: str, frozen: bool) -> TextEncoder:
     """The text tower of a transformers configuration, its weights still random."""
-    return TextEncoder(_without_pooler(AutoModel.from_config(config)), pooling=pooling, frozen=frozen)
+    return TextEncoder(
+        _without_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling, frozen=frozen
+    )
 
 
 def save_towers(
@@ -134,7 +144,8 @@ def load_towers(
 ) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
     """The towers that save_towers described, for a checkpoint to fill with weights; needs no network."""
     specification = json.loads((folder / "image.json").read_text())
-    config, tokenizer = AutoConfig.from_pretrained(folder / "text"), load_tokenizer(folder / "text")
+    config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
+    tokenizer = load_tokenizer(folder / "text")
     if specification.get("pair"):
         towers = pair_from(specification, config, tokenizer)
     else:

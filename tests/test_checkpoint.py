@@ -286,6 +286,45 @@ def test_damaged_tower_settings_are_one_line(trained, damage):
     assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
 
 
+EVIL = "import os\nos.mkdir({witness!r})\nclass Evil: pass\n"
+
+
+def hostile_image(folder, witness):
+    torch.save({"state_dict": Hostile(witness)}, folder / "evil.pth")
+    return {"arguments": {"checkpoint_path": str(folder / "evil.pth")}}
+
+
+def hostile_source(folder, witness):
+    (folder / "evil").mkdir()
+    (folder / "evil" / "config.json").write_text('{"architecture": "test_resnet", "model_args": {}}')
+    return {"architecture": f"local-dir:{folder / 'evil'}"}
+
+
+@pytest.mark.parametrize("change", [hostile_image, hostile_source])
+def test_a_runs_image_tower_never_makes_timm_read_another_file(trained, tmp_path, change):
+    folder, _ = trained
+    path = folder / "towers" / "image.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change(tmp_path, tmp_path / "ran")))
+    assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_beside_a_runs_text_tower_is_never_run(trained, tmp_path, name):
+    folder, _ = trained
+    text, witness = folder / "towers" / "text", tmp_path / "ran"
+    (text / "evil.py").write_text(EVIL.format(witness=str(witness)))
+    classes = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    settings = json.loads((text / name).read_text())
+    settings |= {"auto_map": classes, "model_type": "evil", "tokenizer_class": "Evil"}
+    (text / name).write_text(json.dumps(settings))
+    if name == "config.json":
+        assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
+    else:
+        load_run(folder)  # the tokenizer's own file needs no code
+    assert not witness.exists()
+
+
 def test_a_checkpoint_without_a_model_is_one_line(trained):
     folder, _ = trained
     for state in ({"epoch": 1}, {"model": 5}):
