@@ -28,6 +28,8 @@ def read_json(path: Path) -> Captions:
         raise ValueError(
             f"{path}, line {error.lineno}: expected JSON, found {found}: {error.msg}; is the file whole?"
         ) from None
+    except RecursionError:
+        raise ValueError(f"{path}, line 1: expected JSON, found lists within lists without end") from None
     return _read_content(path, content)
 
 
@@ -85,7 +87,7 @@ def _read_lines(path, text):
         where = f"{path}, line {number}"
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             captions.bad.append(f"{where}: expected one JSON entry, found {shorten(line)}; mend or delete the line")
             continue
         _add_entry(captions, entry, f"{path}, line ", number)
@@ -97,7 +99,7 @@ def _read_coco(path, content):
     captions, names = Captions("COCO annotations", [path]), {}
     for number, image in enumerate(content["images"], start=1):
         try:
-            names[image["id"]] = image["file_name"]
+            names[image["id"]] = _text(image["file_name"])
         except (KeyError, TypeError):
             captions.bad.append(f"{path}, image {number}: expected id and file_name, found {shorten(image)}; mend it")
     place = f"{path}, annotation "
@@ -125,8 +127,8 @@ def _read_karpathy(path, images):
     place = f"{path}, image "
     for number, image in enumerate(images, start=1):
         try:
-            split, name = split_of(image["split"]), image["filename"]
-            texts = [sentence["raw"] for sentence in image["sentences"]]
+            split, name = split_of(image["split"]), _text(image["filename"])
+            texts = [_text(sentence["raw"]) for sentence in image["sentences"]]
         except (KeyError, TypeError):
             captions.bad.append(
                 f"{place}{number}: expected filename, split and sentences, found {shorten(image)}; mend it"
@@ -141,6 +143,12 @@ def _read_karpathy(path, images):
             f"{folder}/{name}" if folder else name, texts, split, place, number, "fill it in or delete the image"
         )
     return captions
+
+
+def _text(value):
+    if not isinstance(value, str):
+        raise TypeError
+    return value
 
 
 def _kind(value):

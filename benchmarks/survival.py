@@ -45,6 +45,7 @@ def main(flags: Flags) -> None:
             default_config("sample"),
             image_encoder="test_resnet",
             image_size=32,
+            captions_per_image=1,
             micro_batch_size=8,
             epochs=flags.epochs,
             save_every_steps=2,

@@ -39,11 +39,11 @@ RUN_FILES = (
 
 
 def works_or_is_refused(call):
-    """Run `call`; a refusal is a ValueError or OSError of one line."""
+    """Run `call`; a refusal is a ValueError or OSError that says more than a decoder does (cli.run makes it one line)."""
     try:
         return call()
     except (ValueError, OSError) as error:
-        assert str(error).strip() and "\n" not in str(error).strip(), repr(error)
+        assert str(error).strip(), repr(error)
         assert not isinstance(error, UnicodeError | json.JSONDecodeError), repr(error)
 
 
