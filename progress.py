@@ -90,6 +90,8 @@ class Progress:
         """
         try:
             saved = state["tally"]
+            if not isinstance(saved["sums"], dict):
+                raise TypeError
             counts = {name: saved[name] for name in COUNTS}
             counts["steps"] = counts["steps"] * steps_per_epoch // saved["steps_per_epoch"]
             tally = Tally(**counts, seconds=saved["seconds"], sums=saved["sums"], averaged=saved["averaged"])
@@ -98,7 +100,14 @@ class Progress:
             sound = all(isinstance(number, Real) for number in numbers) and tally.sums.keys() == set(TERMS)
             sound = sound and isinstance(progress.epoch + tally.steps, int) and 0 <= tally.steps <= steps_per_epoch
             sound = sound and progress.epoch == len(progress.history)
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+            ArithmeticError,
+        ):  # tensors raise their own
             sound = False
         if not sound:
             raise ValueError("the position of training in it is damaged")
