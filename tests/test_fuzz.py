@@ -39,7 +39,7 @@ RUN_FILES = (
 
 
 def works_or_is_refused(call):
-    """Run `call`; a refusal is a ValueError or OSError that says more than a decoder does (cli.run makes it one line)."""
+    """Run `call`; a refusal is a ValueError or OSError that says more than a decoder; cli.run makes it one line."""
     try:
         return call()
     except (ValueError, OSError) as error:

@@ -26,6 +26,7 @@ SETTINGS = {
     "cached gradients, photos read again": CACHED,
     "batch norms that go on learning": {"fold_batch_norm": False, **CACHED},
     "loader processes": {"num_workers": 2, **CACHED},
+    "towers that join later": {"freeze_epochs": 1},
     "stored features": {"freeze_image": True, "freeze_text": True},
     "bfloat16": {"precision": "bfloat16"},
 }
