@@ -62,6 +62,20 @@ def pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: st
     return encoder, model
 
 
+def training_encoder(config: Config, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """The Encoder of a model in training, which moves to the configuration's device."""
+    return build_encoder(
+        model,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        device=config.device,
+        precision=config.precision,
+        num_workers=config.num_workers,
+        cache_dir=config.cache_dir,
+        cache_images=config.cache_images,
+    )
+
+
 def apply_settings(config: Config, model: CLIPModel) -> None:
     """What a configuration may change of a model: its photos' size, what trains and drops, whether it has a bias."""
     model.use_bias(config.bias)

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 
-from build import apply_settings, build_model, describe_model
+from build import apply_settings, build_model, describe_model, training_encoder
 from checkpoint import load_run, save_state, split_frozen
 from config import Config
 from device import pick_device
-from encode import build_encoder
 from loop import Trainer
 from processes import count, equalise, from_first, join, leave, rank
 from provenance import changes, describe_start
@@ -30,16 +29,7 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     if rank() == 0:
         _record_start(folder, config, describe_start(data, pick_device(config.device)))
     equalise(model)
-    encoder = build_encoder(
-        model,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        device=config.device,
-        precision=config.precision,
-        num_workers=config.num_workers,
-        cache_dir=config.cache_dir,
-        cache_images=config.cache_images,
-    )
+    encoder = training_encoder(config, model, tokenizer)
     print(
         f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"
     )

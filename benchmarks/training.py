@@ -80,20 +80,12 @@ def step_alone(config: Config, data, steps: int) -> Iterator[int]:
 
 def build_step(config: Config, data) -> tuple[Callable, object]:
     """A training step as train.py builds it, and the batches it takes."""
-    from build import build_batches, build_model
-    from encode import build_encoder
+    from build import build_batches, build_model, training_encoder
     from step import TrainingStep
 
     torch.manual_seed(config.seed)
     model, tokenizer, _ = build_model(config, data)
-    encoder = build_encoder(
-        model,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        device=config.device,
-        precision=config.precision,
-        num_workers=config.num_workers,
-    )
+    encoder = training_encoder(config, model, tokenizer)
     batches, _ = build_batches(config, model, encoder, data)
     step = TrainingStep(
         config,
