@@ -1,21 +1,23 @@
 """From a configuration and a data set to what training works on: the model and its batches."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
 import processes
 from batches import EpochSampler, TrainingBatches
 from config import Config
 from dataset import CLIPDataset, mirror_caption
-from encode import Encoded, Encoder, build_encoder
-from features import FeatureBatches, stored_features
+from encode import Encoder, build_encoder, report_unreadable
+from features import stored_images, stored_texts
 from modules import CLIPModel
 from pairs import build_pair
-from readers import CaptionData, Part
+from readers import CaptionData
 from stages import adapters, add_lora, last_parameters, lora_rank
+from stored_batches import Embedded, StoredBatches, StoredPart, embed_photos, embed_stored, with_mirrored
 from tokenizer import report_cut, tokenize
 from towers import build_image_encoder, build_text_encoder
 
@@ -128,14 +130,15 @@ def describe_model(model: CLIPModel) -> str:
 
 def build_batches(
     config: Config, model: CLIPModel, encoder: Encoder, data: CaptionData
-) -> tuple[FeatureBatches | TrainingBatches, Encoded | Part]:
-    """The training batches, and the validation part; both as stored features where both towers are frozen."""
+) -> tuple[StoredBatches | TrainingBatches, Callable[[], Embedded]]:
+    """The training batches, and what embeds the validation part; both from stored features where a part of the image
+    tower never changes and `config.views` of each photo are to be kept."""
     train, val = data.part("train"), data.part("val")
     if encoder.max_tokens < config.max_tokens:
         print(f"the text tower takes {encoder.max_tokens} tokens, fewer than --max-tokens {config.max_tokens}")
-    if config.on_features:
-        return _feature_batches(config, model, encoder, train, val)
-    return _photo_batches(config, encoder, train), val
+    if config.views:
+        return _stored_batches(config, model, encoder, train, val)
+    return _photo_batches(config, encoder, train), partial(embed_photos, encoder, val)
 
 
 def _sampler(config, images):
@@ -149,31 +152,43 @@ def _sampler(config, images):
     )
 
 
-def _feature_batches(config, model, encoder, train, val):
-    towers = torch.nn.ModuleList([model.image_encoder, model.text_encoder])
-    # Features are what is kept of the photos: keeping these as well would be of no use.
-    encoder = replace(encoder, encode_image=model.image_encoder, encode_text=model.text_encoder, cache_images=False)
-    stored = [
-        stored_features(encoder, towers, part, name, cache_dir=config.cache_dir)
-        for part, name in ((train, "train"), (val, "val"))
-    ]
-    sampler = _sampler(config, len(stored[0].images))
-    batches = FeatureBatches(
-        stored[0],
-        sampler,
-        paths=train.paths,
+def _stored_batches(config, model, encoder, train, val):
+    tower = model.image_encoder
+    try:
+        tower.cut()
+    except ValueError as error:
+        raise ValueError(f"--stored-views {config.stored_views}: {error}; leave it out") from None
+    texts_too = config.freeze_text and config.text_pooling != "gpo"
+
+    def stored(part, name, views):
+        images = stored_images(
+            encoder, tower, part, name, views=views, min_crop=config.min_crop, cache_dir=config.cache_dir
+        )
+        report_unreadable(part, images.kept, name)
+        captions, mirrored = with_mirrored(part.captions, mirror=views > 1)
+        if not texts_too:
+            return StoredPart(part, images, mirrored, tokens=_tokens(encoder, captions))
+        reader = replace(encoder, encode_text=model.text_encoder)
+        texts = stored_texts(reader, model.text_encoder, captions, name, cache_dir=config.cache_dir)
+        return StoredPart(part, images, mirrored, texts=texts)
+
+    training, validation = stored(train, "train", config.views), stored(val, "val", 1)
+    if not texts_too:
+        _report_cut(encoder, train, replace(training.tokens, rows=training.tokens.rows[: len(train.captions)]))
+    batches = StoredBatches(
+        training,
+        _sampler(config, int(training.images.kept.sum())),
         captions_per_image=config.captions_per_image,
+        pad_id=encoder.tokenizer.pad_token_id,
         device=encoder.device,
     )
-    return batches, stored[1]
+    return batches, partial(embed_stored, model, encoder, validation)
 
 
 def _photo_batches(config, encoder, part):
-    captions = [*part.captions, *map(mirror_caption, part.captions)]
-    tokens = tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
+    tokens = _tokens(encoder, [*part.captions, *map(mirror_caption, part.captions)])
     token_ids, mirrored_ids = (replace(tokens, rows=rows) for rows in np.split(tokens.rows, 2))
-    if line := report_cut(encoder.tokenizer, part.captions, token_ids, max_tokens=encoder.max_tokens):
-        print(line)
+    _report_cut(encoder, part, token_ids)
     photos = CLIPDataset(
         part,
         token_ids,
@@ -192,6 +207,15 @@ def _photo_batches(config, encoder, part):
         num_workers=encoder.num_workers,
         pin_memory=encoder.device.type == "cuda",
     )
+
+
+def _tokens(encoder, captions):
+    return tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
+
+
+def _report_cut(encoder, part, token_ids):
+    if line := report_cut(encoder.tokenizer, part.captions, token_ids, max_tokens=encoder.max_tokens):
+        print(line)
 
 
 def _millions(module, *, trained=False):

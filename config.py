@@ -33,6 +33,9 @@ class Config:
     freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
     image_stages: int | None = None  # train only so many stages of the image tower, the last ones (ResNet50 has 4)
     text_layers: int | None = None  # train only so many layers of the text tower, the last ones
+    stored_views: int = (
+        0  # keep what the frozen part of the image tower says of so many crops of each photo; 0: read anew
+    )
     lora: int = 0  # rank of adapters (LoRA, needs peft) that train instead of the towers' weights; 0 is none
     freeze_epochs: int = 0  # only the heads train in the first epochs, then the towers too
     fold_batch_norm: bool = True  # pretrained only: fixed batch norm statistics, absorbed by the convolutions (faster)
@@ -84,7 +87,7 @@ class Config:
         _require(self, "at least 16", lambda v: v is None or v >= 16, "image_size")
         _require(self, "at least 3", lambda v: v >= 3, "max_tokens")  # [CLS], a word, [SEP]
         _require(self, "at least -1", lambda v: v >= -1, "num_workers")
-        _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed", "lora", "freeze_epochs")
+        _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed", "lora", "freeze_epochs", "stored_views")
         _require(self, "at least 1", lambda v: v is None or v >= 1, "image_stages", "text_layers")
         _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "min_crop")
         _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout", "image_feature_dropout")
@@ -123,6 +126,10 @@ class Config:
             raise ValueError("--model brings its own pooling: leave out --image-pooling and --text-pooling")
         if self.lora and (self.image_stages or self.text_layers):
             raise ValueError("--lora trains adapters in the whole tower: leave out --image-stages and --text-layers")
+        if self.stored_views and not (self.freeze_image or self.image_stages):
+            raise ValueError("--stored-views keeps what frozen stages say: add --image-stages 1, or --freeze-image")
+        if self.stored_views > 1 and not self.augment:
+            raise ValueError("--no-augment leaves one view of a photo: --stored-views 1")
         if self.freeze_image and self.freeze_text:
             if self.lora:
                 raise ValueError("--lora has no tower to adapt: leave out --freeze-image or --freeze-text")
@@ -141,9 +148,9 @@ class Config:
         return tuple(own if head == "auto" else head for head in (self.image_head, self.text_head))
 
     @property
-    def on_features(self) -> bool:
-        """Whether all that trains stands behind frozen towers: training then runs on stored features."""
-        return self.freeze_image and self.freeze_text and "gpo" not in (self.image_pooling, self.text_pooling)
+    def views(self) -> int:
+        """How many views of each photo are stored, 0 where photos are read anew; two frozen towers need one."""
+        return self.stored_views or int(self.freeze_image and self.freeze_text)
 
 
 # What a run that starts from another takes over from it.

@@ -4,6 +4,7 @@
 """
 
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,40 @@ class ImageFiles:
             return _channels_first(self.view(load_image(self.paths[index], self.view.draft_size)))
         except OSError as error:
             return str(error)
+
+
+class PhotoViews:
+    """Several views of each photo, for encoding: (views, 3, H, W) uint8, or in words why the file cannot be read.
+
+    The first is the photo as search sees it, those from the third on are random crops; every second is mirrored.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, view: View, views: int, min_crop: float):
+        self.paths, self.view, self.views = paths, view, views
+        self.random_crop = image_transform(view.size, min_crop=min_crop) if views > 2 else None
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> np.ndarray | str:
+        try:
+            photo = load_image(self.paths[index], self.view.draft_size)
+        except OSError as error:
+            return str(error)
+        return np.stack([_channels_first(self._seen(photo, self.paths[index], number)) for number in range(self.views)])
+
+    def _seen(self, photo, path, number):
+        if number < 2:
+            seen = self.view(photo)
+        else:
+            self.random_crop.set_random_seed(zlib.crc32(f"{number} {path.name}".encode()))
+            seen = self.random_crop(image=photo)["image"]
+        return seen[:, ::-1] if is_mirrored(number) else seen
+
+
+def is_mirrored(view: int) -> bool:
+    """Whether this one of a photo's views shows its mirror image."""
+    return view % 2 == 1
 
 
 class CLIPDataset:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from batches import leave_signals_to_parent
 from checkpoint import load_run
-from dataset import ImageFiles
+from dataset import ImageFiles, PhotoViews
 from device import autocast, pick_device, pick_precision, pick_workers
 from modules import CLIPModel
 from photo_cache import PhotoCache
@@ -64,11 +64,7 @@ class Encoder:
     def part(self, part: Part, name: str) -> Encoded:
         """Encode a split, each process its share; unreadable photos are named and left out with their captions."""
         images, kept = self.images(part.paths, f"{name}: photos")
-        unreadable = [part.paths[row].name for row in np.flatnonzero(~kept.numpy())]
-        if len(unreadable) == len(part.paths):
-            raise ValueError(f"none of the {len(unreadable):,} photos of {name} could be read: {few(unreadable)}")
-        if unreadable:
-            print(f"{name}: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
+        report_unreadable(part, kept.numpy(), name)
         owner = torch.from_numpy(part.caption_image_ids)
         kept_captions = kept[owner].nonzero().squeeze(1)
         new_row = kept.cumsum(0) - 1
@@ -86,24 +82,29 @@ class Encoder:
     def image_batches(self, paths: Sequence[Path], progress: str) -> Iterator[tuple[Tensor, list[str | None]]]:
         """Batch after batch of the photos: rows (b, F) of the readable ones as they come, float32 on the CPU, and for
         each photo None or why it cannot be read."""
+        files = ImageFiles(paths, view=self.view, photo_cache=self.photo_cache(paths))
+        for pixels, reasons in self.pixel_batches(files, progress):
+            yield torch.empty(0) if pixels is None else self.run(self.encode_image, pixels).float(), reasons
+
+    def pixel_batches(
+        self, files: ImageFiles | PhotoViews, progress: str, batch_size: int = IMAGE_BATCH
+    ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
+        """Batch after batch of files: the readable ones' pixels, None without any, and for each why it is not."""
         loader = DataLoader(
-            ImageFiles(paths, view=self.view, photo_cache=self.photo_cache(paths)),
-            batch_size=IMAGE_BATCH,
-            num_workers=min(self.num_workers, -(-len(paths) // IMAGE_BATCH)),
+            files,
+            batch_size=batch_size,
+            num_workers=min(self.num_workers, -(-len(files) // batch_size)),
             collate_fn=_stack_readable,
             worker_init_fn=leave_signals_to_parent,
         )
-        for pixels, reasons in _progress(loader, len(paths), progress, lambda batch: len(batch[1])):
-            yield self._image_rows(pixels), reasons
+        yield from _progress(loader, len(files), progress, lambda batch: len(batch[1]))
 
     @torch.inference_mode()
-    def _image_rows(self, pixels):
-        if pixels is None:
-            return torch.empty(0)
+    def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """What a part of the model says of these inputs, with this Encoder's precision and device; on the CPU."""
         with autocast(self.device, self.precision):
-            return self.encode_image(pixels.to(self.device)).float().cpu()
+            return function(*(rows.to(self.device) for rows in inputs)).cpu()
 
-    @torch.inference_mode()
     def captions(self, captions: Sequence[str], progress: str) -> Tensor:
         """Rows (M, H) of the captions in their order, float32 on the CPU; similar lengths share a batch."""
         token_ids = tokenize(
@@ -114,10 +115,18 @@ class Encoder:
         rows = []
         for batch in _progress(batches, len(token_ids), progress, len):
             input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
-            with autocast(self.device, self.precision):
-                rows.append(self.encode_text(input_ids.to(self.device), attention_mask.to(self.device)).float().cpu())
+            rows.append(self.run(self.encode_text, input_ids, attention_mask).float())
         own = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
         return gather_rows(own)[0]
+
+
+def report_unreadable(part: Part, kept: np.ndarray, name: str) -> None:
+    """Name the photos that could not be read, those not in kept (N,); ValueError where that is all of them."""
+    unreadable = [part.paths[row].name for row in np.flatnonzero(~kept)]
+    if len(unreadable) == len(part.paths):
+        raise ValueError(f"none of the {len(unreadable):,} photos of {name} could be read: {few(unreadable)}")
+    if unreadable:
+        print(f"{name}: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
 
 
 def build_encoder(

@@ -1,119 +1,172 @@
-"""Stored features: what a frozen tower says of a photo or caption never changes, so it is computed once and kept."""
+"""Stored features: what the frozen part of a tower says never changes, so it is computed once and kept on disk."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import fields
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from batches import EpochSampler, Passes
-from dataset import choose_captions
-from encode import Encoded, Encoder
-from processes import gather_lists, rank
+from dataset import PhotoViews
+from encode import IMAGE_BATCH, Encoder
+from modules import ImageEncoder
+from processes import from_first, gather_lists, rank, share
 from readers import Part
-from run_folder import replace_file
+from run_folder import replace_file, write_text
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def stored_features(encoder: Encoder, towers: nn.Module, part: Part, name: str, *, cache_dir: str) -> Encoded:
-    """`encoder.part(part)`, from disk if it was computed before with the same weights, data and settings."""
-    path = Path(cache_dir) / "features" / f"{_fingerprint(encoder, towers, part)}.safetensors"
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What the frozen part of an image tower says of `views` views of N photos, a memory-mapped row for each."""
+
+    rows: Tensor  # (N * views, ...); view v of photo n is row n * views + v
+    views: int
+    kept: np.ndarray  # (N,) bool: which photos could be read; the others' rows mean nothing
+
+
+def stored_images(
+    encoder: Encoder,
+    tower: ImageEncoder,
+    part: Part,
+    name: str,
+    *,
+    views: int,
+    min_crop: float,
+    cache_dir: str,
+) -> ImageFeatures:
+    """What `tower.before` says of a part's photos, from disk if it was computed before from the same; see PhotoViews
+    for the views. Every process writes its share."""
+    before = nn.ModuleList([tower.halves[0]])
+    settings = (encoder.view, encoder.precision, tower.pooling, views, min_crop if views > 2 else None)
+    statistics = [("mean", tower.mean), ("std", tower.std)]
+    stamps = [f"{path.resolve()}\0{_size_and_time(path)}" for path in part.paths]
+    path = Path(cache_dir) / "features" / f"{_fingerprint(before, statistics, settings, stamps)}.images"
+    found = _open(path, len(part.paths), views)
+    if not all(gather_lists([found is not None])):
+        files = PhotoViews(part.paths, view=encoder.view, views=views, min_crop=min_crop)
+        _compute(encoder, tower, files, f"{name}: photos", path)
+        found = _open(path, len(part.paths), views)
+    return found
+
+
+def stored_texts(encoder: Encoder, tower: nn.Module, captions: Sequence[str], name: str, *, cache_dir: str) -> Tensor:
+    """What the text tower, `encoder.encode_text`, says of captions, (M, H), from disk if it was computed before."""
+    settings = encoder.max_tokens, encoder.precision, sorted(encoder.tokenizer.get_vocab())
+    path = Path(cache_dir) / "features" / f"{_fingerprint(tower, [], settings, captions)}.safetensors"
     try:
-        encoded = Encoded(**load_file(path))
-    except (FileNotFoundError, SafetensorError, TypeError):
-        encoded = None  # not there yet, or left incomplete by a full disk
-    if all(gather_lists([encoded is not None])):
-        return encoded
-    encoded = encoder.part(part, name)  # by all processes together
+        rows = load_file(path)["texts"]
+    except (FileNotFoundError, SafetensorError, KeyError):
+        rows = None  # not there yet, or left incomplete by a full disk
+    if all(gather_lists([rows is not None])):
+        return rows
+    rows = encoder.captions(captions, f"{name}: captions")  # by all processes together
     if rank() == 0:
-        _write(path, encoded)
-    return encoded
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda unfinished: _save_texts(rows, unfinished))
+    return rows
 
 
-def _write(path, encoded):
-    tensors = {field.name: getattr(encoded, field.name).contiguous() for field in fields(Encoded)}
+def _save_texts(rows, path):
+    try:
+        save_file({"texts": rows.contiguous()}, path)
+    except SafetensorError as error:  # a full disk, in its own words
+        raise OSError(str(error)) from None
 
-    def write(unfinished):
-        try:
-            save_file(tensors, unfinished)
-        except SafetensorError as error:  # a full disk, in its own words
-            raise OSError(str(error)) from None
 
+def _open(path, photos, views):
+    """The features of a finished file, or None."""
+    try:
+        what = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        dtype, shape, unreadable = DTYPES[what["dtype"]], what["shape"], what["unreadable"]
+        size = photos * views * math.prod(shape)
+        if path.stat().st_size != size * dtype.itemsize:
+            return None
+        rows = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+        kept = np.ones(photos, bool)
+        kept[unreadable] = False
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError):
+        return None  # not there yet, or damaged
+    return ImageFeatures(rows.view(photos * views, *shape), views, kept)
+
+
+def _compute(encoder, tower, files, progress, path):
+    """Write the file of features, and when it is whole the one that says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, write)
+    size = encoder.view.size
+    example = encoder.run(tower.eval().before, torch.zeros(1, 3, size, size, dtype=torch.uint8))[0]
+    row_bytes = example.numel() * example.dtype.itemsize * files.views
+    unfinished = path.with_name(from_first(f".{path.name}.{os.getpid()}"))
+    try:
+        if rank() == 0:
+            _reserve(unfinished, row_bytes * len(files), path.parent.parent)
+        gather_lists([])  # the others wait for the file
+        unreadable = gather_lists(_write_share(encoder, tower, files, progress, unfinished, row_bytes))
+        if rank() == 0:
+            os.replace(unfinished, path)
+            dtype = str(example.dtype).removeprefix("torch.")
+            what = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
+            write_text(path.with_suffix(".json"), json.dumps(what) + "\n")
+        gather_lists([])
+    finally:
+        if rank() == 0:
+            unfinished.unlink(missing_ok=True)
 
 
-def _fingerprint(encoder, towers, part):
-    """Changes with anything that changes the features: weights, settings, captions, and the photos' sizes and times."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted((*towers.named_parameters(), *towers.named_buffers())):
+def _write_share(encoder, tower, files, progress, path, row_bytes):
+    """Write this process's rows, and return the numbers of its photos that cannot be read."""
+    number, unreadable = share(len(files)).start, []
+    own = copy(files)
+    own.paths = files.paths[share(len(files))]
+    with path.open("r+b") as file:
+        for pixels, reasons in encoder.pixel_batches(own, progress, batch_size=max(1, IMAGE_BATCH // files.views)):
+            rows = None if pixels is None else encoder.run(tower.before, pixels.flatten(0, 1)).contiguous()
+            rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
+            for reason in reasons:
+                if reason is None:
+                    file.seek(number * row_bytes)
+                    file.write(next(rows))
+                else:
+                    unreadable.append(number)
+                number += 1
+    return unreadable
+
+
+def _reserve(path, size, cache_dir):
+    """A file of `size` bytes to be filled."""
+    free = shutil.disk_usage(path.parent).free
+    if free < size:
+        raise ValueError(
+            f"the features need {size / 1e9:.1f} GB in {cache_dir}/, where {free / 1e9:.1f} GB are free: lower "
+            "--stored-views, or name another place with --cache-dir"
+        )
+    with path.open("wb") as file:
+        file.truncate(size)
+
+
+def _fingerprint(module: nn.Module, more: list[tuple[str, Tensor]], settings: tuple, items: Iterable[str]) -> str:
+    """Changes with anything that changes the features: weights, settings, captions or the photos' sizes and times."""
+    digest = hashlib.sha256(repr((str(module), settings)).encode())
+    for key, tensor in (*sorted((*module.named_parameters(), *module.named_buffers())), *more):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    settings = (
-        encoder.view,
-        encoder.max_tokens,
-        encoder.precision,
-        str(towers),
-        sorted(encoder.tokenizer.get_vocab()),
-    )
-    digest.update(repr(settings).encode())
-    for path in part.paths:
-        digest.update(f"{path.resolve()}\0{_size_and_time(path)}\0".encode())
-    digest.update("\0".join(part.captions).encode())
-    digest.update(part.caption_image_ids.tobytes())
+    digest.update("\0".join(items).encode())
     return digest.hexdigest()[:32]
 
 
 def _size_and_time(path):
     try:
         stat = path.stat()
-    except OSError:  # gone since it was listed: the encoder names it among the photos that cannot be read
+    except OSError:  # gone since it was listed: it is named later among the photos that cannot be read
         return None
     return stat.st_size, stat.st_mtime_ns
-
-
-class FeatureBatches:
-    """The batches of an epoch over stored features: as TrainingBatches, but with image_features and text_features."""
-
-    def __init__(
-        self,
-        encoded: Encoded,
-        sampler: EpochSampler,
-        *,
-        paths: Sequence[Path],
-        captions_per_image: int,
-        device: torch.device,
-    ):
-        self.paths = [paths[row] for row in encoded.kept_images.tolist()]
-        self.sampler, self.captions_per_image = sampler, captions_per_image
-        self.images, self.texts = encoded.images.to(device), encoded.texts.to(device)
-        self.first_caption = np.searchsorted(encoded.caption_image_ids.numpy(), np.arange(len(encoded.images) + 1))
-
-    def __len__(self):
-        return len(self.sampler)
-
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
-        """The batches of an epoch from number `first` on."""
-        self.sampler.go_to(epoch, first)
-        for keys in self.sampler:
-            parts = [self._micro_batch(part) for part in keys]
-            yield parts, (parts if len(parts) > 1 else None)
-
-    def _micro_batch(self, keys):
-        captions = [self._captions(*key) for key in keys]
-        image_ids = torch.tensor([index for _, index in keys])
-        return {
-            "unreadable": [],
-            "image_features": self.images[image_ids],
-            "text_features": self.texts[torch.from_numpy(np.concatenate(captions))],
-            "image_ids": image_ids,
-            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(c) for c in captions])),
-        }
-
-    def _captions(self, epoch, index):
-        rng = np.random.default_rng((self.sampler.seed, epoch, index))
-        return choose_captions(rng, self.first_caption, index, self.captions_per_image)

@@ -37,8 +37,7 @@ class Trainer:
         self, config: Config, folder: Path, model: CLIPModel, encoder: Encoder, data: CaptionData, state: dict | None
     ):
         self.config, self.folder, self.encoder, self.model = config, folder, encoder, model
-        self.on_features = config.on_features
-        self.batches, self.validation = build_batches(config, model, encoder, data)
+        self.batches, self.embed_validation = build_batches(config, model, encoder, data)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
         self.step = TrainingStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
         self.progress, self.last_plot = Progress(), -math.inf
@@ -159,14 +158,8 @@ class Trainer:
         """The retrieval metrics of the validation part, over its full pool, once for all processes."""
         self.model.eval()
         with self.signals.at_once():
-            if self.on_features:
-                encoded, device = self.validation, self.encoder.device
-                image_emb = self.model.embed_image(encoded.images.to(device))
-                text_emb = self.model.embed_text(encoded.texts.to(device))
-            else:
-                encoded = self.encoder.part(self.validation, "val")
-                image_emb, text_emb = encoded.images, encoded.texts
-            metrics = retrieval_metrics(image_emb, text_emb, encoded.caption_image_ids) if rank() == 0 else None
+            image_emb, text_emb, caption_image_ids = self.embed_validation()
+            metrics = retrieval_metrics(image_emb, text_emb, caption_image_ids) if rank() == 0 else None
             return from_first(metrics)
 
     def _report_unreadable(self):

@@ -9,6 +9,7 @@ from torch import nn
 
 from heads import ProjectionHead, build_head
 from pooling import GeneralisedPooling, pool, regions
+from stages import cut
 from view import View
 
 __all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
@@ -77,15 +78,51 @@ class ImageEncoder(Tower):
     ):
         # channels_last: faster convolutions on CPU and GPU
         super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, frozen=frozen, pooling=pooling)
-        self.view = view
+        self.view, self.halves = view, None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._pooled(self.backbone(self._normalised(images)))
+
+    def cut(self) -> None:
+        """Let `before` and `after` be the tower one after another: what never changes, and what trains.
+
+        The halves are a tuple, so that they are not counted among the tower's modules twice. Raises ValueError where
+        the backbone cannot be cut where its training begins.
+        """
+        self.halves = (self.backbone, None) if self.frozen else cut(self.backbone, self.trained)
+
+    def before(self, images: torch.Tensor) -> torch.Tensor:
+        """What the frozen part says of photos, in the precision it computes with: pooled features (B, dim), or what
+        the rest needs, (B, R, C), or (B, H, W, C) as convolutions hold it in memory."""
+        frozen, rest = self.halves
+        found = frozen(self._normalised(images))
+        if rest is None and self.pool is None:
+            found = self._pooled(found)
+        return found.movedim(1, -1) if found.ndim == 4 else found
+
+    def after(self, found: torch.Tensor) -> torch.Tensor:
+        """What `before` gave → (B, dim)."""
+        rest = self.halves[1]
+        if rest is None and self.pool is None:
+            return found
+        found = found.movedim(-1, 1) if found.ndim == 4 else found
+        return self._pooled(found if rest is None else rest(found))
+
+    def compile(self) -> None:
+        """Compile the part that runs in training."""
+        part = self.halves[1] if self.halves else self.backbone
+        if part is not None:
+            part.compile()
+
+    def _normalised(self, images):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         images = (images - self.mean) / self.std
-        features = self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def _pooled(self, features):
         if self.pooling == "own":
             return features
         features = regions(features, dim=self.dim, prefix_tokens=getattr(self.backbone, "num_prefix_tokens", 0))
@@ -204,10 +241,14 @@ class CLIPModel(nn.Module):
         return F.normalize(self.text_head(features).float(), dim=-1)
 
     def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of photos and captions, or of their stored features → image_emb (B, D), text_emb (M, D)."""
-        if "image_features" in batch:
-            return self.embed_image(batch["image_features"]), self.embed_text(batch["text_features"])
-        return self.encode_image(batch["pixels"]), self.encode_text(batch["input_ids"], batch["attention_mask"])
+        """A batch of photos and captions, or of what frozen parts said of them → image_emb (B, D), text_emb (M, D)."""
+        if "pixels" in batch:
+            image_emb = self.encode_image(batch["pixels"])
+        else:
+            image_emb = self.embed_image(self.image_encoder.after(batch["image_features"]))
+        if "input_ids" in batch:
+            return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"])
+        return image_emb, self.embed_text(batch["text_features"])
 
     def hold_towers(self, held: bool) -> None:
         """Keep both towers as they are for the time being, or let train what trains of them."""

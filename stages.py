@@ -1,8 +1,8 @@
 """Which part of a tower trains: its last stages or layers, or low-rank adapters in place of its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from torch import nn
+from torch import fx, nn
 
 
 def last_parameters(backbone: nn.Module, last: int) -> set[str]:
@@ -20,6 +20,50 @@ def last_parameters(backbone: nn.Module, last: int) -> set[str]:
     if last > len(stages):
         raise ValueError(f"it has {len(stages)} stages or layers, so its last {last} cannot be chosen")
     return {name for name, number in numbers.items() if number >= stages[-last]}
+
+
+def cut(backbone: nn.Module, trained: Collection[str]) -> tuple[nn.Module, nn.Module]:
+    """Two modules that are the backbone one after another: what comes before the first parameter named in `trained`,
+    and the rest. They share its weights. Raises ValueError where one tensor is not all that the rest needs.
+    """
+    try:
+        whole = backbone if isinstance(backbone, fx.GraphModule) else fx.symbolic_trace(backbone)
+    except Exception as error:  # whatever its forward does with what is no tensor yet
+        raise ValueError(f"it cannot be cut into stages ({' '.join(str(error).split())[:100]})") from None
+    behind = set()
+    for node in whole.graph.nodes:
+        holds = node.op in ("call_module", "get_attr")
+        trains = holds and any(f"{name}.".startswith(f"{node.target}.") for name in trained)
+        if trains or behind.intersection(node.all_input_nodes):
+            behind.add(node)
+    seams = _seams(behind)
+    while inner := {node for node in seams if node.all_input_nodes and seams.issuperset(node.all_input_nodes)}:
+        behind |= inner  # computed from what crosses anyway: a pooling beside a convolution that trains
+        seams = _seams(behind)
+    if len(seams) != 1:
+        raise ValueError(f"it cannot be cut into stages: {len(seams)} tensors go from the frozen part to the rest")
+    (seam,) = seams
+    graph = whole.graph.nodes
+    frozen = [n for n in graph if n not in behind and (n is seam or any(user not in behind for user in n.users))]
+    rest = [n for n in graph if n in behind or (n.op == "get_attr" and any(user in behind for user in n.users))]
+    return _part(whole, frozen, result=seam), _part(whole, rest, start=seam)
+
+
+def _seams(behind):
+    """The nodes that others behind them need; a weight that is frozen can be had everywhere."""
+    sources = {source for node in behind for source in node.all_input_nodes}
+    return {node for node in sources - behind if node.op != "get_attr"}
+
+
+def _part(whole, nodes, *, start=None, result=None):
+    """Some nodes of a graph as a module: they begin from `start`, and give `result` or what the graph gives."""
+    graph = fx.Graph()
+    copies = {} if start is None else {start: graph.placeholder("found")}
+    for node in nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    if result is not None:
+        graph.output(copies[result])
+    return fx.GraphModule(whole, graph)
 
 
 def stage_matcher(backbone: nn.Module) -> dict | None:

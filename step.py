@@ -70,7 +70,7 @@ class TrainingStep:
             towers_from=config.freeze_epochs * steps_per_epoch,
         )
         if config.compile:
-            model.image_encoder.backbone.compile()
+            model.image_encoder.compile()
         # Not as a model to train: cached gradients exchange the embeddings and the sums of gradients on their own.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)

@@ -193,7 +193,7 @@ def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the
     frozen = {"freeze_image": True, "freeze_text": True, "image_head": "adaptor", "text_head": "adaptor"}
     config = tiny(model=str(saved / "clip"), image_size=None, lr_heads=1e-2, epochs=3, **frozen)
     run = train(config, read(config), None)
-    assert len(list((Path(config.cache_dir) / "features").iterdir())) == 2  # of the training and validation photos
+    assert len(list((Path(config.cache_dir) / "features").glob("*.images"))) == 2  # of training and validation photos
     trained = load_run(run).model
     assert trained.image_head.up.weight.abs().sum() > 0
     with torch.no_grad():
