@@ -27,8 +27,8 @@ class Config:
     # Model
     model: str | None = None  # instead of two towers a pretrained pair: CLIP, SigLIP, Chinese-CLIP ...; name or folder
     image_encoder: str = "resnet50"  # a timm model, or a folder or file with its weights
-    text_encoder: str = "distilbert-base-uncased"  # a transformers text model, or a folder with its weights
-    pretrained: bool = True  # False: random weights; the text tower is then a small DistilBERT with its own vocabulary
+    text_encoder: str = "distilbert-base-uncased"  # a transformers model, a folder with its weights, or "scratch"
+    pretrained: bool = True  # False: random weights; the text tower is then "scratch", small, with its own vocabulary
     freeze_image: bool = False  # keep the image tower as it is
     freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
     image_stages: int | None = None  # train only so many stages of the image tower, the last ones (ResNet50 has 4)

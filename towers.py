@@ -21,6 +21,7 @@ from stages import add_lora, stage_matcher
 from tokenizer import load_tokenizer, train_tokenizer
 from view import View
 
+SCRATCH = "scratch"  # the name of a text tower of our own
 RANDOM = ", or start from random weights with --no-pretrained"
 FETCHING = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
 KNOWN_TEXTS = (  # for the one that was meant; any other name works too
@@ -97,10 +98,11 @@ def build_text_encoder(
 ) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
     """A text tower with its tokenizer.
 
-    name is a transformers model, on the hub or in a local folder. Without `pretrained` it is a small DistilBERT with
-    random weights and a vocabulary learned from `captions`. Raises ValueError, FileNotFoundError or ConnectionError.
+    name is a transformers model, on the hub or in a local folder. "scratch", and without `pretrained` any name, is a
+    small DistilBERT with random weights and a vocabulary learned from `captions`. Raises ValueError,
+    FileNotFoundError or ConnectionError.
     """
-    if not pretrained:
+    if name == SCRATCH or not pretrained:
         tokenizer = train_tokenizer(captions)
         config = DistilBertConfig(
             vocab_size=len(tokenizer),

@@ -303,6 +303,12 @@ def test_from_scratch_towers_train_and_load(tiny):
     assert "picture" in run.tokenizer.get_vocab() and run.model.text_encoder.dim == 256
 
 
+def test_a_text_tower_from_scratch_stands_beside_a_pretrained_image_tower(tiny):
+    config = tiny(text_encoder="scratch", freeze_image=True, lr_text=1e-3)
+    run = load_run(train(config, read(config), None))
+    assert run.config.pretrained and "picture" in run.tokenizer.get_vocab() and run.model.text_encoder.dim == 256
+
+
 def test_a_training_photo_that_cannot_be_read_is_reported_and_training_goes_on(tiny, tmp_path, capsys):
     config, broken = copy_with_a_broken_photo(tiny(epochs=2), tmp_path)
     folder = train(config, read(config), None)
