@@ -15,6 +15,7 @@ from view import View
 __all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
+SAME_LENGTH = 64  # captions of similar length that are read together: few tokens are padding then
 
 
 class Tower(nn.Module):
@@ -150,7 +151,7 @@ class TextEncoder(Tower):
     """Captions to pooled features of a text model.
 
     input_ids, attention_mask (M, L). Returns (M, dim): the "mean", "max" or learned "gpo" pooling of a caption's
-    tokens, its first token ("cls"), or what a backbone that pools by itself returns ("own").
+    tokens, its first token ("cls"), or what a backbone that pools by itself returns ("own"). Padding is on the right.
     """
 
     def __init__(self, backbone: nn.Module, *, pooling: str, frozen: bool, dim: int | None = None):
@@ -169,6 +170,14 @@ class TextEncoder(Tower):
         return None
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        if input_ids.is_cuda or len(input_ids) <= SAME_LENGTH:  # a GPU would wait to hear the lengths
+            return self._read(input_ids, attention_mask)
+        lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
+        groups = zip(order.split(SAME_LENGTH), lengths[::SAME_LENGTH].tolist(), strict=True)
+        read = [self._read(input_ids[rows, :longest], attention_mask[rows, :longest]) for rows, longest in groups]
+        return torch.cat(read)[order.argsort()]
+
+    def _read(self, input_ids, attention_mask):
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "own":
             return hidden

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import tiny_model
 from torch import nn
 
-from modules import MAX_LOGIT_SCALE, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
+from modules import MAX_LOGIT_SCALE, SAME_LENGTH, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
 
 
 def generator(seed=0):
@@ -58,6 +58,8 @@ def test_training_and_search_share_one_path():
 
 def test_stored_features_give_the_embeddings_of_the_photos_and_captions():
     model = tiny_model()[0].eval()
+    model.image_encoder.freeze(True)
+    model.image_encoder.cut()
     features = {"image_features": model.image_encoder(pixels()), "text_features": model.text_encoder(*captions())}
     image_emb, text_emb = model(features)
     assert torch.equal(image_emb, model.encode_image(pixels()))
@@ -185,3 +187,24 @@ def test_a_tower_can_be_let_train_again():
 
 def test_mean_and_std_are_no_weights():
     assert not {key for key in tiny_model()[0].state_dict() if key.endswith(("mean", "std")) and "running" not in key}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "max", "gpo"])
+def test_captions_read_in_groups_of_similar_length_come_back_in_their_order(pooling):
+    tower = tiny_model(pooling=pooling)[0].text_encoder.eval()
+    lengths = torch.randint(1, 12, (2 * SAME_LENGTH + 5,), generator=generator()).tolist()
+    input_ids, attention_mask = captions(lengths, 12)
+    with torch.no_grad():
+        alone = [
+            tower(ids[None, :n], mask[None, :n])
+            for ids, mask, n in zip(input_ids, attention_mask, lengths, strict=True)
+        ]
+        torch.testing.assert_close(tower(input_ids, attention_mask), torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_captions_read_in_groups_are_padded_to_the_longest_of_their_group(monkeypatch):
+    tower = tiny_model()[0].text_encoder.eval()
+    seen, read = [], tower._read
+    monkeypatch.setattr(tower, "_read", lambda ids, mask: seen.append(tuple(ids.shape)) or read(ids, mask))
+    tower(*captions([3] * SAME_LENGTH + [9] * SAME_LENGTH + [5], 12))
+    assert seen == [(SAME_LENGTH, 9), (SAME_LENGTH, 5), (1, 3)]
