@@ -6,12 +6,14 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from dataset import PhotoViews
 from encode import IMAGE_BATCH, Encoder
 from modules import ImageEncoder
-from processes import from_first, gather_lists, rank, share
+from processes import gather_lists, rank, share
 from readers import Part
 from run_folder import replace_file, write_text
 
@@ -52,12 +54,15 @@ def stored_images(
     statistics = [("mean", tower.mean), ("std", tower.std)]
     stamps = [f"{path.resolve()}\0{_size_and_time(path)}" for path in part.paths]
     path = Path(cache_dir) / "features" / f"{_fingerprint(before, statistics, settings, stamps)}.images"
-    found = _open(path, len(part.paths), views)
-    if not all(gather_lists([found is not None])):
+    if found := _open_everywhere(path, len(part.paths), views):
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.stem}.lock")) if rank() == 0 else nullcontext():
+        if found := _open_everywhere(path, len(part.paths), views):  # another run was at it
+            return found
         files = PhotoViews(part.paths, view=encoder.view, views=views, min_crop=min_crop)
         _compute(encoder, tower, files, f"{name}: photos", path)
-        found = _open(path, len(part.paths), views)
-    return found
+    return _open(path, len(part.paths), views)
 
 
 def stored_texts(encoder: Encoder, tower: nn.Module, captions: Sequence[str], name: str, *, cache_dir: str) -> Tensor:
@@ -84,6 +89,12 @@ def _save_texts(rows, path):
         raise OSError(str(error)) from None
 
 
+def _open_everywhere(path, photos, views):
+    """As _open, and None in every process where one of them finds nothing."""
+    found = _open(path, photos, views)
+    return found if all(gather_lists([found is not None])) else None
+
+
 def _open(path, photos, views):
     """The features of a finished file, or None."""
     try:
@@ -102,11 +113,10 @@ def _open(path, photos, views):
 
 def _compute(encoder, tower, files, progress, path):
     """Write the file of features, and when it is whole the one that says so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     size = encoder.view.size
     example = encoder.run(tower.eval().before, torch.zeros(1, 3, size, size, dtype=torch.uint8))[0]
     row_bytes = example.numel() * example.dtype.itemsize * files.views
-    unfinished = path.with_name(from_first(f".{path.name}.{os.getpid()}"))
+    unfinished = path.with_name(f".{path.name}")  # what a killed run leaves of it, the next one writes over
     try:
         if rank() == 0:
             _reserve(unfinished, row_bytes * len(files), path.parent.parent)

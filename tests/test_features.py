@@ -246,7 +246,7 @@ def test_a_truncated_file_is_computed_anew(store, part, ending, computed, left):
     assert all(map(torch.equal, rows_of(store(part)), first)) and store.computed() == computed
     store(part)
     assert store.computed() == (0, 0)
-    assert not [path for path in file.parent.iterdir() if path.name.startswith(".")]
+    assert {path.suffix for path in file.parent.glob(".*")} <= {".lock"}  # nothing unfinished
 
 
 def test_a_photo_that_cannot_be_read_leaves_the_others_in_their_places(store, part):
@@ -259,6 +259,21 @@ def test_a_photo_that_cannot_be_read_leaves_the_others_in_their_places(store, pa
     torch.testing.assert_close(images.rows[images.kept], whole[images.kept], atol=1e-5, rtol=0)
     store.computed()
     assert not store(part)[0].kept[3] and store.computed() == (0, 0)
+
+
+def test_what_a_killed_run_left_is_written_over(store, part, monkeypatch):
+    import features
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "_write_share", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            store(part)
+    (left,) = store.cache_dir.rglob(".*.images")
+    assert len(store(part)[0].rows) == 7 and not left.exists()
 
 
 def test_more_features_than_the_disk_has_room_for_are_refused(store, part, monkeypatch):
