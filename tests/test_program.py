@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import signal
@@ -70,6 +71,31 @@ def test_evaluating_prints_and_stores_the_metrics_of_each_split(place, monkeypat
     assert stored["val"]["rsum"] == pytest.approx(best)
     assert f"rsum {stored['val']['rsum']:.1f}" in done.stdout
     assert (folder / "runs" / "first" / "metrics-test.png").is_file()
+
+
+def test_the_loss_in_batches_of_32_is_that_of_pairs():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    image_emb = torch.nn.functional.normalize(torch.randn(70, 8, generator=generator))
+    owner = torch.arange(70).repeat_interleave(3)
+    text_emb = image_emb[owner]  # all captions of a photo are alike, so that it does not matter which one is drawn
+    same = torch.zeros(70, 8)
+    same[:, 0] = 1
+    assert evaluate.batch_loss(same, same[owner], owner, temperature=0.07) == pytest.approx(math.log(32))
+    losses = []
+    order = torch.randperm(210, generator=torch.Generator().manual_seed(0))  # as many numbers are drawn before
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(torch.randperm(210, generator=generator), order)
+    pairs = torch.randperm(70, generator=generator)
+    for start in (0, 32):
+        sim = image_emb[pairs[start : start + 32]] @ image_emb[pairs[start : start + 32]].T / 0.07
+        losses.append(sum(sim[k].logsumexp(0) - sim[k, k] for k in range(32)) / 32)
+    found = evaluate.batch_loss(image_emb, text_emb, owner, temperature=0.07)
+    assert found == pytest.approx((sum(losses) / 2).item(), rel=1e-5)
+    metrics = {f"{way}_{name}": 40.0 for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "mAP@10", "medR")}
+    said = evaluate.table(metrics | {"rsum": 240.0, evaluate.BATCH_LOSS: found})
+    assert f"top-5 error 0.600 / 0.600   InfoNCE in batches of 32 {found:.3f}" in said
 
 
 def test_a_sentence_finds_photos_with_the_newest_run(place):
