@@ -144,12 +144,20 @@ def _write_share(encoder, tower, files, progress, path, row_bytes):
             rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
             for reason in reasons:
                 if reason is None:
-                    file.seek(number * row_bytes)
-                    file.write(next(rows))
+                    _write(file, number * row_bytes, next(rows))
                 else:
                     unreadable.append(number)
                 number += 1
     return unreadable
+
+
+def _write(file, start, row):
+    try:
+        file.seek(start)
+        file.write(row)
+        file.flush()
+    except OSError as error:
+        raise OSError(f"cannot write {file.name}: {error.strerror}") from None
 
 
 def _reserve(path, size, cache_dir):

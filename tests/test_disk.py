@@ -129,3 +129,14 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_wherever_it_runs_out(dis
         line = refused(within("train.py", *flags, "--runs-dir", "disk/runs"))
         assert "space" in line, (left, line)
         assert not list(disk.rglob(".*"))
+
+
+def test_features_that_fill_the_disk_are_one_line_and_leave_nothing_behind(disk, flags):
+    for left in (0, 4096, 16384):
+        shutil.rmtree(disk / "cache", ignore_errors=True)
+        (disk / "filler").unlink(missing_ok=True)
+        fill(disk, left)
+        views = ["--image-stages", 1, "--stored-views", 4]
+        line = refused(within("train.py", *flags, *views, "--cache-dir", "disk/cache"))
+        assert "space" in line or "where 0.0 GB are free" in line, (left, line)
+        assert not list(disk.rglob("*.images"))
