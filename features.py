@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dataset import PhotoViews
 from encode import IMAGE_BATCH, Encoder
 from modules import ImageEncoder
-from processes import gather_lists, rank, share
+from processes import count, gather_lists, rank, share
 from readers import Part
 from run_folder import replace_file, write_text
 
@@ -112,11 +112,11 @@ def _open(path, photos, views):
 
 
 def _compute(encoder, tower, files, progress, path):
-    """Write the file of features, and when it is whole the one that says so."""
+    """Write the file of features, and when it is whole the one that says so. Goes on where an earlier try ended."""
     size = encoder.view.size
     example = encoder.run(tower.eval().before, torch.zeros(1, 3, size, size, dtype=torch.uint8))[0]
     row_bytes = example.numel() * example.dtype.itemsize * files.views
-    unfinished = path.with_name(f".{path.name}")  # what a killed run leaves of it, the next one writes over
+    unfinished = path.with_name(f".{path.name}")
     try:
         if rank() == 0:
             _reserve(unfinished, row_bytes * len(files), path.parent.parent)
@@ -127,19 +127,25 @@ def _compute(encoder, tower, files, progress, path):
             dtype = str(example.dtype).removeprefix("torch.")
             what = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
             write_text(path.with_suffix(".json"), json.dumps(what) + "\n")
+            _forget(unfinished)
         gather_lists([])
-    finally:
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("What was computed is kept; the same command goes on from there.") from None
+    except Exception:
         if rank() == 0:
-            unfinished.unlink(missing_ok=True)
+            _forget(unfinished)
+        raise
 
 
 def _write_share(encoder, tower, files, progress, path, row_bytes):
     """Write this process's rows, and return the numbers of its photos that cannot be read."""
-    number, unreadable = share(len(files)).start, []
-    own = copy(files)
-    own.paths = files.paths[share(len(files))]
+    own, rest = share(len(files)), copy(files)
+    journal = path.with_name(f"{path.name}.{rank()}-{count()}.done")
+    done, unreadable = _read_journal(journal)
+    rest.paths = files.paths[own][done:]
+    number = own.start + done
     with path.open("r+b") as file:
-        for pixels, reasons in encoder.pixel_batches(own, progress, batch_size=max(1, IMAGE_BATCH // files.views)):
+        for pixels, reasons in encoder.pixel_batches(rest, progress, batch_size=max(1, IMAGE_BATCH // files.views)):
             rows = None if pixels is None else encoder.run(tower.before, pixels.flatten(0, 1)).contiguous()
             rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
             for reason in reasons:
@@ -148,7 +154,18 @@ def _write_share(encoder, tower, files, progress, path, row_bytes):
                 else:
                     unreadable.append(number)
                 number += 1
+            os.fsync(file.fileno())
+            write_text(journal, json.dumps([number - own.start, unreadable]))
     return unreadable
+
+
+def _read_journal(path):
+    """How many photos an earlier try is done with, and which of them it could not read."""
+    try:
+        done, unreadable = json.loads(path.read_text("utf-8"))
+        return int(done), list(map(int, unreadable))
+    except (OSError, ValueError, TypeError):
+        return 0, []
 
 
 def _write(file, start, row):
@@ -161,7 +178,10 @@ def _write(file, start, row):
 
 
 def _reserve(path, size, cache_dir):
-    """A file of `size` bytes to be filled."""
+    """A file of `size` bytes to be filled, or the one of an earlier try."""
+    if path.is_file() and path.stat().st_size == size:
+        return
+    _forget(path)
     free = shutil.disk_usage(path.parent).free
     if free < size:
         raise ValueError(
@@ -170,6 +190,12 @@ def _reserve(path, size, cache_dir):
         )
     with path.open("wb") as file:
         file.truncate(size)
+
+
+def _forget(path):
+    """Delete an unfinished file, and the journals of those who wrote it."""
+    for file in (path, *path.parent.glob(f"{path.name}.*.done")):
+        file.unlink(missing_ok=True)
 
 
 def _fingerprint(module: nn.Module, more: list[tuple[str, Tensor]], settings: tuple, items: Iterable[str]) -> str:

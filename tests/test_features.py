@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -261,24 +262,46 @@ def test_a_photo_that_cannot_be_read_leaves_the_others_in_their_places(store, pa
     assert not store(part)[0].kept[3] and store.computed() == (0, 0)
 
 
-def test_what_a_killed_run_left_is_written_over(store, part, monkeypatch):
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_features_that_were_stopped_go_on_from_there(store, part, monkeypatch, stop):
     import features
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    part.paths[1].write_bytes(b"garbage")
+    expected = rows_of(store(part, views=2))
+    shutil.rmtree(store.cache_dir)
+    monkeypatch.setattr(features, "IMAGE_BATCH", 4)
+    write, written = features._write, []
+
+    def stopped(file, start, row):
+        if len(written) == 3:  # in the middle of the third batch of two photos
+            raise stop
+        written.append(start)
+        write(file, start, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(features, "_write_share", killed)
-        patch.setattr(Path, "unlink", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            store(part)
-    (left,) = store.cache_dir.rglob(".*.images")
-    assert len(store(part)[0].rows) == 7 and not left.exists()
+        patch.setattr(features, "_write", stopped)
+        with pytest.raises(stop):
+            store(part, views=2)
+    store.computed()
+    found = store(part, views=2)
+    assert store.computed()[0] == 1 + 2 * 3  # four photos had been done, and their views are not encoded again
+    assert all(map(torch.equal, rows_of(found), expected)) and np.flatnonzero(~found[0].kept).tolist() == [1]
+    assert {path.suffix for path in (store.cache_dir / "features").glob(".*")} == {".lock"}
+
+
+def test_an_error_leaves_nothing_unfinished(store, part, monkeypatch):
+    import features
+
+    def broken(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(features, "_write", broken)
+    with pytest.raises(OSError, match="no space left"):
+        store(part)
+    assert {path.suffix for path in (store.cache_dir / "features").glob(".*")} == {".lock"}
 
 
 def test_more_features_than_the_disk_has_room_for_are_refused(store, part, monkeypatch):
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ValueError, match=r"the features need 0.0 GB.*lower --stored-views"):
         store(part)
