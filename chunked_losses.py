@@ -123,10 +123,10 @@ class _ChunkedRows(torch.autograd.Function):
         for start in range(0, len(text_emb), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             logits = scale * (image_emb @ text_emb[chunk].T)
-            # the softmax of each row and each column, weighted by what arrives at its log-sum-exp
-            weights = (logits - row_lse[:, None]).exp() * row_grad[:, None]
-            weights += (logits - column_lse[chunk]).exp() * column_grad[chunk]
-            scale_grad += (weights * logits).sum() / scale
+            # the softmax of each row and each column, weighted by what arrives at its log-sum-exp; in three buffers
+            weights = (logits - row_lse[:, None]).exp_().mul_(row_grad[:, None])
+            weights += (logits - column_lse[chunk]).exp_().mul_(column_grad[chunk])
+            scale_grad += logits.mul_(weights).sum() / scale
             image_grad += weights @ text_emb[chunk]
             text_grad[chunk] = weights.T @ image_emb
         return scale * image_grad, scale * text_grad, scale_grad, None, None, None

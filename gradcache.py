@@ -44,8 +44,14 @@ def cached_backward(
         for number, part in enumerate(first):
             parts.append(embed(part, number))
             ids.append([part[key] for key in IDS])
-    terms, gradients = _at_the_embeddings(parts, ids, objective, backward)
-    embedded = parts if second is None else (embed(part, number) for number, part in enumerate(second))
+    own = [torch.cat(side).detach() for side in zip(*parts, strict=True)] if parts else [torch.empty(0)] * 2
+    sizes = [[len(side) for side in part] for part in parts]
+    embedded = parts
+    if second is not None:
+        parts.clear()  # all are in `own` now
+        embedded = (embed(part, number) for number, part in enumerate(second))
+    terms, gradients = _at_the_embeddings(own, sizes, ids, objective, backward)
+    del own
     for sides, gradient in zip(embedded, gradients, strict=True):
         if [side.shape for side in sides] != [part.shape for part in gradient]:
             raise ValueError("a photo could be read once and not again: is something changing the data set's files?")
@@ -53,9 +59,8 @@ def cached_backward(
     return terms
 
 
-def _at_the_embeddings(parts, ids, objective, backward):
-    """The loss over all processes' rows, and its gradient at this one's, a pair per micro-batch."""
-    own = [torch.cat(side).detach() for side in zip(*parts, strict=True)] if parts else [torch.empty(0)] * 2
+def _at_the_embeddings(own, sizes, ids, objective, backward):
+    """The loss over all processes' rows, and its gradient at this one's, a pair per micro-batch of these sizes."""
     own_ids = [torch.cat(side) for side in zip(*ids, strict=True)] if ids else [torch.empty(0, dtype=torch.int64)] * 2
     gathered = [gather_rows(rows) for rows in own]
     leaves = [rows.requires_grad_() for rows, _ in gathered]
@@ -67,8 +72,9 @@ def _at_the_embeddings(parts, ids, objective, backward):
     gradients = []
     for side, (leaf, (_, start)) in enumerate(zip(leaves, gathered, strict=True)):
         rows = leaf.grad[start : start + len(own[side])]
-        gradients.append(rows.split([len(part[side]) for part in parts]))
-    return terms, list(zip(*gradients, strict=True))
+        gradients.append(rows.split([size[side] for size in sizes]))
+    # without their graph, which would hold the embeddings while the second pass needs the memory
+    return LossTerms(*(term.detach() for term in terms)), list(zip(*gradients, strict=True))
 
 
 @contextmanager
