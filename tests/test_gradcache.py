@@ -1,11 +1,15 @@
 """Cached gradients equal those of the whole batch, and the chunked objective equals the plain one."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
+from chunked_losses import chunked_contrastive_loss, chunked_objective_loss
 from gradcache import cached_backward
-from losses import LossTerms, contrastive_loss
+from losses import LossTerms, Objective, contrastive_loss, objective_loss
 
 ALPHA, MARGIN = 0.3, 0.2
 
@@ -124,3 +128,111 @@ def _constant(image_emb, text_emb):
     """An objective that pushes no gradient but lets both passes run."""
     nothing = 0 * (image_emb.sum() + text_emb.sum())
     return LossTerms(nothing, nothing, nothing)
+
+
+def test_batch_norm_counts_each_micro_batch_once():
+    torch.manual_seed(0)
+    model, batch = TinyModel(batch_norm=True).double(), make_batch(images=8)
+    once = copy.deepcopy(model)
+    gradients(model, batch, micro_batch_size=4)
+    for part in micro_batches(batch, 4):
+        once(part)
+    torch.testing.assert_close(model.state_dict(), once.state_dict())
+    assert model.image[1].track_running_stats
+
+
+def test_batch_norm_in_training_mode_at_one_micro_batch_equals_plain_training():
+    torch.manual_seed(0)
+    model, batch = TinyModel(batch_norm=True, dropout=0.3).double(), make_batch()
+    _, cached = gradients(model, batch, micro_batch_size=11)
+    seed_and_forward = []
+    cached_backward(
+        lambda part: seed_and_forward.append(torch.get_rng_state()) or model(part),
+        ([batch], None),
+        lambda image_emb, text_emb, *_: _constant(image_emb, text_emb),
+        model=model,
+        backward=torch.Tensor.backward,
+        seed=(3, 1),
+    )
+    model.zero_grad()
+    torch.set_rng_state(seed_and_forward[0])
+    ids = batch["image_ids"], batch["caption_image_ids"]
+    contrastive_loss(
+        *model(batch), *ids, temperature=model.log_temperature.exp(), alpha=ALPHA, margin=MARGIN
+    ).total.backward()
+    assert relative_difference(cached, {name: p.grad for name, p in model.named_parameters()}) < 1e-9
+
+
+def test_a_scaler_reaches_every_gradient_once():
+    torch.manual_seed(0)
+    model, batch = TinyModel().double(), make_batch()
+    _, plain = gradients(model, batch, micro_batch_size=4)
+    model.zero_grad()
+    cached_backward(
+        model,
+        passes(batch, 4),
+        objective_of(model),
+        model=model,
+        backward=lambda loss: (1024 * loss).backward(),
+        seed=(3, 1),
+    )
+    scaled = {name: parameter.grad / 1024 for name, parameter in model.named_parameters()}
+    assert relative_difference(scaled, plain) < 1e-9
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+@pytest.mark.parametrize("chunk_size", [1, 10, 64])  # 64 captions: 10 leaves a ragged last chunk
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_chunked_objective_equals_the_plain_one(alpha, chunk_size, dtype, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
+    embeddings = [nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=dtype)) for rows in (23, 64)]
+    results = []
+    for objective in (contrastive_loss, partial(chunked_contrastive_loss, chunk_size=chunk_size)):
+        leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, torch.tensor(0.07, dtype=dtype))]
+        terms = objective(*leaves[:2], torch.arange(23), owner, temperature=leaves[2], alpha=alpha, margin=MARGIN)
+        terms.total.backward()
+        results.append([*(term.detach() for term in terms), *(leaf.grad for leaf in leaves)])
+    for plain, chunked in zip(*results, strict=True):
+        assert ((plain - chunked).abs().max() / plain.abs().max()).item() < tolerance
+
+
+def test_chunked_objective_of_one_image_has_no_triplet():
+    emb = nn.functional.normalize(torch.ones(3, 4))
+    terms = chunked_contrastive_loss(
+        emb[:1], emb, torch.zeros(1), torch.zeros(3), temperature=0.1, alpha=1.0, margin=MARGIN, chunk_size=2
+    )
+    assert terms.triplet == 0 and terms.total.isfinite()
+
+
+@pytest.mark.parametrize("alpha", [0.0, ALPHA])
+@pytest.mark.parametrize("chunk_size", [1, 10, 64])  # 64 captions: 10 leaves a ragged last chunk
+@pytest.mark.parametrize(
+    "objective",
+    [
+        Objective("sigmoid"),
+        Objective("cosine", distance="cosine", cosine_margin=0.1),
+        Objective("soft", negatives="all"),
+        Objective("info_nce", negatives="semi-hard", distance="cosine"),
+        Objective("info_nce", negatives="all"),
+    ],
+    ids=lambda objective: f"{objective.main}-{objective.negatives}",
+)
+def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alpha):
+    generator = torch.Generator().manual_seed(1)
+    owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
+    embeddings = [
+        nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=torch.float64)) for rows in (23, 64)
+    ]
+    embeddings[1][40] = embeddings[1][3]  # a tie
+    results = []
+    for loss in (objective_loss, partial(chunked_objective_loss, chunk_size=chunk_size)):
+        scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.07, -5.0)]
+        leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, *scalars)]
+        settings = {"temperature": leaves[2], "bias": leaves[3], "alpha": alpha}
+        terms = loss(*leaves[:2], torch.arange(23) * 7, owner * 7, objective, **settings)
+        terms.total.backward()
+        grads = [torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in leaves]
+        results.append([*(term.detach() for term in terms), *grads])
+    for plain, chunked in zip(*results, strict=True):
+        assert ((plain - chunked).abs().max() / plain.abs().max().clamp(min=1e-12)).item() < 1e-10
