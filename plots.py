@@ -24,7 +24,7 @@ MOST_ROWS = 20  # queries in one picture
 
 def plot_curves(history: Sequence[dict], path: Path) -> None:
     """Loss and validation recall over the epochs of log.jsonl."""
-    figure, ((loss_axes, recall_axes),) = _figure(10, 4, columns=2)
+    figure, ((loss_axes, recall_axes),) = _figure(12, 4, columns=2)
     epochs = [record["epoch"] for record in history]
     for key, label in {"loss": "loss", **MAIN_TERMS, "triplet": "triplet (before α)"}.items():
         if key in history[0]:
@@ -35,9 +35,10 @@ def plot_curves(history: Sequence[dict], path: Path) -> None:
             recall_axes.plot(epochs, values, style, color=COLOURS[way], label=f"{name} R@{k}")
     loss_axes.set(xlabel="epoch", title="training loss")
     recall_axes.set(xlabel="epoch", ylabel="%", ylim=(0, 100), title="recall on the validation split")
+    loss_axes.legend(fontsize=8)
+    recall_axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # covers no curve
     for axes in (loss_axes, recall_axes):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
         axes.xaxis.get_major_locator().set_params(integer=True)
     _save(figure, path)
 
@@ -70,13 +71,12 @@ def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
         best_axes.plot(sum(best) / len(best), row, "|", markersize=16, markeredgewidth=2.5, color=line.get_color())
         length = min(map(len, runs))
         mean = [sum(log[epoch]["rsum"] for log in runs) / len(runs) for epoch in range(length)]
-        epoch_axes.plot([record["epoch"] for record in runs[0][:length]], mean, color=line.get_color(), label=name)
+        epoch_axes.plot([record["epoch"] for record in runs[0][:length]], mean, color=line.get_color())
     best_axes.set_yticks(range(len(logs)), list(logs))
     best_axes.invert_yaxis()
     best_axes.set(xlabel="rsum of the best epoch, validation split", title="a dot for each seed, a bar at the mean")
-    epoch_axes.set(xlabel="epoch", ylabel="rsum, validation split", title="mean of the seeds")
+    epoch_axes.set(xlabel="epoch", ylabel="rsum, validation split", title="mean of the seeds, in the same colours")
     epoch_axes.xaxis.get_major_locator().set_params(integer=True)
-    epoch_axes.legend(fontsize=8)
     for axes in (best_axes, epoch_axes):
         axes.grid(alpha=0.3)
     _save(figure, path)
