@@ -65,7 +65,7 @@ def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
     logs: configuration -> the logs of its runs, each a dict per epoch.
     """
     figure, ((best_axes, epoch_axes),) = _figure(11, max(3.5, 0.4 * len(logs) + 1.2), columns=2)
-    for row, (name, runs) in enumerate(logs.items()):
+    for row, runs in enumerate(logs.values()):
         best = [max(record["rsum"] for record in log) for log in runs]
         (line,) = best_axes.plot(best, [row] * len(best), "o", alpha=0.6)
         best_axes.plot(sum(best) / len(best), row, "|", markersize=16, markeredgewidth=2.5, color=line.get_color())

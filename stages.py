@@ -1,5 +1,6 @@
 """Which part of a tower trains: its last stages or layers, or low-rank adapters in place of its weights."""
 
+import inspect
 from collections.abc import Callable, Collection
 
 from torch import fx, nn
@@ -27,7 +28,7 @@ def cut(backbone: nn.Module, trained: Collection[str]) -> tuple[nn.Module, nn.Mo
     and the rest. They share its weights. Raises ValueError where one tensor is not all that the rest needs.
     """
     try:
-        whole = backbone if isinstance(backbone, fx.GraphModule) else fx.symbolic_trace(backbone)
+        whole = backbone if isinstance(backbone, fx.GraphModule) else fx.symbolic_trace(backbone, _defaults(backbone))
     except Exception as error:  # whatever its forward does with what is no tensor yet
         raise ValueError(f"it cannot be cut into stages ({' '.join(str(error).split())[:100]})") from None
     behind = set()
@@ -47,6 +48,12 @@ def cut(backbone: nn.Module, trained: Collection[str]) -> tuple[nn.Module, nn.Mo
     frozen = [n for n in graph if n not in behind and (n is seam or any(user not in behind for user in n.users))]
     rest = [n for n in graph if n in behind or (n.op == "get_attr" and any(user in behind for user in n.users))]
     return _part(whole, frozen, result=seam), _part(whole, rest, start=seam)
+
+
+def _defaults(backbone):
+    """The arguments of its forward that have a default, so that they are no inputs of the graph."""
+    parameters = inspect.signature(backbone.forward).parameters.values()
+    return {one.name: one.default for one in parameters if one.default is not one.empty}
 
 
 def _seams(behind):

@@ -70,6 +70,20 @@ def test_gradients_through_the_second_half_are_those_of_the_tower(image_tower, s
         torch.testing.assert_close(half[name], whole[name])
 
 
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_towers_of_other_kinds_can_be_cut_too(name):
+    import timm
+
+    small = {"vit": {"img_size": 32, "depth": 3}, "swin": {"img_size": 56, "depths": (1, 1, 1, 1)}}
+    arguments = next((small[kind] for kind in small if name.startswith(kind)), {"depths": (1, 1, 1, 1)})
+    backbone = timm.create_model(name, num_classes=0, **arguments).eval()
+    before, after = cut(backbone, last_parameters(backbone, 1))
+    for count in (1, 3):
+        photos = torch.randn(count, 3, *[arguments.get("img_size", 64)] * 2)
+        with torch.no_grad():
+            assert torch.equal(after(before(photos)), backbone(photos))
+
+
 class Skipping(torch.nn.Module):
     """Two tensors go from its first layers to its second."""
 
