@@ -32,6 +32,9 @@ def test_the_defaults_are_a_valid_configuration():
     assert Config() == Config(**dataclasses.asdict(Config()))
 
 
+NEEDS = {"stored_views": {"freeze_image": True}}  # flags that make sense beside others only
+
+
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
 def test_every_field_is_a_flag_of_its_name(field):
     flag, default = f"--{field.name.replace('_', '-')}", field.default
@@ -44,8 +47,10 @@ def test_every_field_is_a_flag_of_its_name(field):
     else:
         value = typing.get_args(field.type)[-1] if typing.get_origin(field.type) is typing.Literal else "word"
         words = [flag, value]
-    parsed = flags(*words)
-    assert dataclasses.asdict(parsed) == dataclasses.asdict(Config()) | {field.name: value, "resume": None}
+    beside = NEEDS.get(field.name, {})
+    parsed = flags(*words, *(f"--{name.replace('_', '-')}" for name in beside))
+    expected = dataclasses.asdict(Config()) | {field.name: value, "resume": None} | beside
+    assert dataclasses.asdict(parsed) == expected
 
 
 @pytest.mark.parametrize(
