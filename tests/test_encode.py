@@ -1,6 +1,9 @@
 """Encoding: every row stands where its photo or caption stood."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -109,6 +112,22 @@ def test_device_and_precision_are_chosen_by_name():
     assert pick_precision("float16", cpu) is torch.float16 and pick_precision("float32", cpu) is torch.float32
     assert pick_precision("auto", cpu) in (torch.float32, torch.bfloat16)
     assert pick_workers(3, cpu) == 3 and pick_workers(0, cpu) == 0 and pick_workers(-1, cpu) == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_memory_of_large_tensors_is_faulted_in_once():
+    faults = """
+import resource, torch
+from device import pick_device
+pick_device("cpu")
+def faults():
+    torch.ones(32, 1024, 1024)  # 128 MiB, 32,768 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+counts = [faults() for _ in range(12)]  # the first few still find no place that fits
+print(counts[-1] - counts[-2])
+"""
+    found = subprocess.run([sys.executable, "-c", faults], capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 1000
 
 
 def test_a_device_that_is_not_there_is_an_error_that_names_the_flag(monkeypatch):
