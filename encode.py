@@ -1,7 +1,7 @@
 """Photos and captions of a split to embeddings or features, without gradients and in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from batches import leave_signals_to_parent
 from checkpoint import load_run
 from dataset import ImageFiles, PhotoViews
 from device import autocast, pick_device, pick_precision, pick_workers
+from hubs import Bank, read_bank
 from modules import CLIPModel
 from photo_cache import PhotoCache
 from processes import gather_rows, rank, share
 from readers import Part, few
+from run_folder import BEST
 from tokenizer import pad, tokenize
 from view import View
 
@@ -51,6 +53,7 @@ class Encoder:
     num_workers: int
     cache_dir: str | None = None  # where token ids are kept, and with cache_images the photos
     cache_images: bool = False
+    bank: Bank | None = None  # of a run whose validation part is large enough
 
     @property
     def image_size(self) -> int:
@@ -173,7 +176,14 @@ def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder,
         precision=precision,
         num_workers=-1,
     )
-    return encoder, run.model
+    return replace(encoder, bank=_bank_of(run)), run.model
+
+
+def _bank_of(run):
+    try:
+        return read_bank(run.state.get("bank"))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{run.folder / BEST} cannot be used as a checkpoint: {error!r} in its bank") from None
 
 
 def _stack_readable(items):

@@ -13,6 +13,7 @@ from config import Config
 from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
+CORRECTED = "corrected for hubs"  # hubs.py
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ def main() -> None:
         f"{folder}: {flags.split} split of {data.name}, {len(part.paths):,} images, {len(part.captions):,} captions",
         flush=True,
     )
-    metrics = measure(part, folder, flags)
-    print(table(metrics))
-    save(folder, what, metrics)
+    measured = measure(part, folder, flags)
+    for how, metrics in measured.items():
+        print(f"{how}\n{table(metrics)}" if how else table(metrics))
+        save(folder, f"{what}, {how}" if how else what, metrics)
 
 
 def subject(flags: Flags) -> tuple[Path, Config]:
@@ -59,8 +61,7 @@ def subject(flags: Flags) -> tuple[Path, Config]:
     elif flags.dataset is None and flags.zero_shot is None:
         raise ValueError("--model needs a data set to be measured on: add --dataset NAME_OR_FOLDER")
     else:
-        slug = re.sub(r"[^\w.-]+", "-", flags.model).strip("-")
-        folder, config = flags.runs_dir / f"pretrained-{slug}", Config()
+        folder, config = flags.runs_dir / f"pretrained-{_slug(flags.model)}", Config()
     if flags.dataset is not None:  # without its own --data-dir, and the old one's is not that of the new
         config = replace(config, dataset=flags.dataset, data_dir=None)
     return folder, config
@@ -78,8 +79,8 @@ def load(folder: Path, flags: Flags):
     return load_encoder(folder, **settings)
 
 
-def measure(part, folder: Path, flags: Flags) -> dict:
-    """The retrieval metrics of a split."""
+def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
+    """The retrieval metrics of a split: "" by the cosine, CORRECTED as search ranks where the run has a bank."""
     from retrieval import retrieval_metrics
 
     encoder, model = load(folder, flags)
@@ -88,7 +89,10 @@ def measure(part, folder: Path, flags: Flags) -> dict:
     metrics = retrieval_metrics(*embedded)
     if len(encoded.images) >= LOSS_BATCH:
         metrics[BATCH_LOSS] = batch_loss(*embedded, temperature=model.temperature.item())
-    return metrics
+    if encoder.bank is None or (flags.split == "val" and flags.dataset is None):  # the bank is that very part
+        return {"": metrics}
+    scored = encoder.bank.both(encoded.images, encoded.texts)
+    return {"": metrics, CORRECTED: retrieval_metrics(*scored, encoded.caption_image_ids)}
 
 
 def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) -> float:
@@ -156,7 +160,7 @@ def save(folder: Path, split: str, metrics: dict) -> None:
     from plots import plot_metrics
 
     store(folder, split, metrics)
-    picture = folder / f"metrics-{split.replace(' ', '-')}.png"
+    picture = folder / f"metrics-{_slug(split)}.png"
     plot_metrics(metrics, f"{folder.name}, {split}", picture)
     print(f"saved {folder / METRICS} and {picture}")
 
@@ -165,6 +169,11 @@ def store(folder: Path, name: str, metrics: dict) -> None:
     """Write the metrics into the run's metrics.json, beside what was measured before."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, json.dumps(read_metrics(folder) | {name: metrics}, indent=2) + "\n")
+
+
+def _slug(name):
+    """What a name is called in a file's."""
+    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 if __name__ == "__main__":

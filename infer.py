@@ -14,6 +14,7 @@ from config import Config
 from gallery import find_photos, split_photos
 from run_folder import newest_finished_run, read_config
 from search import (
+    Kind,
     Searcher,
     check_index,
     combine,
@@ -36,7 +37,7 @@ class Flags:
     labels: tuple[str, ...] = ()  # with --image: which of these fits, without training for it
     queries: Path | None = None  # a text file with a sentence per line
     gallery: Path | None = None  # search the photos in this folder and below, not those of the run's data set
-    find: Literal["photos", "captions"] | None = None  # default: photos, but captions for a photo without --gallery
+    find: Kind | None = None  # default: photos, but captions for a photo without --gallery
     run: Path | None = None  # the run's folder; without it the newest finished one
     model: str | None = None  # instead of a run a pretrained pair as it is (CLIP, SigLIP ...): a folder or a hub's name
     split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
@@ -94,7 +95,7 @@ def main() -> None:
         answers = [searcher.classify(flags.image, flags.labels)]
     else:
         search = among_captions(flags, run, searcher) if finds_captions(flags) else among_photos(flags, run, searcher)
-        answers = search(encode_queries(searcher, queries))
+        answers = search(encode_queries(searcher, queries, "captions" if finds_captions(flags) else "photos"))
     for query, matches in zip(queries, answers, strict=True):
         print(as_json(flags, query, matches) if flags.json else as_table(query, matches))
     draw(flags, run or searcher.store.parent, queries, answers)
@@ -127,7 +128,7 @@ def finds_captions(flags: Flags) -> bool:
 
 
 def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
-    """List the photos to search; the function that is returned finds matches among them for queries (Q, D)."""
+    """List the photos to search; the function that is returned finds matches among them for queries (Q, F)."""
     if flags.gallery is not None:
         photos = find_photos(flags.gallery.expanduser())
     else:
@@ -136,18 +137,19 @@ def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
 
 
 def among_captions(flags: Flags, run: Path, searcher: Searcher) -> Callable:
-    """Read the captions to search; the function that is returned finds matches among them for queries (Q, D)."""
+    """Read the captions to search; the function that is returned finds matches among them for queries (Q, F)."""
     captions = cli.open_data(read_config(run), flags.data_dir).part(flags.split).captions
     return lambda queries: nearest_captions(queries, searcher.captions(captions), captions, flags.top_k)
 
 
-def encode_queries(searcher: Searcher, queries: list[Query]):
-    """Embeddings (Q, D) of the queries; a sentence that is longer than the model reads is told of."""
+def encode_queries(searcher: Searcher, queries: list[Query], among: Kind):
+    """The queries for a search among photos or captions, (Q, F); a sentence longer than the model reads is told of."""
     sentences = [query.sentence for query in queries if query.sentence is not None]
     for line in filter(None, map(searcher.too_long, sentences)):
         print(line, file=sys.stderr)
-    sentence_emb = searcher.sentences(sentences) if sentences else None
-    return combine(sentence_emb, searcher.photos([queries[0].image]) if queries[0].image is not None else None)
+    sentence_emb = searcher.sentences(sentences, among=among) if sentences else None
+    photo = queries[0].image
+    return combine(sentence_emb, None if photo is None else searcher.photos([photo], among=among))
 
 
 def as_table(query: Query, matches: list) -> str:

@@ -13,6 +13,7 @@ from build import build_batches
 from checkpoint import save_state, split_frozen
 from config import Config
 from encode import Encoder
+from hubs import keep_bank
 from modules import CLIPModel
 from plots import MAIN_TERMS, plot_curves
 from processes import average_statistics, count, from_first, gather_lists, gather_statistics, rank, spread_statistics
@@ -56,9 +57,10 @@ class Trainer:
             try:
                 while progress.epoch < config.epochs:
                     self._train_epoch()
-                    record = self._record() | self._validate()
+                    metrics, bank = self._validate()
+                    record = self._record() | metrics
                     progress.finish_epoch(record)
-                    self._save_epoch(record)
+                    self._save_epoch(record, bank)
                     print(_epoch_line(record, config.epochs), flush=True)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := _advice(error, config)):
@@ -154,13 +156,12 @@ class Trainer:
         return readable(first, True), None if second is None else readable(second, False)
 
     @torch.inference_mode()
-    def _validate(self) -> dict:
-        """The retrieval metrics of the validation part, over its full pool, once for all processes."""
+    def _validate(self) -> tuple[dict, dict | None]:
+        """The retrieval metrics of the validation part, over its full pool, once for all processes; and the bank."""
         self.model.eval()
         with self.signals.at_once():
-            image_emb, text_emb, caption_image_ids = self.embed_validation()
-            metrics = retrieval_metrics(image_emb, text_emb, caption_image_ids) if rank() == 0 else None
-            return from_first(metrics)
+            embedded = self.embed_validation()
+            return from_first(retrieval_metrics(*embedded) if rank() == 0 else None), keep_bank(*embedded)
 
     def _report_unreadable(self):
         unreadable = sorted(set(gather_lists(sorted(self.progress.unreadable))))
@@ -169,14 +170,14 @@ class Trainer:
         if unreadable and self.progress.epoch == 0:
             print(f"train: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
 
-    def _save_epoch(self, record: dict):
+    def _save_epoch(self, record: dict, bank: dict | None):
         """best.pt if this epoch is the best yet, then last.pt, then the log: a crash between them loses no epoch."""
         folder, progress = self.folder, self.progress
         if rank() > 0:
             return
         if record["rsum"] > progress.best_rsum:
             progress.best_rsum = record["rsum"]
-            save_state(folder / BEST, {"model": split_frozen(self.model)[0], "epoch": progress.epoch})
+            save_state(folder / BEST, {"model": split_frozen(self.model)[0], "epoch": progress.epoch, "bank": bank})
         self._save_last()
         write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in progress.history))
         if time.perf_counter() - self.last_plot > PLOT_EVERY:

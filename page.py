@@ -79,7 +79,7 @@ def _captions_tab(gr, shelf, run):
         from search import nearest_captions
 
         searcher, captions = shelf.searcher(run), shelf.captions(run)
-        query = searcher.photos([checked(photo)])
+        query = searcher.photos([checked(photo)], among="captions")
         (matches,) = nearest_captions(query, searcher.captions(captions), captions, MOST_CAPTIONS)
         return [[round(match.score, 3), match.item] for match in matches]
 
@@ -119,8 +119,11 @@ def _model_tab(gr, shelf, run, page):
             return {"headers": ["split"], "data": []}, None, {"model": run}
         config = vars(read_config(folder))
         measured = json.loads((folder / METRICS).read_text("utf-8")) if (folder / METRICS).is_file() else {}
-        names = list(next(iter(measured.values()), {}))
-        rows = [[split, *(round(values[name], 1) for name in names)] for split, values in measured.items()]
+        names = list(dict.fromkeys(name for values in measured.values() for name in values))
+        rows = [
+            [split, *(round(values[name], 1) if name in values else "" for name in names)]
+            for split, values in measured.items()
+        ]
         drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
         shown = {name: value for name, value in config.items() if not name.endswith("_dir")}  # no paths of this machine
         return {"headers": ["split", *names], "data": rows}, drawn, shown | {"dataset": Path(config["dataset"]).name}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
     from modules import CLIPModel
 
 SLUG_LENGTH = 40
+Kind = Literal["photos", "captions"]  # what is searched among
 PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings, vocabulary
 
 
 class Match(NamedTuple):
-    """What was found, a photo's path or a caption, and its cosine with the query."""
+    """What was found, a photo's path or a caption, and its cosine with the query, corrected for hubs (hubs.py) where
+    the run has a bank."""
 
     score: float
     item: Path | str
@@ -53,20 +55,30 @@ class Searcher:
     def encoder(self) -> "Encoder":
         return self._loaded[0]
 
-    def sentences(self, sentences: Sequence[str]) -> "Tensor":
-        """Embeddings (Q, D) of sentences, unit rows. Raises ValueError for an empty one."""
+    def sentences(self, sentences: Sequence[str], *, among: Kind = "photos") -> "Tensor":
+        """Sentences as queries, (Q, F). Raises ValueError for an empty one."""
         for number, sentence in enumerate(sentences, start=1):
             if not sentence.strip():
                 raise ValueError(f"sentence {number} is empty" if len(sentences) > 1 else "the sentence is empty")
-        return self.encoder.captions(sentences, "sentences")
+        return self._as_query(self.encoder.captions(sentences, "sentences"), among != "captions")
 
     def too_long(self, sentence: str) -> str | None:
         """A line about what the model leaves unread, where a sentence is longer than it can read."""
         tokens, most = len(self.encoder.tokenizer(sentence, verbose=False)["input_ids"]), self.encoder.max_tokens
         return None if tokens <= most else f"the model reads {most} of the sentence's {tokens} tokens: {sentence[:60]}…"
 
-    def photos(self, paths: Sequence[Path]) -> "Tensor":
-        """Embeddings (Q, D) of photos, unit rows. Raises OSError with the reason for one that cannot be read."""
+    def photos(self, paths: Sequence[Path], *, among: Kind = "photos") -> "Tensor":
+        """Photos as queries, (Q, F). Raises OSError with the reason for one that cannot be read."""
+        return self._as_query(self._embed(paths), among != "photos")
+
+    def _as_query(self, emb, of_other_kind):
+        """The bank says which photos are near to too many captions; that is no fault in a photo like another photo."""
+        from hubs import query
+
+        return emb if self.encoder.bank is None else query(emb, float(of_other_kind))
+
+    def _embed(self, paths):
+        """Embeddings (Q, D) of photos, unit rows."""
         import torch
 
         rows, here = [], replace(self.encoder, num_workers=0)  # a process of its own takes longer than a photo
@@ -80,7 +92,7 @@ class Searcher:
         """The labels with their probabilities, the best first. Raises ValueError for labels that make no choice."""
         from zero_shot import class_embeddings, probabilities
 
-        photo_emb, temperature = self.photos([photo]), self._loaded[1].temperature.item()
+        photo_emb, temperature = self._embed([photo]), self._loaded[1].temperature.item()
         (chances,) = probabilities(photo_emb, class_embeddings(self.encoder, labels), temperature).tolist()
         return sorted(map(Match, chances, labels), key=lambda match: -match.score)
 
@@ -98,10 +110,11 @@ class Searcher:
         return gallery
 
     def captions(self, captions: Sequence[str]) -> np.ndarray:
-        """Embeddings (M, D) of many captions, kept on disk."""
+        """Many captions as rows (M, F) to search in, kept on disk."""
         path = self.store / f"{self._name('captions', *captions)}.npy"
         if not path.is_file():
-            rows = self.encoder.captions(captions, "captions").numpy()
+            rows, bank = self.encoder.captions(captions, "captions"), self.encoder.bank
+            rows = (rows if bank is None else bank.captions(rows)).numpy()
             with writable(self.store):
                 replace_file(path, lambda unfinished: write_embeddings(unfinished, rows))
         return open_embeddings(path)
@@ -113,6 +126,7 @@ class Searcher:
         encoder = replace(self.encoder, num_workers=workers)
         for rows, reasons in encoder.image_batches([root / name for name in names], "photos"):
             named = zip(reasons, left, strict=False)
+            rows = rows if self.encoder.bank is None or not len(rows) else self.encoder.bank.photos(rows)
             yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in named]
         seconds = time.perf_counter() - started
         notes.append(f"{len(names):,} photos encoded in {seconds:.0f} s, {len(names) / seconds:.0f} a second")
@@ -123,7 +137,7 @@ class Searcher:
 
 
 def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
-    """The query of a sentence, a photo or both, (1, D): "this photo, but in snow" is the sum of the two."""
+    """The query of a sentence, a photo or both, (1, F): "this photo, but in snow" is the sum of the two."""
     import torch.nn.functional as F
 
     if sentence_emb is None or photo_emb is None:
@@ -132,14 +146,14 @@ def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tenso
 
 
 def nearest_captions(queries: "Tensor", rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
-    """For each query (Q, D) the k captions with the nearest rows (M, D), best first."""
+    """For each query (Q, F) the k captions with the nearest rows (M, F), best first."""
     from retrieval import top_k
 
     return _matches(*top_k(queries, rows, k), captions)
 
 
 def nearest_photos(queries: "Tensor", gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
-    """For each query (Q, D) the k nearest photos of the gallery, best first; every one is compared, unless an index
+    """For each query (Q, F) the k nearest photos of the gallery, best first; every one is compared, unless an index
     (index.py) is named."""
     if index is not None:
         from index import search_index
