@@ -92,7 +92,7 @@ def apply_settings(config: Config, model: CLIPModel) -> None:
             tower.freeze(frozen, trained=_trained(tower.backbone, last, config.lora))
         except ValueError as error:
             raise ValueError(f"{flag} {last}: {error}" if last else str(error)) from None
-    model.set_dropout(config.dropout, config.image_feature_dropout)
+    model.set_dropout(config.dropout, config.image_feature_dropout, config.word_dropout)
 
 
 def _trained(backbone, last, rank):

@@ -46,6 +46,7 @@ class Config:
     embed_dim: int = 512  # dimensions of the space that photos and captions share
     dropout: float = 0.1  # in the projection heads
     image_feature_dropout: float = 0.0  # of the image tower's features, before their head; helps a frozen tower
+    word_dropout: float = 0.0  # share of a caption's tokens that a text tower in training does not see
 
     start_from: str | None = None  # a run's folder: training starts from its best weights, and its towers
 
@@ -90,7 +91,9 @@ class Config:
         _require(self, "at least 0", lambda v: v >= 0, "split_seed", "seed", "lora", "freeze_epochs", "stored_views")
         _require(self, "at least 1", lambda v: v is None or v >= 1, "image_stages", "text_layers")
         _require(self, "above 0 and at most 1", lambda v: 0 < v <= 1, "min_crop")
-        _require(self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout", "image_feature_dropout")
+        _require(
+            self, "at least 0 and below 1", lambda v: 0 <= v < 1, "dropout", "image_feature_dropout", "word_dropout"
+        )
         _require(
             self, "at least 0.01 (the logits would explode) and finite", lambda v: 0.01 <= v < math.inf, "temperature"
         )
@@ -126,6 +129,8 @@ class Config:
             raise ValueError("--model brings its own pooling: leave out --image-pooling and --text-pooling")
         if self.lora and (self.image_stages or self.text_layers):
             raise ValueError("--lora trains adapters in the whole tower: leave out --image-stages and --text-layers")
+        if self.word_dropout and self.freeze_text:
+            raise ValueError("--word-dropout is for a text tower that trains: leave it or --freeze-text out")
         if self.stored_views and not (self.freeze_image or self.image_stages):
             raise ValueError("--stored-views keeps what frozen stages say: add --image-stages 1, or --freeze-image")
         if self.stored_views > 1 and not self.augment:

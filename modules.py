@@ -156,6 +156,7 @@ class TextEncoder(Tower):
 
     def __init__(self, backbone: nn.Module, *, pooling: str, frozen: bool, dim: int | None = None):
         super().__init__(backbone, dim=dim or backbone.config.hidden_size, frozen=frozen, pooling=pooling)
+        self.word_dropout = 0.0
 
     @property
     def max_tokens(self) -> int | None:
@@ -178,11 +179,20 @@ class TextEncoder(Tower):
         return torch.cat(read)[order.argsort()]
 
     def _read(self, input_ids, attention_mask):
+        if self.training and self.word_dropout:
+            attention_mask = self._without_some(attention_mask)
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
         if self.pooling == "own":
             return hidden
         hidden = hidden.last_hidden_state  # (M, L, dim)
         return self.pool(hidden, attention_mask) if self.pool else pool(hidden, attention_mask, self.pooling)
+
+    def _without_some(self, attention_mask):
+        """The mask (M, L) without random tokens, but with each caption's first and last, which stand for it all."""
+        kept = torch.rand(attention_mask.shape, device=attention_mask.device) >= self.word_dropout
+        place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        kept |= (place == 0) | (place == attention_mask.sum(1, keepdim=True) - 1)
+        return attention_mask * kept
 
 
 class CLIPModel(nn.Module):
@@ -265,8 +275,9 @@ class CLIPModel(nn.Module):
             if tower.held != held:
                 tower.hold(held)
 
-    def set_dropout(self, dropout: float, image_feature_dropout: float) -> None:
-        """Let the heads drop with other probabilities."""
+    def set_dropout(self, dropout: float, image_feature_dropout: float, word_dropout: float) -> None:
+        """Let the heads, and the text tower its tokens, drop with other probabilities."""
+        self.text_encoder.word_dropout = word_dropout
         for head, feature_dropout in ((self.image_head, image_feature_dropout), (self.text_head, 0.0)):
             for name, rate in (("dropout", dropout), ("feature_dropout", feature_dropout)):
                 if hasattr(head, name):

@@ -70,6 +70,7 @@ def test_every_field_is_a_flag_of_its_name(field):
         ("dropout", 1.0),
         ("dropout", -0.1),
         ("image_feature_dropout", 1.0),
+        ("word_dropout", 1.0),
         ("temperature", 0.0),
         ("temperature", math.inf),
         ("max_grad_norm", 0.0),

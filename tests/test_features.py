@@ -454,8 +454,9 @@ def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny):
         ({"stored_views": 2}, "--stored-views keeps what frozen stages say"),
         ({"stored_views": 2, "image_stages": 1, "augment": False}, "--no-augment leaves one view"),
         ({"stored_views": -1}, "--stored-views must be at least 0"),
+        ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout is for a text tower that trains"),
     ],
 )
-def test_views_that_make_no_sense_are_refused(tiny, settings, message):
+def test_settings_that_make_no_sense_are_refused(tiny, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny(**settings)

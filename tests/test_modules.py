@@ -202,6 +202,31 @@ def test_captions_read_in_groups_of_similar_length_come_back_in_their_order(pool
         torch.testing.assert_close(tower(input_ids, attention_mask), torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
+def test_words_are_dropped_in_training_but_never_the_first_token_nor_the_last(monkeypatch):
+    tower = tiny_model()[0].text_encoder
+    lengths = torch.randint(1, 12, (2000,), generator=generator())
+    input_ids, attention_mask = captions(lengths.tolist(), 12)
+    seen, forward = [], tower.backbone.forward
+    monkeypatch.setattr(
+        tower.backbone, "forward", lambda **batch: seen.append(batch["attention_mask"]) or forward(**batch)
+    )
+    monkeypatch.setattr("modules.SAME_LENGTH", len(lengths))
+
+    def read(mode):
+        tower.train(mode)(input_ids, attention_mask)
+        return seen.pop()
+
+    assert torch.equal(read(True), attention_mask)
+    tower.word_dropout = 0.3
+    mask, rows = read(True), torch.arange(len(lengths))
+    assert mask[:, 0].all() and mask[rows, lengths - 1].all() and not (mask * (1 - attention_mask)).any()
+    inner = attention_mask.sum() - attention_mask[:, 0].sum() - (lengths > 1).sum()
+    assert (attention_mask - mask).sum() / inner == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(read(False), attention_mask)
+    tower.freeze(True)
+    assert torch.equal(read(True), attention_mask)
+
+
 def test_captions_read_in_groups_are_padded_to_the_longest_of_their_group(monkeypatch):
     tower = tiny_model()[0].text_encoder.eval()
     seen, read = [], tower._read
