@@ -171,6 +171,8 @@ def _require_checkpoint(folder, checkpoint):
         raise FileNotFoundError(
             f"{folder} has no {checkpoint}: no epoch is finished yet; go on with: python train.py --resume {folder}"
         )
+    if (folder / BEST).is_file():
+        raise FileNotFoundError(f"{folder} has no {checkpoint} to go on from: train another run with --start-from it")
     raise FileNotFoundError(f"{folder} has no {checkpoint}: its training stopped before it was saved; start it anew")
 
 

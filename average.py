@@ -1,0 +1,98 @@
+"""Make one model of several: `python average.py runs/a runs/b runs/c --name soup`.
+
+Runs that started from the same weights and differ in seed or settings have weights whose mean is a model too, often one
+that finds more than each of them, at the cost of one (model soups, arXiv 2203.05482).
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+import cli
+from config import MODEL_FIELDS, Config
+from run_folder import BEST, LOG, TOWERS, create_run, read_config, write_config, write_text
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Average the best weights of runs that started from the same run, and measure the mean on the validation part."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # the runs' folders, two or more
+    name: str  # the new run's folder below runs_dir
+    data_dir: Path | None = None  # where the data set lies now, if it has moved since training
+    runs_dir: Path = Path(Config.runs_dir)  # where the new run is written
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders
+
+
+def main() -> None:
+    flags = cli.parse_flags(Flags)
+    config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
+    config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir))
+    data = cli.open_data(config, flags.data_dir)
+    from build import build_encoder
+    from checkpoint import save_state
+    from hubs import keep_bank
+    from retrieval import retrieval_metrics
+
+    model, tokenizer = average(flags.runs)
+    encoder = build_encoder(
+        model,
+        tokenizer,
+        max_tokens=config.max_tokens,
+        device=flags.device,
+        precision=flags.precision,
+        num_workers=-1,
+    )
+    encoded = encoder.part(data.part("val"), "val")
+    embedded = encoded.images, encoded.texts, encoded.caption_image_ids
+    metrics = retrieval_metrics(*embedded)
+    folder = create_run(config)
+    shutil.copytree(flags.runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
+    save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "bank": keep_bank(*embedded)})
+    write_config(folder, config, {"average of": [str(run) for run in flags.runs]})
+    write_text(folder / LOG, json.dumps({"epoch": 1} | metrics) + "\n")
+    print(f"{folder}: validation rsum {metrics['rsum']:.1f}. Next:\n  python evaluate.py {folder} --split test")
+
+
+def shared_config(folders: Sequence[Path]) -> Config:
+    """The first run's settings. Raises ValueError where the mean of the runs' weights would mean nothing."""
+    if len(folders) < 2:
+        raise ValueError("one run is its own average: give two or more")
+    first, *others = configs = [read_config(folder) for folder in folders]
+    for folder, config in zip(folders, configs, strict=True):
+        if config.start_from is None:
+            raise ValueError(
+                f"{folder} did not start from another run: the weights of runs that began at random lie apart, and "
+                "their mean is no model; train them with the same --start-from"
+            )
+    for folder, config in zip(folders[1:], others, strict=True):
+        for name in (*MODEL_FIELDS, "start_from", "dataset", "split_seed"):
+            ours, theirs = getattr(first, name), getattr(config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"{folders[0]} and {folder} differ in {name} ({ours}, {theirs}): average like with like"
+                )
+    return first
+
+
+def average(folders: Sequence[Path]):
+    """The mean of the runs' best weights, as a model in eval mode on the CPU, and its tokenizer."""
+    from checkpoint import load_run
+
+    run = load_run(folders[0])
+    mean = run.model.state_dict()
+    for count, folder in enumerate(folders[1:], start=2):
+        for key, tensor in load_run(folder).model.state_dict().items():
+            if tensor.is_floating_point():
+                mean[key] += (tensor - mean[key]) / count  # to the last bit the same where all are the same
+    return run.model, run.tokenizer
+
+
+if __name__ == "__main__":
+    cli.run(main)
