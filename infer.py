@@ -153,7 +153,7 @@ def encode_queries(searcher: Searcher, queries: list[Query], among: Kind):
 
 
 def as_table(query: Query, matches: list) -> str:
-    """The matches for the terminal: rank, cosine, and what it is."""
+    """The matches for the terminal: rank, score, and what it is."""
     lines = [f"{rank:>4}  {match.score:6.3f}  {match.item}" for rank, match in enumerate(matches, start=1)]
     return "\n".join([str(query), *lines])
 

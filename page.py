@@ -45,7 +45,7 @@ def _search_tab(gr, shelf, run, gallery, index):
 
         @_told(gr)
         def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
-            """The photos that fit a sentence, resemble a photo, or both: (photo, cosine and name), best first."""
+            """The photos that fit a sentence, resemble a photo, or both: (photo, score and name), best first."""
             from search import combine, nearest_photos
 
             searcher, sentence = shelf.searcher(run), (sentence or "").strip()
@@ -75,7 +75,7 @@ def _captions_tab(gr, shelf, run):
 
     @_told(gr)
     def find_captions(photo: str | None, run: str):
-        """The captions of the run's data set that fit a photo: (cosine, caption), best first."""
+        """The captions of the run's data set that fit a photo: (score, caption), best first."""
         from search import nearest_captions
 
         searcher, captions = shelf.searcher(run), shelf.captions(run)
