@@ -33,7 +33,7 @@ class Flags:
 def main() -> None:
     flags = cli.parse_flags(Flags)
     config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
-    config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir))
+    config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log is one measurement
     data = cli.open_data(config, flags.data_dir)
     from build import build_encoder
     from checkpoint import save_state

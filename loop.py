@@ -44,7 +44,7 @@ class Trainer:
         self.progress, self.last_plot = Progress(), -math.inf
         # A GPU is a step behind what is asked of it: its results are looked at a step late, so that it never waits.
         self.lag, self.outcomes = int(encoder.device.type == "cuda"), []
-        self.signals, self.saved = StopSignals(speaks=rank() == 0), None
+        self.signals, self.saved, self.bank = StopSignals(speaks=rank() == 0), None, None
         if state is not None:
             self._restore(state)
 
@@ -57,10 +57,9 @@ class Trainer:
             try:
                 while progress.epoch < config.epochs:
                     self._train_epoch()
-                    metrics, bank = self._validate()
-                    record = self._record() | metrics
+                    record = self._record() | self._validate()
                     progress.finish_epoch(record)
-                    self._save_epoch(record, bank)
+                    self._save_epoch(record)
                     print(_epoch_line(record, config.epochs), flush=True)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := _advice(error, config)):
@@ -156,12 +155,13 @@ class Trainer:
         return readable(first, True), None if second is None else readable(second, False)
 
     @torch.inference_mode()
-    def _validate(self) -> tuple[dict, dict | None]:
-        """The retrieval metrics of the validation part, over its full pool, once for all processes; and the bank."""
+    def _validate(self) -> dict:
+        """The retrieval metrics of the validation part, over its full pool, once for all processes; keeps its bank."""
         self.model.eval()
         with self.signals.at_once():
             embedded = self.embed_validation()
-            return from_first(retrieval_metrics(*embedded) if rank() == 0 else None), keep_bank(*embedded)
+            self.bank = keep_bank(*embedded)
+            return from_first(retrieval_metrics(*embedded) if rank() == 0 else None)
 
     def _report_unreadable(self):
         unreadable = sorted(set(gather_lists(sorted(self.progress.unreadable))))
@@ -170,14 +170,16 @@ class Trainer:
         if unreadable and self.progress.epoch == 0:
             print(f"train: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
 
-    def _save_epoch(self, record: dict, bank: dict | None):
+    def _save_epoch(self, record: dict):
         """best.pt if this epoch is the best yet, then last.pt, then the log: a crash between them loses no epoch."""
         folder, progress = self.folder, self.progress
         if rank() > 0:
             return
         if record["rsum"] > progress.best_rsum:
             progress.best_rsum = record["rsum"]
-            save_state(folder / BEST, {"model": split_frozen(self.model)[0], "epoch": progress.epoch, "bank": bank})
+            save_state(
+                folder / BEST, {"model": split_frozen(self.model)[0], "epoch": progress.epoch, "bank": self.bank}
+            )
         self._save_last()
         write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in progress.history))
         if time.perf_counter() - self.last_plot > PLOT_EVERY:

@@ -114,8 +114,7 @@ def newest_finished_run(runs_dir: str | Path) -> Path:
 
 def _has_finished(folder):
     try:
-        whole = not (folder / LAST).is_file()  # of average.py, which has nothing to go on from
-        return (folder / BEST).is_file() and (whole or len(read_log(folder)) >= read_config(folder).epochs)
+        return (folder / BEST).is_file() and len(read_log(folder)) >= read_config(folder).epochs
     except (OSError, ValueError):
         return False  # a damaged run must not hide the others
 
