@@ -34,25 +34,18 @@ def main() -> None:
     flags = cli.parse_flags(Flags)
     config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
     config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log is one measurement
+    config = replace(config, device=flags.device, precision=flags.precision)
     data = cli.open_data(config, flags.data_dir)
-    from build import build_encoder
+    folder = create_run(config)
+    from build import training_encoder
     from checkpoint import save_state
     from hubs import keep_bank
     from retrieval import retrieval_metrics
+    from stored_batches import embed_photos
 
     model, tokenizer = average(flags.runs)
-    encoder = build_encoder(
-        model,
-        tokenizer,
-        max_tokens=config.max_tokens,
-        device=flags.device,
-        precision=flags.precision,
-        num_workers=-1,
-    )
-    encoded = encoder.part(data.part("val"), "val")
-    embedded = encoded.images, encoded.texts, encoded.caption_image_ids
+    embedded = embed_photos(training_encoder(config, model, tokenizer), data.part("val"))
     metrics = retrieval_metrics(*embedded)
-    folder = create_run(config)
     shutil.copytree(flags.runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
     save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "bank": keep_bank(*embedded)})
     write_config(folder, config, {"average of": [str(run) for run in flags.runs]})

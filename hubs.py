@@ -37,12 +37,8 @@ class Bank:
 
     def both(self, image_emb: Tensor, text_emb: Tensor) -> tuple[Tensor, Tensor]:
         """Photos and captions that are searched with each other: (N, D), (M, D) → (N, D + 2), (M, D + 2)."""
-        return query(self.photos(image_emb)), self._turned(self.captions(text_emb))
-
-    @staticmethod
-    def _turned(rows):
-        """The place for the query's 1 before the last column, where the photos have their own correction."""
-        return torch.cat([query(rows[:, :-1]), rows[:, -1:]], 1)
+        # The 1 of each stands where the other has its correction.
+        return query(self.photos(image_emb)), _joined(query(text_emb), self.captions(text_emb)[:, -1])
 
 
 def query(emb: Tensor, weight: float = 1.0) -> Tensor:
