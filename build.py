@@ -129,15 +129,15 @@ def describe_model(model: CLIPModel) -> str:
 
 
 def build_batches(
-    config: Config, model: CLIPModel, encoder: Encoder, data: CaptionData
+    config: Config, model: CLIPModel, encoder: Encoder, data: CaptionData, *, first_epoch: int = 0
 ) -> tuple[StoredBatches | TrainingBatches, Callable[[], Embedded]]:
-    """The training batches, and what embeds the validation part; both from stored features where a part of the image
-    tower never changes and `config.views` of each photo are to be kept."""
+    """The training batches from `first_epoch` on, and what embeds the validation part; both from stored features where
+    a part of the image tower never changes and `config.views` of each photo are to be kept."""
     train, val = data.part("train"), data.part("val")
     if encoder.max_tokens < config.max_tokens:
         print(f"the text tower takes {encoder.max_tokens} tokens, fewer than --max-tokens {config.max_tokens}")
     if config.views:
-        return _stored_batches(config, model, encoder, train, val)
+        return _stored_batches(config, model, encoder, train, val, first_epoch)
     return _photo_batches(config, encoder, train), partial(embed_photos, encoder, val)
 
 
@@ -152,13 +152,15 @@ def _sampler(config, images):
     )
 
 
-def _stored_batches(config, model, encoder, train, val):
+def _stored_batches(config, model, encoder, train, val, first_epoch):
     tower = model.image_encoder
     try:
         tower.cut()
     except ValueError as error:
         raise ValueError(f"--stored-views {config.stored_views}: {error}; leave it out") from None
-    texts_too = config.freeze_text and config.text_pooling != "gpo"
+    still = config.freeze_text or first_epoch < config.freeze_epochs  # the text tower, at least in the next epoch
+    texts_too = still and config.text_pooling != "gpo"
+    reads = not (texts_too and config.freeze_text)
 
     def stored(part, name, views):
         images = stored_images(
@@ -166,19 +168,20 @@ def _stored_batches(config, model, encoder, train, val):
         )
         report_unreadable(part, images.kept, name)
         captions, mirrored = with_mirrored(part.captions, mirror=views > 1)
-        if not texts_too:
-            return StoredPart(part, images, mirrored, tokens=_tokens(encoder, captions))
-        reader = replace(encoder, encode_text=model.text_encoder)
-        texts = stored_texts(reader, model.text_encoder, captions, name, cache_dir=config.cache_dir)
-        return StoredPart(part, images, mirrored, texts=texts)
+        texts, tokens = None, _tokens(encoder, captions) if reads else None
+        if texts_too:
+            reader = replace(encoder, encode_text=model.text_encoder.eval())
+            texts = stored_texts(reader, model.text_encoder, captions, name, cache_dir=config.cache_dir)
+        return StoredPart(part, images, mirrored, texts=texts, tokens=tokens)
 
     training, validation = stored(train, "train", config.views), stored(val, "val", 1)
-    if not texts_too:
+    if reads:
         _report_cut(encoder, train, replace(training.tokens, rows=training.tokens.rows[: len(train.captions)]))
     batches = StoredBatches(
         training,
         _sampler(config, int(training.images.kept.sum())),
         captions_per_image=config.captions_per_image,
+        held_epochs=config.freeze_epochs,
         pad_id=encoder.tokenizer.pad_token_id,
         device=encoder.device,
     )

@@ -38,7 +38,9 @@ class Trainer:
         self, config: Config, folder: Path, model: CLIPModel, encoder: Encoder, data: CaptionData, state: dict | None
     ):
         self.config, self.folder, self.encoder, self.model = config, folder, encoder, model
-        self.batches, self.embed_validation = build_batches(config, model, encoder, data)
+        done = (state or {}).get("epoch")
+        first_epoch = done if isinstance(done, int) else 0  # a damaged state is told of when it is restored
+        self.batches, self.embed_validation = build_batches(config, model, encoder, data, first_epoch=first_epoch)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
         self.step = TrainingStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
         self.progress, self.last_plot = Progress(), -math.inf

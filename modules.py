@@ -42,13 +42,17 @@ class Tower(nn.Module):
     def hold(self, held: bool) -> None:
         """Keep the backbone as it is for the time being, or go on with what trains."""
         self.held = held
-        still = held or self.frozen
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not still and (self.trained is None or name in self.trained))
+            parameter.requires_grad_(not self.still and (self.trained is None or name in self.trained))
         self.train(self.training)
 
+    @property
+    def still(self) -> bool:
+        """Whether nothing of the backbone trains now."""
+        return self.frozen or self.held
+
     def train(self, mode: bool = True):
-        super().train(mode and not (self.frozen or self.held))
+        super().train(mode and not self.still)
         if self.pool is not None:
             self.pool.train(mode)
         if self.trained is not None:

@@ -22,7 +22,8 @@ Embedded = tuple[Tensor, Tensor, Tensor]  # image_emb (N, D), text_emb (M, D), c
 
 @dataclass(frozen=True)
 class StoredPart:
-    """A part with its photos' features, and its captions' (texts) or, where the text tower trains, their tokens.
+    """A part with its photos' features, and its captions': what the text tower says of them while it is frozen or held
+    (texts), their tokens for when it trains.
 
     Both have more rows than captions: `mirrored` (M,) says which row a caption is in a mirror image.
     """
@@ -45,8 +46,8 @@ def with_mirrored(captions: Sequence[str], *, mirror: bool) -> tuple[list[str], 
 
 
 class StoredBatches:
-    """The batches of an epoch as TrainingBatches gives them, but with image_features, and with text_features or
-    tokens. View and captions depend on (seed, epoch, index) alone."""
+    """The batches of an epoch as TrainingBatches gives them, but with image_features, and with text_features in the
+    first `held_epochs`, tokens after them. View and captions depend on (seed, epoch, index) alone."""
 
     def __init__(
         self,
@@ -54,13 +55,14 @@ class StoredBatches:
         sampler: EpochSampler,
         *,
         captions_per_image: int,
+        held_epochs: int,
         pad_id: int,
         device: torch.device,
     ):
         self.paths, self.photos = stored.part.paths, np.flatnonzero(stored.images.kept)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
         self.mirrored, self.tokens, self.views = stored.mirrored, stored.tokens, stored.images.views
-        self.images = _near(stored.images.rows, device)
+        self.images, self.held_epochs, self.read = _near(stored.images.rows, device), held_epochs, False
         self.texts = None if stored.texts is None else _near(stored.texts, device)
         self.first_caption = np.searchsorted(stored.part.caption_image_ids, np.arange(len(self.paths) + 1))
 
@@ -70,6 +72,7 @@ class StoredBatches:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
         """The batches of an epoch from number `first` on."""
         self.sampler.go_to(epoch, first)
+        self.read = self.texts is None or (self.tokens is not None and epoch >= self.held_epochs)
         for keys in self.sampler:
             if len(keys) == 1:
                 yield [self._micro_batch(keys[0])], None
@@ -87,7 +90,7 @@ class StoredBatches:
             "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(own) for own in captions])),
         }
         captions = np.concatenate(captions)
-        if self.texts is not None:
+        if not self.read:
             return batch | {"text_features": self.texts[torch.from_numpy(captions)]}
         ids, mask = pad([self.tokens[row] for row in captions], self.pad_id)
         return batch | {"input_ids": ids, "attention_mask": mask}
@@ -115,7 +118,7 @@ def embed_stored(model: CLIPModel, encoder: Encoder, stored: StoredPart) -> Embe
         return model.embed_image(model.image_encoder.after(features))
 
     image_emb = _embed(encoder, embed_image, stored.images.rows, rows)
-    if stored.texts is not None:
+    if stored.texts is not None and model.text_encoder.still:
         text_emb = _embed(encoder, model.embed_text, stored.texts, captions)
     else:
         text_emb = encoder.captions([stored.part.captions[m] for m in captions], "val: captions")

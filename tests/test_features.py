@@ -22,6 +22,7 @@ from readers import Part, open_dataset
 from run_folder import read_log
 from stages import cut, last_parameters
 from stored_batches import StoredBatches, StoredPart, with_mirrored
+from tokenizer import Tokens
 from towers import build_image_encoder
 from trainer import train
 from view import View
@@ -342,7 +343,7 @@ def test_captions_that_change_in_a_mirror_get_a_row_of_their_own():
     assert everything == captions and rows.tolist() == [0, 1, 2, 3]
 
 
-def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=None):
+def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=None, held_epochs=0):
     """Batches whose features say what they are of: of a photo (number, view), of a caption (photo, row)."""
     owner = np.arange(images).repeat(captions)
     part = Part([Path(f"{number}.png") for number in range(images)], [f"c{m}" for m in range(len(owner))], owner)
@@ -350,9 +351,13 @@ def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=N
     kept = np.ones(images, bool) if kept is None else kept
     mirrored = np.arange(len(owner)) + len(owner)
     texts = torch.tensor([[number, row + turned * 1000] for turned in (0, 1) for row, number in enumerate(owner)])
-    stored = StoredPart(part, ImageFeatures(rows, views, kept), mirrored, texts=texts)
+    every = np.arange(2 * len(owner) + 1)
+    tokens = Tokens(every[1:].astype(np.int32), every, every[:-1]) if held_epochs else None  # row + 1
+    stored = StoredPart(part, ImageFeatures(rows, views, kept), mirrored, texts=texts, tokens=tokens)
     sampler = EpochSampler(int(kept.sum()), 4, seed=0, micro_batch_size=micro_batch_size)
-    return StoredBatches(stored, sampler, captions_per_image=2, pad_id=0, device=torch.device("cpu"))
+    return StoredBatches(
+        stored, sampler, captions_per_image=2, held_epochs=held_epochs, pad_id=0, device=torch.device("cpu")
+    )
 
 
 def whole_batches(batches, epoch):
@@ -406,8 +411,21 @@ def test_batches_of_features_repeat_with_the_epoch_and_differ_between_epochs():
     assert captions(1) == captions(1) != captions(2)
 
 
+def test_captions_are_features_while_the_text_tower_is_held_and_the_same_ones_tokens_after_it():
+    def captions(held_epochs):
+        batches = stored_batches(held_epochs=held_epochs)
+        return [list(whole_batches(batches, epoch)) for epoch in (0, 1)]
+
+    (held, released), (_, features) = captions(1), captions(2)
+    assert all("text_features" in batch and "input_ids" not in batch for batch in held)
+    assert all("input_ids" in batch and "text_features" not in batch for batch in released)
+    for batch, other in zip(released, features, strict=True):
+        assert (batch["input_ids"][:, 0] - 1).tolist() == other["text_features"][:, 1].tolist()
+
+
 PARTS = {
     "a stage and the text tower": {"image_stages": 1},
+    "a stage and the text tower, held at first": {"image_stages": 1, "freeze_epochs": 2},
     "the text tower": {"freeze_image": True},
     "a stage": {"image_stages": 1, "freeze_text": True},
     "a pooling": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo"},

@@ -28,6 +28,7 @@ SETTINGS = {
     "loader processes": {"num_workers": 2, **CACHED},
     "towers that join later": {"freeze_epochs": 1},
     "stored features": {"freeze_image": True, "freeze_text": True},
+    "stored views, and a text tower that joins later": {"image_stages": 1, "stored_views": 2, "freeze_epochs": 1},
     "stored views": {"image_stages": 1, "stored_views": 3, "micro_batch_size": 3},
     "bfloat16": {"precision": "bfloat16"},
 }
