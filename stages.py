@@ -125,14 +125,19 @@ def _timm_stages(backbone):
 
 
 def _layers(backbone):
-    """Parameter name → number of its layer in the longest list of layers; those before it -1, those behind it last."""
+    """Parameter name → number of its layer in the longest list of layers; those before it -1, those behind it last.
+
+    Embeddings are -1 wherever they stand: MPNet keeps what all its layers need to know of positions behind them, and
+    with that in training, the gradient would have to go down to the first.
+    """
     lists = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.ModuleList)}
     if not lists:
         return {}
     prefix = max(lists, key=lambda name: len(lists[name])) + "."
+    embeddings = {f"{name}.weight" for name, module in backbone.named_modules() if isinstance(module, nn.Embedding)}
     numbers, reached = {}, -1
     for name, _ in backbone.named_parameters():
         if name.startswith(prefix):
             reached = int(name.removeprefix(prefix).partition(".")[0])
-        numbers[name] = reached
+        numbers[name] = -1 if name in embeddings else reached
     return numbers
