@@ -157,7 +157,7 @@ def _stored_batches(config, model, encoder, train, val, first_epoch):
     try:
         tower.cut()
     except ValueError as error:
-        raise ValueError(f"--stored-views {config.stored_views}: {error}; leave it out") from None
+        raise ValueError(f"--stored-views {config.stored_views}: {error}; try --stored-views 0") from None
     still = config.freeze_text or first_epoch < config.freeze_epochs  # the text tower, at least in the next epoch
     texts_too = still and config.text_pooling != "gpo"
     reads = not (texts_too and config.freeze_text)

@@ -59,6 +59,11 @@ def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
     return None
 
 
+def named(flag: str) -> bool:
+    """Whether the command line names a flag, with or without a value."""
+    return any(word.partition("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a script; a user's mistake ends it with one line and exit code 2 (`python -X dev` shows the traceback)."""
     # Both libraries look for news on the internet at import, and tokenizers warns when loader processes start.

@@ -31,7 +31,9 @@ class Flags(Config):
 
 
 def main() -> None:
-    flags = cli.parse_flags(Flags, default=Flags(**asdict(default_config(cli.given("--dataset") or "flickr8k"))))
+    # Both towers whole, as the notebooks train them, and not a recipe that keeps most of the work on disk.
+    default = default_config(cli.given("--dataset") or "flickr8k", recipe=False)
+    flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{key: value for key, value in asdict(flags).items() if key not in ("steps", "rounds")})
     data = cli.open_data(config)
     loops = {

@@ -11,7 +11,7 @@ from conftest import program, refused
 
 import cli
 import train
-from config import PRESETS, Config, default_config
+from config import OTHER_RECIPE, PRESETS, RECIPES, Config, default_config
 
 
 def flags(*argv, kind=train.Flags, default=None):
@@ -106,7 +106,31 @@ def test_the_preset_of_a_data_set_replaces_defaults():
 def test_the_data_set_named_by_a_flag_decides_the_defaults(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     config, _ = train.parse_flags()
-    assert config == Config(dataset="flickr8k")
+    assert config == default_config("flickr8k") != Config(dataset="flickr8k")
+    assert config.text_encoder == RECIPES["flickr8k"]["text_encoder"]
+
+
+def test_the_flags_that_leave_a_recipe_out_are_flags():
+    assert all(hasattr(Config, flag.removeprefix("--").removeprefix("no-").replace("-", "_")) for flag in OTHER_RECIPE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--freeze-text"],
+        ["--freeze_text"],
+        ["--no-pretrained"],
+        ["--lora", "4"],
+        ["--lora=4"],
+        ["--freeze-image", "--lora", "4"],
+    ],
+)
+def test_flags_that_say_what_trains_leave_the_recipe_of_the_data_set_out(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--alpha", "0.7", *words])
+    config, _ = train.parse_flags()
+    told = {"freeze_text": "text" in words[0], "freeze_image": "--freeze-image" in words}
+    told |= {"pretrained": "--no-pretrained" not in words, "lora": 4 if "lora" in " ".join(words) else 0}
+    assert config == Config(dataset="flickr8k", alpha=0.7, **told)
 
 
 def test_a_flag_wins_over_the_preset(monkeypatch):

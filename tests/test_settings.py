@@ -11,7 +11,9 @@ import step
 from build import build_model
 from checkpoint import load_run, load_state
 from encode import load_encoder
+from modules import TextEncoder
 from run_folder import read_log
+from stages import last_parameters
 from trainer import train
 
 FROZEN = {"freeze_image": True, "freeze_text": True}
@@ -156,6 +158,21 @@ def test_stages_of_a_folded_tower_are_the_same(tiny):
     run = run_of(config := tiny(image_stages=1, freeze_text=True))
     towers = {key for key in changed(config, run) if "backbone" in key}
     assert towers and all(".layer4." in key for key in towers)
+
+
+def test_the_gradient_of_the_last_layers_goes_down_to_them_and_no_further():
+    """MPNet's layers share an embedding of relative positions, which stands behind them."""
+    from transformers import MPNetConfig, MPNetModel
+
+    size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = MPNetModel(MPNetConfig(vocab_size=50, **size), add_pooling_layer=False)
+    tower = TextEncoder(backbone, pooling="mean", frozen=False)
+    tower.freeze(False, trained=last_parameters(backbone, 1))
+    reached = []
+    for number, layer in enumerate(backbone.encoder.layer):
+        layer.register_forward_hook(lambda _, __, out, number=number: reached.append((number, out[0].requires_grad)))
+    tower(torch.tensor([[0, 5, 6, 2]]), torch.ones(1, 4, dtype=torch.long)).sum().backward()
+    assert reached == [(0, False), (1, False), (2, True)]
 
 
 @pytest.mark.parametrize(
