@@ -83,7 +83,10 @@ def apply_settings(config: Config, model: CLIPModel) -> None:
     model.use_bias(config.bias)
     if config.image_size not in (None, own := model.image_encoder.view.size):
         model.image_encoder.resize(config.image_size)
-        model.image_encoder.require_size("the image tower", own=own)
+        model.image_encoder.require_size("the image tower", advice=f"--image-size {own}")
+    if config.search_scale != 1:
+        searched = model.image_encoder.view.scaled(config.search_scale).size
+        model.image_encoder.require_size("the image tower", advice="--search-scale 1", size=searched)
     for tower, frozen, last, flag in (
         (model.image_encoder, config.freeze_image, config.image_stages, "--image-stages"),
         (model.text_encoder, config.freeze_text, config.text_layers, "--text-layers"),

@@ -48,6 +48,10 @@ class Config:
     image_feature_dropout: float = 0.0  # of the image tower's features, before their head; helps a frozen tower
     word_dropout: float = 0.0  # share of a caption's tokens that a text tower in training does not see
 
+    # Search and evaluation; see evaluate.py --as-trained
+    search_scale: float = 1.0  # photos are read so many times larger than in training (arXiv 1906.06423)
+    search_mirrored: bool = False  # an embedding is the mean of the photo's and its mirror image's
+
     start_from: str | None = None  # a run's folder: training starts from its best weights, and its towers
 
     # Objective: a main term over all pairs of the batch + alpha * triplet margin
@@ -97,6 +101,7 @@ class Config:
         _require(
             self, "at least 0.01 (the logits would explode) and finite", lambda v: 0.01 <= v < math.inf, "temperature"
         )
+        _require(self, "from 0.5 to 4", lambda v: 0.5 <= v <= 4, "search_scale")
         _require(self, "from 0 to 1", lambda v: 0 <= v <= 1, "softness")
         _require(self, "from -1 to 1", lambda v: -1 <= v <= 1, "cosine_margin")
         _require(self, "above 0 and finite", lambda v: 0 < v < math.inf, "max_grad_norm")
@@ -171,6 +176,8 @@ MODEL_FIELDS = (
     "text_head",
     "embed_dim",
     "image_size",
+    "search_scale",
+    "search_mirrored",
     "lora",
 )
 
@@ -204,6 +211,8 @@ RECIPES = {
         "dropout": 0.5,
         "image_feature_dropout": 0.3,
         "word_dropout": 0.1,
+        "search_scale": 8 / 7,
+        "search_mirrored": True,
         "alpha": 1.0,
         "batch_size": 256,
         "epochs": 13,

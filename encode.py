@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -53,6 +54,7 @@ class Encoder:
     num_workers: int
     cache_dir: str | None = None  # where token ids are kept, and with cache_images the photos
     cache_images: bool = False
+    mirrored: bool = False  # a photo's embedding is the mean of its own and its mirror image's
     bank: Bank | None = None  # of a run whose validation part is large enough
 
     @property
@@ -87,7 +89,13 @@ class Encoder:
         each photo None or why it cannot be read."""
         files = ImageFiles(paths, view=self.view, photo_cache=self.photo_cache(paths))
         for pixels, reasons in self.pixel_batches(files, progress):
-            yield torch.empty(0) if pixels is None else self.run(self.encode_image, pixels).float(), reasons
+            yield torch.empty(0) if pixels is None else self._embed(pixels), reasons
+
+    def _embed(self, pixels):
+        rows = self.run(self.encode_image, pixels).float()
+        if not self.mirrored:
+            return rows
+        return F.normalize(rows + self.run(self.encode_image, pixels.flip(-1)).float(), dim=-1)
 
     def pixel_batches(
         self, files: ImageFiles | PhotoViews, progress: str, batch_size: int = IMAGE_BATCH
@@ -164,8 +172,9 @@ def build_encoder(
     )
 
 
-def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder, CLIPModel]:
-    """The Encoder of a finished run's best checkpoint, and its model."""
+def load_encoder(folder: Path, *, device: str, precision: str, as_trained: bool = False) -> tuple[Encoder, CLIPModel]:
+    """The Encoder of a finished run's best checkpoint, and its model. It reads photos as the run's search does, or as
+    the run was trained."""
     run = load_run(folder)
     encoder = build_encoder(
         run.model,
@@ -176,6 +185,9 @@ def load_encoder(folder: Path, *, device: str, precision: str) -> tuple[Encoder,
         precision=precision,
         num_workers=-1,
     )
+    if not as_trained:
+        view = encoder.view.scaled(run.config.search_scale)
+        encoder = replace(encoder, view=view, mirrored=run.config.search_mirrored)
     return replace(encoder, bank=_bank_of(run)), run.model
 
 

@@ -23,6 +23,7 @@ class Flags:
     run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; without it the newest finished one
     model: str | None = None  # instead of a run: a pretrained pair as it is (CLIP, SigLIP ...), a name or a folder
     split: Literal["train", "val", "test"] = "test"  # what to measure on
+    as_trained: bool = False  # read photos as in training, though search reads them larger (--search-scale) or twice
     dataset: str | None = None  # of another data set than the run's own
     zero_shot: Path | None = None  # instead: a folder with a folder of photos per class, named like the class
     templates: tuple[str, ...] = ()  # sentences a class is said in, with {} for its name, instead of the built-in ones
@@ -41,6 +42,7 @@ def main() -> None:
     data = cli.open_data(config, flags.data_dir)
     part = data.part(flags.split)
     what = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
+    what += ", as trained" if flags.as_trained else ""
     print(
         f"{folder}: {flags.split} split of {data.name}, {len(part.paths):,} images, {len(part.captions):,} captions",
         flush=True,
@@ -76,7 +78,7 @@ def load(folder: Path, flags: Flags):
         return pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
     from encode import load_encoder
 
-    return load_encoder(folder, **settings)
+    return load_encoder(folder, as_trained=flags.as_trained, **settings)
 
 
 def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:

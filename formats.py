@@ -156,7 +156,7 @@ def _processor(image_encoder, view):
 
 
 def _view(run) -> View:
-    return run.model.image_encoder.view.resized(run.config.image_size)
+    return run.model.image_encoder.view.resized(run.config.image_size).scaled(run.config.search_scale)
 
 
 def _max_tokens(run):

@@ -138,17 +138,15 @@ class ImageEncoder(Tower):
         """Read photos at another size; None leaves it."""
         self.view = self.view.resized(size)
 
-    def require_size(self, name: str, *, own: int) -> None:
+    def require_size(self, name: str, *, advice: str, size: int | None = None) -> None:
         """Look at one grey photo: a size that the tower refuses is told here and not in the middle of training."""
-        size = self.view.size
+        size = size or self.view.size
         try:
             with torch.no_grad():
                 self.eval()(torch.full((1, 3, size, size), 0.5))
         except (RuntimeError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise ValueError(
-                f"{name} does not take photos of {size} pixels ({reason}): try --image-size {own}"
-            ) from None
+            raise ValueError(f"{name} does not take photos of {size} pixels ({reason}): try {advice}") from None
 
 
 class TextEncoder(Tower):

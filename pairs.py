@@ -113,7 +113,7 @@ def build_pair(name: str, *, image_size: int | None, frozen_image: bool = False,
         raise loading_error("pair", name, error, flag="--model", advice=_meant(name)) from None
     temperature, bias = _learned_scale(model)
     images, texts = _towers(model, tokenizer, specification, frozen_image=frozen_image, frozen_text=frozen_text)
-    images.require_size(name, own=own_size)
+    images.require_size(name, advice=f"--image-size {own_size}")
     return Pair(images, texts, tokenizer, specification, temperature, bias)
 
 

@@ -75,7 +75,7 @@ def build_image_encoder(
         "view": asdict(View(image_size or settings["input_size"][-1])),
     }
     image_encoder = _image_encoder(backbone, specification, frozen, pooling)
-    image_encoder.require_size(name, own=settings["input_size"][-1])
+    image_encoder.require_size(name, advice=f"--image-size {settings['input_size'][-1]}")
     return image_encoder, specification
 
 

@@ -61,6 +61,8 @@ def test_every_field_is_a_flag_of_its_name(field):
         ("captions_per_image", 0),
         ("embed_dim", 0),
         ("image_size", 15),
+        ("search_scale", 0.4),
+        ("search_scale", math.nan),
         ("max_tokens", 2),
         ("num_workers", -2),
         ("seed", -1),

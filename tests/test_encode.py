@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_model, write_photos
+from PIL import Image
 
 from device import pick_device, pick_precision, pick_workers
 from encode import CAPTION_BATCH, Encoded, build_encoder
@@ -57,6 +58,18 @@ def test_captions_of_more_than_one_batch_keep_their_order(model_and_tokenizer):
     rows = encoder.captions(captions, "")
     for k in (0, 1, CAPTION_BATCH - 1, CAPTION_BATCH, CAPTION_BATCH + 16):
         torch.testing.assert_close(rows[k], encoder.captions([captions[k]], "")[0], atol=1e-5, rtol=0)
+
+
+def test_a_mirrored_encoder_gives_a_photo_and_its_mirror_image_one_place(model_and_tokenizer, part):
+    plain = encoder_of(*model_and_tokenizer)
+    both = dataclasses.replace(plain, mirrored=True)
+    photo, mirror_image = part.paths[0], part.paths[0].with_name("mirrored.png")
+    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirror_image)
+    one, other = plain.images([photo, mirror_image], "")[0]
+    assert not torch.allclose(one, other, atol=1e-3)
+    expected = (one + other) / (one + other).norm()
+    for row in both.images([photo, mirror_image], "")[0]:
+        torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
 def test_loader_processes_change_nothing(model_and_tokenizer, part):

@@ -13,6 +13,7 @@ from checkpoint import load_run, load_state
 from encode import load_encoder
 from modules import TextEncoder
 from run_folder import read_log
+from search import weights_key
 from stages import last_parameters
 from trainer import train
 
@@ -246,6 +247,28 @@ def test_released_towers_warm_up_from_their_release():
     assert all(tower == 0 for _, tower in rates[:8])
     assert [tower / head for head, tower in rates[8:12]] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert all(tower == head for head, tower in rates[12:])
+
+
+def test_search_reads_photos_as_the_run_says_and_evaluation_as_trained_if_asked(tiny):
+    run = run_of(tiny(search_scale=1.5, search_mirrored=True, epochs=1))
+    found = [load_encoder(run, device="cpu", precision="float32", as_trained=trained)[0] for trained in (False, True)]
+    assert [(encoder.image_size, encoder.mirrored) for encoder in found] == [(48, True), (32, False)]
+    heir = run_of(tiny(start_from=str(run), epochs=1, name="heir", search_scale=1.5))
+    assert load_encoder(heir, device="cpu", precision="float32")[0].image_size == 48
+    assert weights_key(run) != weights_key_of(run, search_mirrored=False)
+
+
+def weights_key_of(run, **changes):
+    """The key that a gallery of this run would have with other settings."""
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | changes))
+    return weights_key(run)
+
+
+def test_a_search_size_that_a_tower_refuses_is_one_line(tiny):
+    config = tiny(pretrained=False, image_encoder="vit_tiny_patch16_224", image_size=224, search_scale=8 / 7)
+    with pytest.raises(ValueError, match=r"does not take photos of 256 pixels .*: try --search-scale 1"):
+        run_of(config)
 
 
 def test_a_run_that_starts_from_another_may_read_larger_photos(tiny):
