@@ -10,6 +10,7 @@ from conftest import read
 import step
 from build import build_model
 from checkpoint import load_run, load_state
+from config import RECIPES
 from encode import load_encoder
 from modules import TextEncoder
 from run_folder import read_log
@@ -230,6 +231,18 @@ def test_towers_are_frozen_at_first_and_released_later(tiny):
     released = changed(config, run_of(config))
     assert any("image_encoder.backbone" in key for key in released)
     assert any("text_encoder.backbone" in key for key in released)
+
+
+@pytest.mark.parametrize("dataset", RECIPES)
+def test_the_recipe_of_a_data_set_fits_together(tiny, dataset):
+    tower = {"text_layers": 1, "embed_dim": 16, "batch_size": 8, "epochs": 3, "freeze_epochs": 2}
+    recipe = {name: value for name, value in RECIPES[dataset].items() if name != "text_encoder"} | tower
+    config = tiny(**recipe)
+    run = run_of(config)
+    moved = changed(config, run)
+    assert any(".layer4." in key for key in moved) and not any(".layer3." in key for key in moved)
+    assert any("transformer.layer.0." in key for key in moved) and not any(".embeddings." in key for key in moved)
+    searches(run)
 
 
 def test_released_towers_warm_up_from_their_release():
