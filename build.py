@@ -161,9 +161,9 @@ def _stored_batches(config, model, encoder, train, val, first_epoch):
         tower.cut()
     except ValueError as error:
         raise ValueError(f"--stored-views {config.stored_views}: {error}; try --stored-views 0") from None
-    still = config.freeze_text or first_epoch < config.freeze_epochs  # the text tower, at least in the next epoch
-    texts_too = still and config.text_pooling != "gpo"
-    reads = not (texts_too and config.freeze_text)
+    fixed = config.text_pooling != "gpo"  # what a text tower that does not train says of a caption
+    texts_too = fixed and (config.freeze_text or first_epoch < config.freeze_epochs)
+    reads = not (fixed and config.freeze_text)
 
     def stored(part, name, views):
         images = stored_images(

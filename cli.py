@@ -52,16 +52,23 @@ def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
     """The value of one flag, read ahead of all others, or None."""
     argv = sys.argv[1:] if argv is None else argv
     for position, word in enumerate(argv):
-        if word.startswith(f"{flag}="):
+        if _flag(word) != flag:
+            continue
+        if "=" in word:
             return word.partition("=")[2]
-        if word == flag and position + 1 < len(argv):
+        if position + 1 < len(argv):
             return argv[position + 1]
     return None
 
 
 def named(flag: str) -> bool:
     """Whether the command line names a flag, with or without a value."""
-    return any(word.partition("=")[0].replace("_", "-") == flag for word in sys.argv[1:])
+    return any(_flag(word) == flag for word in sys.argv[1:])
+
+
+def _flag(word: str) -> str:
+    """The flag in a word of the command line, which may be written with underscores and have its value behind it."""
+    return word.partition("=")[0].replace("_", "-")
 
 
 def run(main: Callable[[], None]) -> None:

@@ -233,8 +233,10 @@ PAIR_PRESET = {"lr_image": 5e-6, "lr_text": 5e-6}
 def default_config(dataset: str, model: str | None = None, *, recipe: bool = True) -> Config:
     """The configuration before any flag: Config's defaults and the preset of the data set, or of a pretrained pair;
     with `recipe` also the data set's recipe."""
-    preset = PRESETS.get(dataset, {}) | (RECIPES.get(dataset, {}) if recipe else {}) if model is None else PAIR_PRESET
-    return Config(dataset=dataset, model=model, **preset)
+    if model is not None:
+        return Config(dataset=dataset, model=model, **PAIR_PRESET)
+    preset = PRESETS.get(dataset, {}) | (RECIPES.get(dataset, {}) if recipe else {})
+    return Config(dataset=dataset, **preset)
 
 
 def _require(config, bounds, holds, *names):

@@ -62,7 +62,7 @@ class StoredBatches:
         self.paths, self.photos = stored.part.paths, np.flatnonzero(stored.images.kept)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
         self.mirrored, self.tokens, self.views = stored.mirrored, stored.tokens, stored.images.views
-        self.images, self.held_epochs, self.read = _near(stored.images.rows, device), held_epochs, False
+        self.images, self.held_epochs = _near(stored.images.rows, device), held_epochs
         self.texts = None if stored.texts is None else _near(stored.texts, device)
         self.first_caption = np.searchsorted(stored.part.caption_image_ids, np.arange(len(self.paths) + 1))
 
@@ -72,7 +72,6 @@ class StoredBatches:
     def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
         """The batches of an epoch from number `first` on."""
         self.sampler.go_to(epoch, first)
-        self.read = self.texts is None or (self.tokens is not None and epoch >= self.held_epochs)
         for keys in self.sampler:
             if len(keys) == 1:
                 yield [self._micro_batch(keys[0])], None
@@ -90,7 +89,8 @@ class StoredBatches:
             "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(own) for own in captions])),
         }
         captions = np.concatenate(captions)
-        if not self.read:
+        epoch, _ = keys[0]
+        if self.texts is not None and (self.tokens is None or epoch < self.held_epochs):
             return batch | {"text_features": self.texts[torch.from_numpy(captions)]}
         ids, mask = pad([self.tokens[row] for row in captions], self.pad_id)
         return batch | {"input_ids": ids, "attention_mask": mask}
