@@ -33,9 +33,7 @@ class Config:
     freeze_text: bool = False  # keep the text tower as it is; with both frozen, training runs on stored features
     image_stages: int | None = None  # train only so many stages of the image tower, the last ones (ResNet50 has 4)
     text_layers: int | None = None  # train only so many layers of the text tower, the last ones
-    stored_views: int = (
-        0  # keep what the frozen part of the image tower says of so many crops of each photo; 0: read anew
-    )
+    stored_views: int = 0  # keep what the image tower's frozen part says of so many crops of a photo; 0: read anew
     lora: int = 0  # rank of adapters (LoRA, needs peft) that train instead of the towers' weights; 0 is none
     freeze_epochs: int = 0  # only the heads train in the first epochs, then the towers too
     fold_batch_norm: bool = True  # pretrained only: fixed batch norm statistics, absorbed by the convolutions (faster)

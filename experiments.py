@@ -1,4 +1,4 @@
-"""Compare configurations over several seeds: `python experiments.py sweeps/alpha.txt --seeds 0 1 2`.
+"""Compare configurations over several seeds: `python experiments.py sweeps/alpha_frozen.txt --seeds 0 1 2`.
 
 A sweep is a text file, a line for each configuration: its name, a colon, its flags for train.py. The line named "all"
 holds what they share, "#" begins a comment. The runs are RUNS_DIR/SWEEP/NAME-sSEED; finished ones are kept, stopped

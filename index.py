@@ -160,7 +160,7 @@ def _count(client, collection):
 def _ids(gallery):
     """A number for each photo that no other has: from its name and its embedding, so that a changed one is new."""
     return [
-        int.from_bytes(hashlib.blake2b(os.fsencode(name) + row.tobytes(), digest_size=8).digest()) >> 1
+        int.from_bytes(hashlib.blake2b(os.fsencode(name) + row.tobytes(), digest_size=8).digest(), "big") >> 1
         for name, row in zip(gallery.names, gallery.embeddings, strict=True)
     ]
 

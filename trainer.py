@@ -20,7 +20,7 @@ from towers import save_towers
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     """Train on `data` as `config` says, in a new run's folder or on from where `resume` stopped; returns the folder."""
     join(pick_device(config.device))
-    _check_batch_size(config, len(data.part("train").paths))  # a mistake should leave no run's folder behind
+    _check_sizes(config, len(data.part("train").paths))  # a mistake should leave no run's folder behind
     torch.manual_seed(config.seed)
     if resume is None:
         (folder, model, tokenizer), state = _start(config, data), None
@@ -30,6 +30,8 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
         _record_start(folder, config, describe_start(data, pick_device(config.device)))
     equalise(model)
     encoder = training_encoder(config, model, tokenizer)
+    if (images := len(data.part("train").paths)) < config.batch_size:
+        print(f"every step sees all {images} training images; --batch-size {config.batch_size} would take more")
     print(
         f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"
     )
@@ -38,10 +40,10 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     return folder
 
 
-def _check_batch_size(config, images):
+def _check_sizes(config, images):
     size, many = config.batch_size, count()
-    if images < size:
-        raise ValueError(f"--batch-size {size} is more than the {images} training images: lower it")
+    if images < (fewest := max(2, many)):  # one for each process, and one to tell it from
+        raise ValueError(f"training needs at least {fewest} images, the data set has {images} for it")
     if size % many:
         near = f"{size // many * many} or {(size // many + 1) * many}" if size > many else f"{many}"
         raise ValueError(f"--batch-size {size} cannot be shared by {many} processes: make it a multiple, {near}")

@@ -219,12 +219,20 @@ def test_another_failure_is_not_taken_for_a_lack_of_memory(tiny, monkeypatch):
         train(config, read(config), None)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused_and_leaves_no_run(tiny):
-    config = tiny(batch_size=23)
-    with pytest.raises(ValueError, match=r"--batch-size 23 .*22 training images"):
-        train(config, read(config), None)
+def test_a_batch_larger_than_the_training_set_is_all_of_it(tiny, capsys):
+    larger, all_of_it = (train(tiny(batch_size=size, name=str(size)), read(tiny()), None) for size in (40, 22))
+    assert same_weights(weights(larger), weights(all_of_it))
+    assert capsys.readouterr().out.count("every step sees all 22 training images; --batch-size 40") == 1
+
+
+def test_a_single_training_image_is_refused_and_leaves_no_run(tiny):
+    config = tiny()
+    data = read(config)
+    one = data.table.image == data.table.image[data.table.split == "train"].iloc[0]
+    data = dataclasses.replace(data, table=data.table[(data.table.split != "train") | one])
+    with pytest.raises(ValueError, match="at least 2 images, the data set has 1"):
+        train(config, data, None)
     assert not (trainer.Path(config.runs_dir) / "run").exists()
-    assert len(read_log(train(tiny(batch_size=22), read(config), None))) == 1
 
 
 def test_a_device_that_is_not_there_leaves_no_run(tiny, monkeypatch):
