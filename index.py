@@ -48,8 +48,12 @@ def search_faiss(gallery: Gallery, queries: Tensor, k: int) -> tuple[Tensor, Ten
         _build_faiss(faiss, gallery, path)
     index, made = faiss.read_index(str(path), faiss.IO_FLAG_MMAP), json.loads(path.with_suffix(".json").read_text())
     print(f"FAISS: {made['recall']:.1%} of the exact 10 nearest are found ({made['measured_on']})", file=sys.stderr)
-    index.nprobe = made["nprobe"]
-    scores, rows = index.search(queries.float().cpu().numpy(), min(k, index.ntotal))
+    index.nprobe, k = made["nprobe"], min(k, index.ntotal)
+    vectors = queries.float().cpu().numpy()
+    scores, rows = index.search(vectors, k)
+    while (rows < 0).any() and index.nprobe < index.nlist:  # the lists that were looked into hold fewer than k
+        index.nprobe *= 2
+        scores, rows = index.search(vectors, k)
     return torch.from_numpy(scores), torch.from_numpy(rows)
 
 

@@ -1,5 +1,6 @@
 """Engines for large galleries find what exact search finds, and follow the gallery."""
 
+import json
 import subprocess
 import sys
 
@@ -106,6 +107,16 @@ def test_faiss_is_built_once_and_anew_when_the_gallery_changes(tmp_path, queries
         assert torch.equal(found[:, :1], top_k(queries, gallery.embeddings, 1)[1])
     assert len(built) == 2
     assert sorted(path.name for path in gallery.store.glob("faiss*")) == ["faiss-2.index", "faiss-2.json"]
+
+
+def test_faiss_finds_as_many_as_are_asked_for(tmp_path, queries):
+    pytest.importorskip("faiss")
+    gallery = gallery_of(tmp_path / "photos-00ff", range(1000), 1)
+    search_index("faiss", gallery, queries, 10)
+    (made,) = gallery.store.glob("faiss-*.json")  # few lists are enough for the best of easier galleries
+    made.write_text(json.dumps(json.loads(made.read_text()) | {"nprobe": 1}))
+    _, found = search_index("faiss", gallery, queries, 1000)
+    assert all(sorted(rows) == list(range(1000)) for rows in found.tolist())
 
 
 def test_a_missing_library_says_what_to_install(tmp_path, queries, monkeypatch):
