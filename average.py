@@ -65,8 +65,10 @@ def shared_config(folders: Sequence[Path]) -> Config:
                 "their mean is no model; train them with the same --start-from"
             )
     for folder, config in zip(folders[1:], others, strict=True):
-        for name in (*MODEL_FIELDS, "start_from", "dataset", "split_seed"):
+        for name in (*MODEL_FIELDS, "bias", "start_from", "dataset", "split_seed"):
             ours, theirs = getattr(first, name), getattr(config, name)
+            if name == "start_from":
+                ours, theirs = Path(ours).expanduser().resolve(), Path(theirs).expanduser().resolve()
             if ours != theirs:
                 raise ValueError(
                     f"{folders[0]} and {folder} differ in {name} ({ours}, {theirs}): average like with like"

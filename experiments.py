@@ -84,7 +84,8 @@ def run_folder(folder: Path, name: str, seed: int) -> Path:
 def train(folder: Path, words: Sequence[str]) -> None:
     """Train one run to its end, unless it has been; a run that was trained with other flags is never mixed in."""
     known = folder.with_name(f"{folder.name}.{FLAGS}")
-    if (folder / LOG).is_file() and (not known.is_file() or json.loads(known.read_text("utf-8")) != list(words)):
+    begun = (folder / LOG).is_file() or (folder / LAST).is_file()
+    if begun and (not known.is_file() or json.loads(known.read_text("utf-8")) != list(words)):
         raise ValueError(f"{folder} was trained with other flags: delete it, or give the configuration another name")
     if is_finished(folder):
         return

@@ -25,6 +25,7 @@ def place(tmp_path_factory, image_tower, text_tower):
             "a": ["--start-from", "runs/parent", "--freeze-text", "--seed", 1],
             "b": ["--start-from", "runs/parent", "--freeze-text", "--seed", 2, "--epochs", 2],
             "d": ["--start-from", "runs/a", "--freeze-text"],
+            "e": ["--start-from", "runs/parent/", "--freeze-text", "--objective", "sigmoid"],
         }
         for name, words in runs.items():
             done = within("train.py", "--dataset", "my_photos", *TRAINING, "--epochs", 1, *words, "--name", name)
@@ -72,6 +73,8 @@ def test_an_average_of_three_weighs_them_alike(place):
         (["runs/a", "runs/none"], "runs/none"),
         (["runs/parent", "runs/a"], "runs/parent did not start from another run"),
         (["runs/a", "runs/d"], "start_from"),
+        (["runs/a", "runs/e"], "differ in bias"),
+        (["runs/e", "runs/a"], "differ in bias"),
     ],
 )
 def test_what_has_no_meaningful_average_is_refused(runs, message):

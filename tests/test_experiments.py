@@ -86,6 +86,12 @@ def test_finished_runs_are_kept(place):
 def test_run_of_other_flags_is_never_mixed_in(place):
     done = program("experiments.py", "alpha.txt", "--seeds", 3, "--batch-size", 9, cwd=place[0], check=False)
     assert "alpha-0-s3 was trained with other flags" in refused(done)
+    stopped = place[0] / "runs" / "alpha" / "alpha-0-s4"  # before its first epoch was over
+    stopped.mkdir()
+    (stopped / "last.pt").touch()
+    stopped.with_name("alpha-0-s4.flags.json").write_text("[]")
+    done = program("experiments.py", "alpha.txt", "--seeds", 4, "--batch-size", 9, cwd=place[0], check=False)
+    assert "alpha-0-s4 was trained with other flags" in refused(done)
 
 
 def test_flag_that_training_does_not_know_stops_the_sweep(place):
