@@ -91,10 +91,16 @@ def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
     metrics = retrieval_metrics(*embedded)
     if len(encoded.images) >= LOSS_BATCH:
         metrics[BATCH_LOSS] = batch_loss(*embedded, temperature=model.temperature.item())
-    if encoder.bank is None or (flags.split == "val" and flags.dataset is None):  # the bank is that very part
+    if encoder.bank is None or (flags.split == "val" and _of_the_run(flags.dataset, folder)):
         return {"": metrics}
     scored = encoder.bank.both(encoded.images, encoded.texts)
     return {"": metrics, CORRECTED: retrieval_metrics(*scored, encoded.caption_image_ids)}
+
+
+def _of_the_run(dataset, folder):
+    """Whether a data set is the one that the run was trained on, whose validation part is the bank."""
+    own = read_config(folder).dataset
+    return dataset in (None, own) or Path(dataset).expanduser().resolve() == Path(own).expanduser().resolve()
 
 
 def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) -> float:

@@ -82,6 +82,9 @@ def test_a_run_keeps_a_bank_and_evaluation_and_search_use_it(tmp_path, image_tow
         "metrics-test-corrected-for-hubs.png",
         "metrics-val.png",
     }
+    for split, lines in (("val", 1), ("test", 2)):  # the same photos by their name
+        done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", split)
+        assert done.stdout.count("rsum") == lines
 
     encoder, _ = load_encoder(tmp_path / "runs/run", device="cpu", precision="float32")
     paths = [tmp_path / "my_photos" / name for name in find_photos(tmp_path / "my_photos").stamps]
