@@ -3,7 +3,7 @@
 Three loops over the same photos, captions and towers, one after another in this process: this program with its loader;
 its step alone, on batches that lie in memory (no loader can be faster); and the recipe of the notebooks: float32,
 every photo decoded and encoded once per caption, captions padded to the longest of the data set, one caption a row.
-Every flag that is not listed by --help goes to config.py; `--no-pretrained` needs no weights.
+All flags of train.py do here what they do there; `--no-pretrained` needs no weights.
 """
 
 import itertools
@@ -64,9 +64,10 @@ def pairs_per_second(loop: Iterator[int], steps: int) -> float:
 def whole_loop(config: Config, data) -> Iterator[int]:
     """Training as train.py does it, loader included, epoch after epoch."""
     step, batches = build_step(config, data)
-    for number in itertools.count():
-        for passes in batches.epoch(number):
-            yield step(readable(passes), number).pairs
+    numbers = itertools.count()
+    for epoch in itertools.count():
+        for passes in batches.epoch(epoch):
+            yield step(readable(passes), next(numbers)).pairs
 
 
 def step_alone(config: Config, data, steps: int) -> Iterator[int]:
@@ -118,7 +119,7 @@ def plain_loop(config: Config, data) -> Iterator[int]:
     image_tower, text_tower = model.image_encoder.backbone.float(), model.text_encoder.backbone.float()
     heads = [ProjectionHead(tower.dim, 256, 0.1) for tower in (model.image_encoder, model.text_encoder)]
     whole = torch.nn.ModuleList([image_tower, text_tower, *heads]).to(device, memory_format=torch.contiguous_format)
-    optimizer = torch.optim.AdamW(whole.parameters(), lr=1e-5)
+    optimizer = torch.optim.AdamW(whole.train().parameters(), lr=1e-5)
     for pixels, tokens in plain_batches(config, data.part("train"), tokenizer):
         image_emb = heads[0](image_tower(pixels.to(device)))
         text_emb = heads[1](
