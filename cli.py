@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
 import re
 import signal
@@ -49,16 +50,13 @@ def _one_line_errors(kind):
 
 
 def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
-    """The value of one flag, read ahead of all others, or None."""
+    """The value of one flag, read ahead of all others, or None; of several the last, as they all are read later."""
     argv = sys.argv[1:] if argv is None else argv
-    for position, word in enumerate(argv):
-        if _flag(word) != flag:
-            continue
-        if "=" in word:
-            return word.partition("=")[2]
-        if position + 1 < len(argv):
-            return argv[position + 1]
-    return None
+    value = None
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if _flag(word) == flag:
+            value = word.partition("=")[2] if "=" in word else following
+    return value
 
 
 def named(flag: str) -> bool:

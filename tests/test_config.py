@@ -11,7 +11,7 @@ from conftest import program, refused
 
 import cli
 import train
-from config import OTHER_RECIPE, PRESETS, RECIPES, Config, default_config
+from config import FLAGS_WITHOUT_RECIPE, PRESETS, RECIPES, Config, default_config
 
 
 def flags(*argv, kind=train.Flags, default=None):
@@ -113,7 +113,8 @@ def test_the_data_set_named_by_a_flag_decides_the_defaults(monkeypatch, words):
 
 
 def test_the_flags_that_leave_a_recipe_out_are_flags():
-    assert all(hasattr(Config, flag.removeprefix("--").removeprefix("no-").replace("-", "_")) for flag in OTHER_RECIPE)
+    names = [flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS_WITHOUT_RECIPE]
+    assert all(hasattr(Config, name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -189,10 +190,25 @@ def test_error_lines_hold_no_frame(capsys):
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [(["--a", "1"], "1"), (["--b", "--a=2"], "2"), (["--a="], ""), (["--ab", "3"], None), (["--a"], None), ([], None)],
+    [
+        (["--a", "1"], "1"),
+        (["--b", "--a=2"], "2"),
+        (["--a="], ""),
+        (["--ab", "3"], None),
+        (["--a"], None),
+        ([], None),
+        (["--a", "1", "--a=2"], "2"),  # as tyro reads them
+        (["--a", "1", "--b", "--a", "3", "4"], "3"),
+    ],
 )
 def test_given_reads_one_flag_ahead_of_the_others(words, value):
     assert cli.given("--a", words) == value
+
+
+def test_of_a_repeated_data_set_the_last_decides_the_defaults_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "sample", "--dataset", "my_photos"])
+    config, _ = train.parse_flags()
+    assert config == Config(dataset="my_photos")
 
 
 def test_a_typo_is_answered_without_importing_torch(tmp_path):
