@@ -32,7 +32,6 @@ def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTraine
         config.image_encoder,
         pretrained=config.pretrained,
         fold_batch_norm=config.fold_batch_norm,
-        frozen=False,
         pooling=config.image_pooling,
         image_size=config.image_size,
     )
@@ -41,7 +40,6 @@ def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTraine
         captions=data.part("train").captions,
         pretrained=config.pretrained,
         pooling=config.text_pooling,
-        frozen=False,
     )
     return _joined(config, image_encoder, text_encoder, temperature=config.temperature), tokenizer, specification
 
@@ -95,6 +93,8 @@ def apply_settings(config: Config, model: CLIPModel) -> None:
             tower.freeze(frozen, trained=_trained(tower.backbone, last, config.lora))
         except ValueError as error:
             raise ValueError(f"{flag} {last}: {error}" if last else str(error)) from None
+    if config.word_dropout and getattr(model.text_encoder.backbone, "length", None) is not None:
+        raise ValueError("--word-dropout: this text tower reads every place, with or without a word; leave it out")
     model.set_dropout(config.dropout, config.image_feature_dropout, config.word_dropout)
 
 

@@ -22,7 +22,6 @@ from caption_rows import (
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "bars", ";": "semicolons"}
 LINE = re.compile(rf"\s*({PHOTO})(#\S*)?\s+(\S.*)", re.IGNORECASE)
 GLUED = re.compile(r"\s*\d+\s+(\S.*)")  # Flickr30k has a row whose number and caption share a cell
-NUMBERED = re.compile(r"(?:caption|sentence|text|描述)[ _-]?\d+")
 SAMPLE = 200  # lines by which a form is told
 LONGEST_CELL = 30  # lines; a quote that spans more was left open
 

@@ -161,8 +161,8 @@ class Config:
         return self.stored_views or int(self.freeze_image and self.freeze_text)
 
 
-# What a run that starts from another takes over from it.
-MODEL_FIELDS = (
+# What a run's weights and towers are, and no flag can change once they are trained.
+ARCHITECTURE = (
     "model",
     "image_encoder",
     "text_encoder",
@@ -173,11 +173,9 @@ MODEL_FIELDS = (
     "image_head",
     "text_head",
     "embed_dim",
-    "image_size",
-    "search_scale",
-    "search_mirrored",
-    "lora",
 )
+# What a run that starts from another takes over from it.
+MODEL_FIELDS = (*ARCHITECTURE, "image_size", "search_scale", "search_mirrored", "lora")
 
 # What suits a data set better than the defaults above. A flag on the command line wins over this table.
 PRESETS = {
@@ -195,9 +193,8 @@ PRESETS = {
     },
 }
 
-# What docs/results.md found best for a data set, down to what trains, for a run that does not say so itself by one of
-# the flags below. The rates are those the cosine would have had at the start; it has fallen by two thirds by the time
-# that the towers are released.
+# What docs/results.md found best for a data set, down to what trains. The rates are those the cosine would have had at
+# the start; it has fallen by two thirds by the time that the towers are released.
 RECIPES = {
     "flickr8k": {
         "text_encoder": "sentence-transformers/all-mpnet-base-v2",
@@ -221,7 +218,8 @@ RECIPES = {
         "lr_heads": 1e-3,
     },
 }
-OTHER_RECIPE = ("--start-from", "--no-pretrained", "--freeze-image", "--freeze-text", "--lora")
+# A run that says itself what trains, by one of these, is none of them.
+FLAGS_WITHOUT_RECIPE = ("--start-from", "--no-pretrained", "--freeze-image", "--freeze-text", "--lora")
 
 
 # What suits a pretrained pair: it has learned the task already, and large steps make it forget.

@@ -24,12 +24,12 @@ class Tower(nn.Module):
     A learned pooling belongs to the head: it trains on a frozen tower too.
     """
 
-    def __init__(self, backbone: nn.Module, *, dim: int, frozen: bool, pooling: str):
+    def __init__(self, backbone: nn.Module, *, dim: int, pooling: str):
         super().__init__()
         self.backbone, self.dim, self.pooling = backbone, dim, pooling
         self.pool = GeneralisedPooling(dim) if pooling == "gpo" else None
         self.held = False
-        self.freeze(frozen)
+        self.freeze(False)
 
     def extra_repr(self) -> str:
         return f"pooling={self.pooling}"  # part of what stored features are keyed by
@@ -77,12 +77,11 @@ class ImageEncoder(Tower):
         dim: int,
         mean: Sequence[float],
         std: Sequence[float],
-        frozen: bool,
         pooling: str = "own",
         view: View = View(),  # noqa: B008 - frozen
     ):
         # channels_last: faster convolutions on CPU and GPU
-        super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, frozen=frozen, pooling=pooling)
+        super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, pooling=pooling)
         self.view, self.halves = view, None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -156,8 +155,8 @@ class TextEncoder(Tower):
     tokens, its first token ("cls"), or what a backbone that pools by itself returns ("own"). Padding is on the right.
     """
 
-    def __init__(self, backbone: nn.Module, *, pooling: str, frozen: bool, dim: int | None = None):
-        super().__init__(backbone, dim=dim or backbone.config.hidden_size, frozen=frozen, pooling=pooling)
+    def __init__(self, backbone: nn.Module, *, pooling: str, dim: int | None = None):
+        super().__init__(backbone, dim=dim or backbone.config.hidden_size, pooling=pooling)
         self.word_dropout = 0.0
 
     @property
@@ -212,7 +211,6 @@ class CLIPModel(nn.Module):
         embed_dim: int,
         dropout: float,
         temperature: float,
-        image_feature_dropout: float = 0.0,
         image_head: str = "residual",
         text_head: str = "residual",
         bias: float | None = None,
@@ -222,9 +220,7 @@ class CLIPModel(nn.Module):
         for kind, tower in ((image_head, image_encoder), (text_head, text_encoder)):
             embed_dim = tower.dim if kind in ("adaptor", "none") else embed_dim
         self.embed_dim = embed_dim
-        self.image_head = build_head(
-            image_head, image_encoder.dim, embed_dim, dropout=dropout, feature_dropout=image_feature_dropout
-        )
+        self.image_head = build_head(image_head, image_encoder.dim, embed_dim, dropout=dropout)
         self.text_head = build_head(text_head, text_encoder.dim, embed_dim, dropout=dropout)
         self.logit_bias = None
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP

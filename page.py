@@ -1,14 +1,13 @@
 """The page of app.py: its tabs, what they ask of the shelf of runs and galleries, and what visitors may send."""
 
 import importlib
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 
 from photos import load_image
-from run_folder import METRICS, read_config
+from run_folder import read_config, read_metrics
 from shelf import Shelf
 
 MOST_PIXELS = 50_000_000  # of an uploaded photo: 150 MB once it is unpacked
@@ -118,7 +117,7 @@ def _model_tab(gr, shelf, run, page):
         if folder is None:
             return {"headers": ["split"], "data": []}, None, {"model": run}
         config = vars(read_config(folder))
-        measured = json.loads((folder / METRICS).read_text("utf-8")) if (folder / METRICS).is_file() else {}
+        measured = read_metrics(folder)
         names = list(dict.fromkeys(name for values in measured.values() for name in values))
         rows = [
             [split, *(round(values[name], 1) if name in values else "" for name in names)]

@@ -96,7 +96,7 @@ class TextHalf(nn.Module):
         return _rows(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
 
 
-def build_pair(name: str, *, image_size: int | None, frozen_image: bool = False, frozen_text: bool = False) -> Pair:
+def build_pair(name: str, *, image_size: int | None) -> Pair:
     """A pretrained pair by its name on the hub, or from a folder as the hub's downloader leaves it.
 
     image_size None takes the pair's own. Raises ValueError, FileNotFoundError or ConnectionError.
@@ -112,7 +112,7 @@ def build_pair(name: str, *, image_size: int | None, frozen_image: bool = False,
     except Exception as error:  # transformers lets every library below it raise its own
         raise loading_error("pair", name, error, flag="--model", advice=_meant(name)) from None
     temperature, bias = _learned_scale(model)
-    images, texts = _towers(model, tokenizer, specification, frozen_image=frozen_image, frozen_text=frozen_text)
+    images, texts = _towers(model, tokenizer, specification)
     images.require_size(name, advice=f"--image-size {own_size}")
     return Pair(images, texts, tokenizer, specification, temperature, bias)
 
@@ -123,7 +123,7 @@ def pair_from(
     """The towers of a specification and a transformers configuration, their weights still random."""
     model = AutoModel.from_config(config, trust_remote_code=False)
     _learned_scale(model)
-    return _towers(model, tokenizer, specification, frozen_image=False, frozen_text=False)
+    return _towers(model, tokenizer, specification)
 
 
 def _load(source, image_size):
@@ -177,14 +177,14 @@ def _learned_scale(model):
     return temperature, None if bias is None else bias.item()
 
 
-def _towers(model, tokenizer, specification, *, frozen_image, frozen_text):
+def _towers(model, tokenizer, specification):
     images, texts = ImageHalf(model), TextHalf(model, tokenizer)
     text = model.config.text_config
     dim = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
     view = View(**specification["view"])
     mean, std = specification["mean"], specification["std"]
-    image_encoder = ImageEncoder(images, dim=dim, mean=mean, std=std, frozen=frozen_image, view=view)
-    return image_encoder, TextEncoder(texts, pooling="own", frozen=frozen_text, dim=dim)
+    image_encoder = ImageEncoder(images, dim=dim, mean=mean, std=std, view=view)
+    return image_encoder, TextEncoder(texts, pooling="own", dim=dim)
 
 
 def _half(model, *prefixes):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,12 +20,15 @@ STARTS = "starts"  # beside the settings in config.json: what each start of the 
 
 
 def create_run(config: Config) -> Path:
-    """A new folder for a run; one that holds an epoch, or anything else of value, is never touched."""
+    """An empty folder for a run; one that holds a checkpoint, or anything else of value, is never touched."""
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG, TOWERS, FROZEN, CHECKSUMS}:
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
+    for name in (CONFIG, FROZEN, CHECKSUMS):
+        (folder / name).unlink(missing_ok=True)
     return folder
 
 

@@ -85,7 +85,7 @@ def stage_matcher(backbone: nn.Module) -> dict | None:
 def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
     """The backbone with a low-rank adapter (LoRA, arXiv 2106.09685) beside every matrix and convolution.
 
-    It says the same as before until it is trained. Raises ModuleNotFoundError without peft.
+    It says the same as before until it is trained. Raises ValueError without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -45,7 +45,6 @@ def build_image_encoder(
     *,
     pretrained: bool,
     fold_batch_norm: bool,
-    frozen: bool,
     pooling: str = "own",
     image_size: int | None = None,
 ) -> tuple[ImageEncoder, dict]:
@@ -74,12 +73,15 @@ def build_image_encoder(
         "folded": pretrained and fold_batch_norm,
         "view": asdict(View(image_size or settings["input_size"][-1])),
     }
-    image_encoder = _image_encoder(backbone, specification, frozen, pooling)
+    try:
+        image_encoder = _image_encoder(backbone, specification, pooling)
+    except ValueError as error:
+        raise ValueError(f"image encoder {name}: {error}") from None
     image_encoder.require_size(name, advice=f"--image-size {settings['input_size'][-1]}")
     return image_encoder, specification
 
 
-def image_encoder_from(specification: dict, *, frozen: bool, pooling: str = "own") -> ImageEncoder:
+def image_encoder_from(specification: dict, *, pooling: str = "own") -> ImageEncoder:
     """The image tower of a specification, its weights still random.
 
     Raises ValueError for what would make timm read other files: a run may come from someone else.
@@ -90,11 +92,11 @@ def image_encoder_from(specification: dict, *, frozen: bool, pooling: str = "own
     if fetching := sorted(FETCHING & arguments.keys()):
         raise ValueError(f"an image tower is not built with {', '.join(fetching)}")
     backbone = timm.create_model(architecture, pretrained=False, **arguments)
-    return _image_encoder(backbone, specification, frozen, pooling)
+    return _image_encoder(backbone, specification, pooling)
 
 
 def build_text_encoder(
-    name: str, *, captions: list[str], pretrained: bool, pooling: str, frozen: bool
+    name: str, *, captions: list[str], pretrained: bool, pooling: str
 ) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
     """A text tower with its tokenizer.
 
@@ -112,23 +114,21 @@ def build_text_encoder(
             hidden_dim=1024,
             pad_token_id=tokenizer.pad_token_id,
         )
-        return TextEncoder(AutoModel.from_config(config), pooling=pooling, frozen=frozen), tokenizer
+        return TextEncoder(AutoModel.from_config(config), pooling=pooling), tokenizer
     source = local_or_name(name)
     if not Path(source).is_dir():
         offline_if_unreachable()
     try:
-        return TextEncoder(_load_text_backbone(source), pooling=pooling, frozen=frozen), load_tokenizer(source)
+        return TextEncoder(_load_text_backbone(source), pooling=pooling), load_tokenizer(source)
     except Exception as error:  # as above
         near = difflib.get_close_matches(name, KNOWN_TEXTS, n=2)
         meant = f" (did you mean {' or '.join(near)}?)" if near and name not in near else ""
         raise loading_error("text encoder", name, error, flag="--text-encoder", advice=meant + RANDOM) from None
 
 
-def text_encoder_from(config: PretrainedConfig, *, pooling: str, frozen: bool) -> TextEncoder:
+def text_encoder_from(config: PretrainedConfig, *, pooling: str) -> TextEncoder:
     """The text tower of a transformers configuration, its weights still random."""
-    return TextEncoder(
-        _without_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling, frozen=frozen
-    )
+    return TextEncoder(_without_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling)
 
 
 def save_towers(
@@ -151,8 +151,8 @@ def load_towers(
     if specification.get("pair"):
         towers = pair_from(specification, config, tokenizer)
     else:
-        image_encoder = image_encoder_from(specification, frozen=False, pooling=image_pooling)
-        towers = image_encoder, text_encoder_from(config, pooling=pooling, frozen=False)
+        image_encoder = image_encoder_from(specification, pooling=image_pooling)
+        towers = image_encoder, text_encoder_from(config, pooling=pooling)
     for tower in towers if lora else ():
         add_lora(tower.backbone, lora)
     return *towers, tokenizer
@@ -178,7 +178,7 @@ def _require_all_weights(source, backbone):
     require_weights(absent)
 
 
-def _image_encoder(backbone, specification, frozen, pooling):
+def _image_encoder(backbone, specification, pooling):
     # Some have a layer of another width behind their pooling.
     dim = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     if specification["folded"]:
@@ -188,23 +188,26 @@ def _image_encoder(backbone, specification, frozen, pooling):
         dim=dim,
         mean=specification["mean"],
         std=specification["std"],
-        frozen=frozen,
         pooling=pooling,
         view=View(**specification.get("view", {})),
     )
 
 
 def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
-    """The same function with every batch norm absorbed by the convolution before it, its statistics fixed.
+    """The same function with the batch norms' statistics fixed, and those right behind a convolution absorbed by it.
 
     In training this also saves the norms' passes over memory: a ResNet50 step on a CPU takes 0.7 of the time.
-    Models without batch norm come back as they are.
+    Models without batch norm come back as they are. Raises ValueError where fx cannot trace one.
     """
     from torch.fx.experimental.optimization import fuse
 
     if not any(isinstance(module, nn.BatchNorm2d) for module in backbone.modules()):
         return backbone
-    folded = fuse(backbone.eval()).requires_grad_(True)
+    try:
+        folded = fuse(backbone.eval()).requires_grad_(True)
+    except Exception as error:  # its layers ask for what a trace does not know
+        reason = " ".join(str(error).split())
+        raise ValueError(f"its batch norms cannot be folded ({reason}): add --no-fold-batch-norm") from None
     # What is asked of a timm model later, and a folded one would not know.
     folded.num_prefix_tokens, folded.stages = getattr(backbone, "num_prefix_tokens", 0), stage_matcher(backbone)
     return folded

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import cli
-from config import MODEL_FIELDS, OTHER_RECIPE, Config, default_config
+from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config, default_config
 from run_folder import read_config
 
 QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
     print(f"  python evaluate.py {folder} --split test")
     query = QUERIES.get(config.dataset) or data.part("test").captions[0]
-    print(f"  python infer.py {shlex.quote(query)}")
+    print(f"  python infer.py {shlex.quote(query)} --run {folder}")
 
 
 def parse_flags() -> tuple[Config, Path | None]:
@@ -40,7 +40,7 @@ def parse_flags() -> tuple[Config, Path | None]:
     if resumed is None:
         parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
         pair = cli.given("--model") or (parent and parent.model)
-        recipe = not any(cli.named(flag) for flag in OTHER_RECIPE)
+        recipe = not any(cli.named(flag) for flag in FLAGS_WITHOUT_RECIPE)
         default = default_config(cli.given("--dataset") or Config.dataset, pair, recipe=recipe)
         if parent is not None:
             default = replace(default, **{name: getattr(parent, name) for name in MODEL_FIELDS})

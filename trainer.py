@@ -7,13 +7,13 @@ import torch
 
 from build import apply_settings, build_model, describe_model, training_encoder
 from checkpoint import load_run, save_state, split_frozen
-from config import Config
+from config import ARCHITECTURE, Config
 from device import pick_device
 from loop import Trainer
 from processes import count, equalise, from_first, join, leave, rank
 from provenance import changes, describe_start
 from readers import CaptionData
-from run_folder import BEST, FROZEN, LAST, TOWERS, create_run, read_starts, remove_unfinished, write_config
+from run_folder import BEST, FROZEN, LAST, TOWERS, create_run, read_config, read_starts, remove_unfinished, write_config
 from towers import save_towers
 
 
@@ -26,16 +26,19 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
         (folder, model, tokenizer), state = _start(config, data), None
     else:
         folder, (model, tokenizer, state) = resume, _continue(config, resume, LAST)
-    if rank() == 0:
-        _record_start(folder, config, describe_start(data, pick_device(config.device)))
-    equalise(model)
     encoder = training_encoder(config, model, tokenizer)
+    equalise(model)  # where it trains: NCCL knows no tensor of the CPU
     if (images := len(data.part("train").paths)) < config.batch_size:
         print(f"every step sees all {images} training images; --batch-size {config.batch_size} would take more")
     print(
         f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"
     )
-    folder = Trainer(config, folder, model, encoder, data, state).fit()
+    if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
+        print(f"the heads alone will train: --freeze-epochs {config.freeze_epochs} holds the towers to the last epoch")
+    trainer = Trainer(config, folder, model, encoder, data, state)
+    if rank() == 0:  # not before all that the settings ask for has been found to fit the run
+        _record_start(folder, config, describe_start(data, pick_device(config.device)))
+    folder = trainer.fit()
     leave()
     return folder
 
@@ -70,6 +73,11 @@ def _start(config, data):
 
 def _continue(config, folder, checkpoint):
     """The model of a run's checkpoint, with `config`'s freezing and dropout, and what else the checkpoint holds."""
+    trained = read_config(folder)
+    for name in ARCHITECTURE:
+        if (ours := getattr(config, name)) != (theirs := getattr(trained, name)):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {ours}: the weights of {folder} were trained with {theirs}; leave the flag out")
     run = load_run(folder, checkpoint)
     apply_settings(config, run.model)
     return run.model, run.tokenizer, run.state

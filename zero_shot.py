@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encode import Encoder
+from gallery import IMAGE_SUFFIXES
 
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "there is a {} in the photo")
 CHINESE_TEMPLATES = ("{}", "一张{}的照片", "照片里有{}")
 CHINESE = re.compile("[\u3400-\u9fff]")
 ARTICLE_TWICE = re.compile(r"\b(?:an?|the) (?=(?:an?|the|some|one|two|three) )", re.IGNORECASE)
 ARTICLE_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])", re.IGNORECASE)
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def classify(
@@ -58,7 +58,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[Path], Tensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder} (--zero-shot)")
     classes = {
-        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
+        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     }

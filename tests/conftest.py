@@ -115,12 +115,14 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
     backbone = timm.create_model("test_resnet", num_classes=0)
     text = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     model = CLIPModel(
-        ImageEncoder(backbone, dim=backbone.num_features, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3, frozen=freeze_image),
-        TextEncoder(DistilBertModel(text), pooling=pooling, frozen=freeze_text),
+        ImageEncoder(backbone, dim=backbone.num_features, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3),
+        TextEncoder(DistilBertModel(text), pooling=pooling),
         embed_dim=16,
         dropout=dropout,
         temperature=0.07,
     )
+    model.image_encoder.freeze(freeze_image)
+    model.text_encoder.freeze(freeze_text)
     return model, tokenizer
 
 

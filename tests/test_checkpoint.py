@@ -57,8 +57,8 @@ def trained(image_tower, text_tower, tmp_path):
     """A run's folder as training leaves it, and the model whose weights it holds."""
     from modules import CLIPModel
 
-    image, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True, frozen=False)
-    text, tokenizer = build_text_encoder(str(text_tower), captions=[], pretrained=True, pooling="cls", frozen=False)
+    image, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
+    text, tokenizer = build_text_encoder(str(text_tower), captions=[], pretrained=True, pooling="cls")
     model = CLIPModel(image, text, embed_dim=16, dropout=0.1, temperature=0.2).eval()
     folder = make_run(tmp_path / "run", model, embed_dim=16, text_pooling="cls")
     save_towers(folder / "towers", specification, text, tokenizer)
@@ -367,6 +367,17 @@ def test_a_run_that_holds_an_epoch_is_never_overwritten(tmp_path):
     line = one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
     assert str(folder) in line and "--name" in line and "--resume" in line
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_a_start_without_a_checkpoint_left_does_not_reach_the_next_run(tmp_path):
+    left = make_run(tmp_path / "runs" / "x")
+    for path in left.iterdir():
+        if path.name not in ("config.json", "towers"):
+            path.unlink()
+    (left / "towers" / "text").mkdir(parents=True, exist_ok=True)
+    (left / "frozen.pt").write_bytes(b"of another tower")
+    assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == left
+    assert list(left.iterdir()) == []
 
 
 def touch(folder, seconds):

@@ -56,7 +56,7 @@ def test_both_halves_one_after_another_are_the_tower(image_tower, fold, stages, 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_gradients_through_the_second_half_are_those_of_the_tower(image_tower, stages):
-    tower, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True, frozen=False)
+    tower, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
     tower.freeze(False, trained=last_parameters(tower.backbone, stages))
     tower.cut()
 

@@ -72,7 +72,7 @@ def test_uint8_and_float_images_agree():
 
 
 def test_mean_and_std_are_applied_once_and_per_channel():
-    encoder = ImageEncoder(nn.Identity(), dim=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2), frozen=False)
+    encoder = ImageEncoder(nn.Identity(), dim=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
     image = torch.rand(2, 3, 4, 4, generator=generator())
     for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.25), (0.3, 0.2)]):
         torch.testing.assert_close(encoder(image)[:, channel], (image[:, channel] - mean) / std)
@@ -80,7 +80,7 @@ def test_mean_and_std_are_applied_once_and_per_channel():
 
 def test_mean_pooling_ignores_padding():
     hidden = torch.randn(2, 3, 4, generator=generator())
-    encoder = TextEncoder(FixedText(hidden), pooling="mean", frozen=False)
+    encoder = TextEncoder(FixedText(hidden), pooling="mean")
     pooled = encoder(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]]))
     torch.testing.assert_close(pooled[0], (hidden[0, 0] + hidden[0, 1]) / 2)
     torch.testing.assert_close(pooled[1], hidden[1].mean(0))
@@ -88,7 +88,7 @@ def test_mean_pooling_ignores_padding():
 
 def test_cls_pooling_takes_the_first_token():
     hidden = torch.randn(2, 3, 4, generator=generator())
-    encoder = TextEncoder(FixedText(hidden), pooling="cls", frozen=False)
+    encoder = TextEncoder(FixedText(hidden), pooling="cls")
     assert torch.equal(encoder(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)), hidden[:, 0])
 
 

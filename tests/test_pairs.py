@@ -282,6 +282,12 @@ def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp
     assert "clip-vit-base-patch" in line
 
 
+def test_words_are_not_dropped_from_a_tower_that_reads_every_place(saved, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", saved / "siglip", "--word-dropout", 0.1, "--batch-size", 8, "--num-workers", 0, "--epochs", 1]
+    assert "--word-dropout" in refused(within("train.py", "--dataset", photos, *words))
+
+
 def test_a_pair_without_a_run_is_measured(photos, tmp_path, monkeypatch, saved):
     monkeypatch.chdir(tmp_path)
     done = within("evaluate.py", "--model", saved / "clip", "--dataset", photos, "--precision", "float32")

@@ -168,7 +168,7 @@ def test_the_gradient_of_the_last_layers_goes_down_to_them_and_no_further():
 
     size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     backbone = MPNetModel(MPNetConfig(vocab_size=50, **size), add_pooling_layer=False)
-    tower = TextEncoder(backbone, pooling="mean", frozen=False)
+    tower = TextEncoder(backbone, pooling="mean")
     tower.freeze(False, trained=last_parameters(backbone, 1))
     reached = []
     for number, layer in enumerate(backbone.encoder.layer):

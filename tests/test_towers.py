@@ -20,12 +20,12 @@ from towers import build_image_encoder, build_text_encoder, load_towers, save_to
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
 
 
-def image_encoder(name, *, pretrained=True, fold_batch_norm=False, frozen=False):
-    return build_image_encoder(str(name), pretrained=pretrained, fold_batch_norm=fold_batch_norm, frozen=frozen)[0]
+def image_encoder(name, *, pretrained=True, fold_batch_norm=False):
+    return build_image_encoder(str(name), pretrained=pretrained, fold_batch_norm=fold_batch_norm)[0]
 
 
-def text_encoder(name, *, pretrained=True, pooling="mean", frozen=False, captions=()):
-    return build_text_encoder(str(name), captions=list(captions), pretrained=pretrained, pooling=pooling, frozen=frozen)
+def text_encoder(name, *, pretrained=True, pooling="mean", captions=()):
+    return build_text_encoder(str(name), captions=list(captions), pretrained=pretrained, pooling=pooling)
 
 
 def one_line(call, kind):
@@ -92,15 +92,22 @@ def test_a_model_without_batch_norm_is_not_folded():
     assert towers._fold_batch_norm(encoder.backbone) is encoder.backbone
 
 
+def test_a_model_that_cannot_be_folded_says_how_to_do_without():
+    backbone = timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=0)
+    with pytest.raises(ValueError, match=r"batch norms cannot be folded .*--no-fold-batch-norm"):
+        towers._fold_batch_norm(backbone)
+
+
 def test_a_frozen_tower_has_no_gradients_folded_or_not(image_tower):
     for fold in (False, True):
-        encoder = image_encoder(image_tower, fold_batch_norm=fold, frozen=True)
+        encoder = image_encoder(image_tower, fold_batch_norm=fold)
+        encoder.freeze(True)
         assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
 
 
 def test_random_weights_come_only_where_they_are_asked_for_and_are_not_folded():
     torch.manual_seed(0)
-    encoder, specification = build_image_encoder("test_resnet", pretrained=False, fold_batch_norm=True, frozen=False)
+    encoder, specification = build_image_encoder("test_resnet", pretrained=False, fold_batch_norm=True)
     assert not specification["folded"] and encoder.dim == 96
     assert any(isinstance(module, torch.nn.BatchNorm2d) for module in encoder.modules())
 
@@ -225,8 +232,8 @@ def test_towers_in_the_hub_cache_load_by_name_without_network(image_tower, text_
     in_hub_cache(text_tower, tmp_path / "hub", "acme/tiny-distilbert")
     script = """
 from towers import build_image_encoder, build_text_encoder
-image, _ = build_image_encoder("acme/tiny-resnet", pretrained=True, fold_batch_norm=False, frozen=False)
-text, tokenizer = build_text_encoder("acme/tiny-distilbert", captions=[], pretrained=True, pooling="mean", frozen=False)
+image, _ = build_image_encoder("acme/tiny-resnet", pretrained=True, fold_batch_norm=False)
+text, tokenizer = build_text_encoder("acme/tiny-distilbert", captions=[], pretrained=True, pooling="mean")
 import torch
 torch.save([image.backbone.state_dict(), text.backbone.state_dict(), len(tokenizer)], "loaded.pt")
 """
@@ -253,7 +260,7 @@ def test_training_with_an_unreachable_hub_ends_in_one_line(photos, tmp_path):
 def test_saved_towers_filled_with_their_weights_give_identical_outputs(
     image_tower, text_tower, tmp_path, fold, pooling
 ):
-    image, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=fold, frozen=False)
+    image, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=fold)
     text, tokenizer = text_encoder(text_tower, pooling=pooling)
     save_towers(tmp_path / "towers", specification, text, tokenizer)
     image_again, text_again, tokenizer_again = load_towers(tmp_path / "towers", pooling=pooling)
@@ -272,7 +279,7 @@ def test_the_arguments_in_a_folders_config_shape_the_tower_and_its_saved_copy(im
     shutil.copytree(image_tower, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_args": {"output_stride": 8}}))
-    image, specification = build_image_encoder(str(folder), pretrained=True, fold_batch_norm=False, frozen=False)
+    image, specification = build_image_encoder(str(folder), pretrained=True, fold_batch_norm=False)
     save_towers(tmp_path / "saved", specification, *text_encoder("none", pretrained=False, captions=["a dog"]))
     again, _, _ = load_towers(tmp_path / "saved", pooling="mean")
     again.load_state_dict(image.state_dict())
@@ -330,6 +337,6 @@ def test_captions_that_are_cut_are_counted():
 
 
 def test_saved_towers_hold_no_weights(image_tower, text_tower, tmp_path):
-    _, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True, frozen=False)
+    _, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
     save_towers(tmp_path, specification, *text_encoder(text_tower))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]

@@ -266,8 +266,8 @@ def test_frozen_towers_do_not_change_and_are_written_once(tiny, frozen, image_to
 
     config = tiny(**{f"freeze_{tower}": True for tower in frozen}, lr_image=1e-2, lr_text=1e-2, epochs=2)
     folder = train(config, read(config), None)
-    image, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True, frozen=True)
-    text, _ = build_text_encoder(str(text_tower), captions=[], pretrained=True, pooling="mean", frozen=True)
+    image, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
+    text, _ = build_text_encoder(str(text_tower), captions=[], pretrained=True, pooling="mean")
     trained, kept = weights(folder), load_state(folder / "frozen.pt")
     for tower, original in (("image", image), ("text", text)):
         pairs = [(trained[f"{tower}_encoder.{key}"], tensor) for key, tensor in original.state_dict().items()]
@@ -283,9 +283,50 @@ def test_another_freezing_beside_resume_is_refused_and_changes_nothing(tiny, fro
     config = tiny(freeze_image=frozen)
     folder = train(config, read(config), None)
     learned = weights(folder)
+    settings = (folder / "config.json").read_text()
     with pytest.raises(ValueError, match="freeze-image"):
         train(dataclasses.replace(config, epochs=2, freeze_image=not frozen), read(config), folder)
-    assert same_weights(weights(folder), learned)
+    assert same_weights(weights(folder), learned) and (folder / "config.json").read_text() == settings
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"text_pooling": "cls"}, {"embed_dim": 8}, {"image_head": "linear"}, {"objective": "sigmoid"}, {"lora": 2}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_another_architecture_beside_resume_is_refused_and_changes_nothing(tiny, changed):
+    if "lora" in changed:
+        pytest.importorskip("peft")
+    config = tiny()
+    folder = train(config, read(config), None)
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    with pytest.raises(ValueError):
+        train(dataclasses.replace(config, epochs=2, **changed), read(config), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+    train(dataclasses.replace(config, epochs=2), read(config), folder)
+
+
+def test_another_architecture_than_that_of_the_run_to_start_from_is_refused(tiny):
+    parent = train(tiny(name="first"), read(tiny()), None)
+    for changed, told in (({"text_pooling": "cls"}, "--text-pooling cls"), ({"embed_dim": 8}, "--embed-dim 8")):
+        with pytest.raises(ValueError, match=f"{told}: the weights of .*first were trained with .* leave the flag out"):
+            train(tiny(start_from=str(parent), name="second", **changed), read(tiny()), None)
+    assert not (parent.parent / "second").exists()
+
+
+def test_processes_exchange_weights_where_the_model_trains(tiny, monkeypatch):
+    seen = []
+    moved, equal = trainer.training_encoder, trainer.equalise
+    monkeypatch.setattr(trainer, "training_encoder", lambda *words: (seen.append("moved"), moved(*words))[1])
+    monkeypatch.setattr(trainer, "equalise", lambda model: (seen.append("equal"), equal(model))[1])
+    train(tiny(), read(tiny()), None)
+    assert seen == ["moved", "equal"]
+
+
+def test_a_run_that_never_releases_its_towers_says_so(tiny, capsys):
+    for epochs, told in ((1, True), (2, False)):
+        train(tiny(epochs=epochs, freeze_epochs=1, name=str(epochs)), read(tiny()), None)
+        assert ("the heads alone will train: --freeze-epochs 1" in capsys.readouterr().out) == told
 
 
 @pytest.mark.parametrize("frozen", [False, True])
