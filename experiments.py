@@ -45,7 +45,7 @@ def main() -> None:
     runs = {name: [] for name in variants}
     for seed in flags.seeds:  # all configurations with one seed first: a sweep that is stopped can be read all the same
         for name, words in variants.items():
-            runs[name].append(run_folder(folder, name, seed))
+            runs[name].append(folder_of(folder, name, seed))
             train(runs[name][-1], [*words, *for_all, "--seed", str(seed)])
             write_results(folder, {name: done for name, done in runs.items() if done})
     print((folder / "results.md").read_text("utf-8"))
@@ -75,10 +75,10 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     return {name: [*shared, *words] for name, words in variants.items()}
 
 
-def run_folder(folder: Path, name: str, seed: int) -> Path:
+def folder_of(sweep: Path, name: str, seed: int) -> Path:
     """Where a configuration's run with a seed lies."""
     name = re.sub(r"[^\w.+-]+", "-", name)
-    return folder / f"{name}-s{seed}"
+    return sweep / f"{name}-s{seed}"
 
 
 def train(folder: Path, words: Sequence[str]) -> None:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from dataset import PhotoViews
 from encode import IMAGE_BATCH, Encoder
 from modules import ImageEncoder
+from photos import size_and_time
 from processes import count, gather_lists, rank, share
 from readers import Part
 from run_folder import replace_file, write_text
+from tokenizer import fingerprint
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -52,8 +54,8 @@ def stored_images(
     before = nn.ModuleList([tower.halves[0]])
     settings = (encoder.view, encoder.precision, tower.pooling, views, min_crop if views > 2 else None)
     statistics = [("mean", tower.mean), ("std", tower.std)]
-    stamps = [f"{path.resolve()}\0{_size_and_time(path)}" for path in part.paths]
-    path = Path(cache_dir) / "features" / f"{_fingerprint(before, statistics, settings, stamps)}.images"
+    stamps = [f"{path.resolve()}\0{size_and_time(path)}" for path in part.paths]
+    path = Path(cache_dir) / "features" / f"{_key(before, statistics, settings, stamps)}.images"
     if found := _open_everywhere(path, len(part.paths), views):
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,8 +69,8 @@ def stored_images(
 
 def stored_texts(encoder: Encoder, tower: nn.Module, captions: Sequence[str], name: str, *, cache_dir: str) -> Tensor:
     """What the text tower, `encoder.encode_text`, says of captions, (M, H), from disk if it was computed before."""
-    settings = encoder.max_tokens, encoder.precision, sorted(encoder.tokenizer.get_vocab())
-    path = Path(cache_dir) / "features" / f"{_fingerprint(tower, [], settings, captions)}.safetensors"
+    read = fingerprint(encoder.tokenizer, captions, encoder.max_tokens)
+    path = Path(cache_dir) / "features" / f"{_key(tower, [], (encoder.precision,), [read])}.safetensors"
     try:
         rows = load_file(path)["texts"]
     except (FileNotFoundError, SafetensorError, KeyError):
@@ -198,19 +200,11 @@ def _forget(path):
         file.unlink(missing_ok=True)
 
 
-def _fingerprint(module: nn.Module, more: list[tuple[str, Tensor]], settings: tuple, items: Iterable[str]) -> str:
-    """Changes with anything that changes the features: weights, settings, captions or the photos' sizes and times."""
+def _key(module: nn.Module, more: list[tuple[str, Tensor]], settings: tuple, items: Iterable[str]) -> str:
+    """A file name that changes with anything that changes the features: weights, settings, photos or captions."""
     digest = hashlib.sha256(repr((str(module), settings)).encode())
     for key, tensor in (*sorted((*module.named_parameters(), *module.named_buffers())), *more):
         digest.update(key.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     digest.update("\0".join(items).encode())
     return digest.hexdigest()[:32]
-
-
-def _size_and_time(path):
-    try:
-        stat = path.stat()
-    except OSError:  # gone since it was listed: it is named later among the photos that cannot be read
-        return None
-    return stat.st_size, stat.st_mtime_ns

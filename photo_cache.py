@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from photos import load_image
+from photos import load_image, size_and_time
 from view import View
 
 
@@ -38,7 +38,7 @@ class PhotoCache:
             stamps = self.row_bytes * len(self.paths)
             self.rows = kept[:stamps].reshape(-1, self.row_bytes), kept[stamps:].view(np.uint64)
         pixels, stamps = self.rows
-        changed = _time_of_change(self.paths[index])
+        changed = size_and_time(self.paths[index])
         row = pixels[index].copy()
         if changed is not None and stamps[index] == _stamp(changed, row):
             return row.reshape(self.view.size, self.view.size, 3)
@@ -57,14 +57,6 @@ class PhotoCache:
                 file.write(_stamp(changed, image.reshape(-1)).tobytes())
         except OSError:
             pass  # it is decoded again next time
-
-
-def _time_of_change(path):
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
 
 
 def _stamp(changed, row):

@@ -24,6 +24,15 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
         raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
+def size_and_time(path: str | Path) -> tuple[int, int] | None:
+    """What changes with a file: its bytes and its time of change in nanoseconds; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns
+
+
 def _to_rgb(image):
     from PIL import Image
 

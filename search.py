@@ -31,8 +31,8 @@ PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, set
 
 
 class Match(NamedTuple):
-    """What was found, a photo's path or a caption, and its cosine with the query, corrected for hubs (hubs.py) where
-    the run has a bank."""
+    """What was found: a photo's path or a caption, with its cosine with the query, corrected for hubs (hubs.py) where
+    the run has a bank; or a label, with its probability."""
 
     score: float
     item: Path | str

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -90,7 +90,7 @@ def tokenize(
     rows = np.array([place[caption] for caption in captions], dtype=np.int64)
     if cache_dir is None:
         return Tokens(*_encode(tokenizer, list(place), max_tokens), rows)
-    file = Path(cache_dir) / "tokens" / f"{_fingerprint(tokenizer, place, max_tokens)}.npz"
+    file = Path(cache_dir) / "tokens" / f"{fingerprint(tokenizer, place, max_tokens)}.npz"
     try:
         with np.load(file) as kept:
             return Tokens(kept["flat"], kept["starts"], rows)
@@ -126,7 +126,7 @@ def _all_cores():
         os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
 
 
-def _fingerprint(tokenizer, captions, max_tokens):
+def fingerprint(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_tokens: int) -> str:
     """Changes with the captions and with anything of the tokenizer that changes their ids."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())

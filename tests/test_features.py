@@ -44,7 +44,7 @@ def pixels(count=3, size=32):
 @pytest.mark.parametrize("fold", [True, False])
 def test_both_halves_one_after_another_are_the_tower(image_tower, fold, stages, pooling):
     name = str(image_tower)
-    tower, _ = build_image_encoder(name, pretrained=True, fold_batch_norm=fold, frozen=False, pooling=pooling)
+    tower, _ = build_image_encoder(name, pretrained=True, fold_batch_norm=fold, pooling=pooling)
     tower.freeze(stages is None, trained=stages and last_parameters(tower.backbone, stages))
     tensors = set(tower.state_dict())
     tower.cut()
