@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
-PHOTO = r"[^\t|]*?\.(?:jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|avif)(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+PHOTO = rf"[^\t|]*?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
 PHOTO_NAME = re.compile(PHOTO, re.IGNORECASE)
 # Names of columns and JSON keys, the surest first.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_file", "image_path", "img_path", "img_name")
-IMAGE_COLUMNS += ("filepath", "path", "file", "img", "photo", "picture", "images", "图片", "图像", "照片", "文件名")
-IMAGE_COLUMNS += ("图片名", "图片名称", "图片路径", "image_id", "name")
+IMAGE_COLUMNS += ("filepath", "file_path", "path", "file", "img", "photo", "picture", "images")
+IMAGE_COLUMNS += ("图片", "图像", "照片", "文件名", "图片名", "图片名称", "图片路径", "image_id", "name")
 CAPTION_COLUMNS = ("caption", "captions", "raw", "text", "texts", "comment", "sentence", "sentences", "description")
 CAPTION_COLUMNS += (
     "comments",

@@ -1,10 +1,12 @@
 """Captions in text: tables with commas, tabs, bars or semicolons, and lines such as `photo.jpg#0<TAB>caption`."""
 
+import ast
 import csv
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,12 +164,11 @@ def _wrong_width(where, record, columns):
 
 
 def _texts(cell):
-    """The captions in a cell: itself, or a JSON list of them."""
+    """The captions in a cell: itself, or a list of them, as JSON or as Python writes it."""
     if cell.startswith("[") and cell.endswith("]"):
-        try:
-            return [text for text in json.loads(cell) if isinstance(text, str)] or [cell]
-        except ValueError:
-            pass
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return [text for text in read(cell) if isinstance(text, str)] or [cell]
     return [cell] if cell.strip() else []
 
 

@@ -11,6 +11,7 @@ Once photos were changed or deleted, what is left is written to 2.npy and 2.json
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,13 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from caption_rows import PHOTO_SUFFIXES
 from embeddings import append_embeddings, create_embeddings, open_embeddings
 from run_folder import replace_file
 
 if TYPE_CHECKING:
     from readers import CaptionData
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 COPIED_ROWS = 65_536  # at a time
 
 Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: other ones mean another photo
@@ -71,10 +72,10 @@ def find_photos(folder: Path) -> Photos:
                 continue
             if entry.is_dir(follow_symlinks=False):  # a link to a folder may lead back to where it stands
                 waiting.append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
+            elif entry.name.lower().endswith(PHOTO_SUFFIXES) and entry.is_file():
                 stamps[prefix + entry.name] = _stamp(entry.stat())
     if not stamps:
-        raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+        raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(PHOTO_SUFFIXES)}")
     return Photos(folder.resolve().name, folder, dict(sorted(stamps.items())))
 
 
@@ -85,6 +86,8 @@ def split_photos(data: "CaptionData", split: str) -> Photos:
         with contextlib.suppress(OSError):
             name = os.path.relpath(path, data.image_root)  # a table may name photos that lie elsewhere
             stamps[name.replace(os.sep, "/")] = _stamp(path.stat())
+    if not stamps:
+        raise FileNotFoundError(f"the photos of {data.name}'s {split} part are gone from {data.image_root}")
     return Photos(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
@@ -144,7 +147,10 @@ def _read(store):
         rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
     except ValueError:  # damaged: encoded anew, and what was made of it is void
         for path in store.glob("*.*"):
-            path.unlink()
+            if path.is_dir():  # as milvus-lite keeps its file
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         return 1, []
     return numbers[0], _whole_lines(table, rows)
 

@@ -28,9 +28,10 @@ def read_hub_data(source: Path | str, cache_dir: str | Path) -> Layout:
     folder = Path(cache_dir).resolve() / "hub_photos" / _fingerprint(source, parts)
     captions = Captions(FORM, [Path(str(source))])
     draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    written = draft if not folder.is_dir() else None
     try:
         for name, part in parts.items():
-            _read_part(captions, part, name, str(source), draft if not folder.is_dir() else None)
+            _read_part(captions, part, name, str(source), written)
         if draft.exists():
             draft.replace(folder)
     finally:

@@ -70,8 +70,8 @@ def _build_faiss(faiss, gallery, path):
     judges = rng.choice(len(rows), min(len(rows), JUDGED_PHOTOS), replace=False)
     recall = _widen(index, rows, rows[np.sort(judges)].astype(np.float32), lists)
     made = {"nprobe": index.nprobe, "recall": recall, "measured_on": f"{len(judges)} photos of the gallery as queries"}
+    write_text(path.with_suffix(".json"), json.dumps(made) + "\n")  # first: where the index is, this is too
     replace_file(path, lambda unfinished: faiss.write_index(index, str(unfinished)))
-    write_text(path.with_suffix(".json"), json.dumps(made) + "\n")
     for old in gallery.store.glob("faiss-*"):
         if old.stem != path.stem:
             old.unlink()

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import cli
+from caption_rows import decode
 from config import Config
 from gallery import find_photos, split_photos
 from run_folder import newest_finished_run, read_config
@@ -109,7 +110,7 @@ def read_queries(flags: Flags) -> list[Query]:
         return [Query(flags.query, flags.image)]
     if not flags.queries.is_file():
         raise FileNotFoundError(f"no such file: {flags.queries} (--queries)")
-    lines = [line.strip() for line in flags.queries.read_text("utf-8-sig").splitlines()]
+    lines = [line.strip() for line in decode(flags.queries).splitlines()]
     queries = [Query(line, None) for line in lines if line]
     if not queries:
         raise ValueError(f"{flags.queries} is empty: write a sentence per line")

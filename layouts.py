@@ -3,6 +3,7 @@
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ READERS = {".json": read_json, ".jsonl": read_json} | dict.fromkeys(TABLES, read
 SPLIT_IN_NAME = re.compile(
     rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
 )
+FLICKR8K_LISTS = {"Flickr_8k.trainImages.txt": "train", "Flickr_8k.devImages.txt": "val"}
+FLICKR8K_LISTS |= {"Flickr_8k.testImages.txt": "test"}
 LIST_OF_PHOTOS = re.compile(r".*(?:train|dev|val|test)Images\.txt")
 # Names of caption files, the surest first.
 KNOWN = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
@@ -58,15 +61,21 @@ def read_layout(path: Path, karpathy: Path | None = None) -> Layout:
     return Layout(folder, captions, files, splits, others)
 
 
-def has_published_split(path: Path) -> bool:
-    """Whether the official lists, or one of Karpathy's files, lie in the folder of a data set."""
+def has_published_split(path: Path, karpathy: str) -> bool:
+    """Whether the official lists, or Karpathy's file of that name, lie in the folder of a data set."""
     files = list_files(path if path.is_dir() else _home(path))
-    return len({file for file in files if LIST_OF_PHOTOS.fullmatch(file)}) == 3 or any(map(is_karpathy, files))
+    return bool(official_lists(files)) or any(file.rpartition("/")[2] == karpathy for file in files)
+
+
+def official_lists(files: Iterable[str]) -> dict[str, str]:
+    """Flickr8k's lists among the files: their names and where they lie; none if not all three are there."""
+    lists = {name: file for file in files if (name := file.rpartition("/")[2]) in FLICKR8K_LISTS}
+    return lists if len(lists) == len(FLICKR8K_LISTS) else {}
 
 
 def _home(path):
     """The folder that a caption file speaks of: its own, or the one above if that has no photos."""
-    own = path.resolve().parent
+    own = Path(os.path.abspath(path)).parent  # a link's own place, not that of the file behind it
     has_photos = any(PHOTO_NAME.fullmatch(file) for file in list_files(own))
     return path.parent if has_photos or path.parent == own.parent else own.parent
 
@@ -75,7 +84,7 @@ def _siblings(path, folder, files):
     """A caption file and those that differ in their split alone: en_train.json, en_val.json."""
     if _reader(path.name) is None:
         raise ValueError(f"{path}: expected a caption file ({', '.join(READERS)}), found {path.name}; pass its folder")
-    own = path.resolve().relative_to(folder.resolve()).as_posix()
+    own = Path(os.path.relpath(path, folder)).as_posix()
     key = _group_key(own)
     return [file for file in files if _group_key(file) == key and _reader(file)] if _split_in(own) else [own]
 
@@ -91,20 +100,22 @@ def _choose(folder, files):
     for file in candidates:
         groups[_group_key(file)].append(file)
     years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
-    ranked = sorted(groups.values(), key=lambda group: _rank(group[0], years))
+    ranked = sorted(groups.values(), key=lambda group: _rank(group, years))
     fitting = [group for group in ranked[:MOST_OPENED] if _looks_like_captions(folder / group[0])]
     # One that is named so but does not look so: its reader says what is wrong with it.
     fitting = fitting or [group for group in ranked if "caption" in _stem(group[0]) or _stem(group[0]) in KNOWN]
     return (fitting[0], [group[0] for group in fitting[1:]]) if fitting else ([], [])
 
 
-def _rank(file, years):
+def _rank(group, years):
+    file = group[0]
     stem = _stem(file)
     known = KNOWN.index(stem) if stem in KNOWN else len(KNOWN) - ("caption" in stem)
     year = re.search(r"(20\d\d)\.json", file)
     # The default text tower reads English: captions in Chinese are taken where their file is named.
     is_chinese = re.search(r"(?:^|[^a-z])(?:cn|zh)|zhc", stem) is not None
-    return file.count("/") - bool(_split_in(file)), known, is_chinese, bool(year and year[1] not in years), file
+    in_parts = len(group) > 1  # train/captions.csv and its like lie a folder deeper than a file that holds all
+    return file.count("/") - in_parts, known, is_chinese, bool(year and year[1] not in years), file
 
 
 def _stem(file):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 
-from photos import load_image
+from photos import load_image, open_image, shown_name
 from run_folder import read_config, read_metrics
 from shelf import Shelf
 
@@ -109,6 +109,7 @@ def _model_tab(gr, shelf, run, page):
         curves = gr.Image(label="Training", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
         settings = gr.JSON(label="Settings", elem_id="settings")
 
+    @_told(gr)
     def about(run: str):
         """A run's metrics by split, its curves, and its settings."""
         from PIL import Image
@@ -124,8 +125,11 @@ def _model_tab(gr, shelf, run, page):
             for split, values in measured.items()
         ]
         drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
-        shown = {name: value for name, value in config.items() if not name.endswith("_dir")}  # no paths of this machine
-        return {"headers": ["split", *names], "data": rows}, drawn, shown | {"dataset": Path(config["dataset"]).name}
+        shown = {name: value for name, value in config.items() if not name.endswith("_dir")}
+        for name, value in shown.items():
+            if isinstance(value, str) and Path(value).expanduser().is_absolute():
+                shown[name] = Path(value).name  # no paths of this machine
+        return {"headers": ["split", *names], "data": rows}, drawn, shown
 
     gr.on([page.load, run.change], about, run, [metrics, curves, settings], api_name="about")
 
@@ -165,14 +169,12 @@ def _told(gr) -> Callable:
 
 def checked(photo: str | None) -> Path:
     """The path of an uploaded photo; ValueError for none, for what is no photo, and for one too large to unpack."""
-    from PIL import Image
-
     if photo is None:
         raise ValueError("choose a photo")
     try:
-        with Image.open(photo) as image:
+        with open_image(photo) as image:
             pixels = image.width * image.height
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except Exception:  # decoders raise what they like
         raise ValueError(f"{Path(photo).name} is not a photo that can be read") from None
     if pixels > MOST_PIXELS:
         raise ValueError(
@@ -186,7 +188,7 @@ def thumbnails(matches: list) -> list:
     with ThreadPoolExecutor() as pool:
         copies = list(pool.map(thumbnail, [match.item for match in matches]))
     pairs = zip(copies, matches, strict=True)
-    return [(copy, f"{match.score:.3f}  {match.item.name}") for copy, match in pairs if copy is not None]
+    return [(copy, f"{match.score:.3f}  {shown_name(match.item)}") for copy, match in pairs if copy is not None]
 
 
 def thumbnail(path: Path):

@@ -153,7 +153,8 @@ def _specification(processor, view):
 def _view(processor, vision):
     """The processor's geometry: a shortest edge and the middle cut out, or the photo squeezed into a square."""
     interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
-    method = interpolation.get(int(getattr(processor, "resample", 3) or 3), "bicubic")
+    resample = getattr(processor, "resample", None)
+    method = "bicubic" if resample is None else interpolation.get(int(resample), "bicubic")
     if (patches := getattr(processor, "max_num_patches", None)) is not None:  # any shape: here a square of as many
         return View(math.isqrt(patches) * vision.patch_size, None, method)
     size = {key: value for key, value in dict(getattr(processor, "size", None) or {}).items() if value}

@@ -56,7 +56,7 @@ def locate(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[di
         if name in there or (_is_elsewhere(name) and (folder / name).is_file()):
             found[name] = name
         elif candidates := index.candidates(name):
-            if len(candidates) == 1 or _same_size(folder, candidates):
+            if len(candidates) == 1 or _look_alike(folder, candidates):
                 found[name] = candidates[0]
             else:
                 ambiguous.append(name)
@@ -127,8 +127,13 @@ def _common(parts, others):
     )
 
 
-def _same_size(folder, files):
-    return len({(folder / file).stat().st_size for file in files}) == 1
+def _look_alike(folder, files):
+    """Whether files are copies of one photo, as far as their sizes and middles tell."""
+    paths = [os.path.join(folder, file) for file in files]
+    try:
+        return len({(_size(path), _middle(path)) for path in paths}) == 1
+    except OSError:
+        return False
 
 
 def _group(paths, key):

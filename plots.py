@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fonts import CHINESE, HOW, families
+from photos import shown_name
 from run_folder import replace_file
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def plot_captions(answers: Sequence[tuple], path: Path) -> None:
 def _titled(matches, width=30):
     """A title and a photo for each match."""
     return [
-        (f"{rank}.  {match.score:.3f}\n{_cut(match.item.name, width)}", match.item)
+        (f"{rank}.  {match.score:.3f}\n{_cut(shown_name(match.item), width)}", match.item)
         for rank, match in enumerate(matches, start=1)
     ]
 

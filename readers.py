@@ -11,8 +11,8 @@ import pandas as pd
 from caption_rows import Captions, no_garbage_collection
 from layouts import Layout, read_layout
 from photo_files import find_copies, locate
-from sources import Source, find_source
-from splits import SPLITS, assign_split, keep_copies_together
+from sources import KAGGLE, Source, find_source, one_at_a_time
+from splits import AT_RANDOM, SPLITS, assign_split, keep_copies_together
 
 SHOWN = 5  # examples in a message
 MOST_BAD = 0.05  # share of rows that cannot be used; with more, something else is wrong
@@ -100,6 +100,11 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
             f"and its folders, which hold {len(layout.files):,} files"
         )
     split_of_name, split_source = assign_split(names, _strictest(rows, names, said), layout, split_seed)
+    if dataset in KAGGLE and split_source.startswith(AT_RANDOM):
+        raise ValueError(
+            f"the photos in {layout.folder} are not those of {dataset}'s published split: pass the folder as --dataset "
+            "to split it at random"
+        )
     unclear = set(ambiguous)
     missing = sorted(
         f"{name} (in several folders)" if name in unclear else name
@@ -147,7 +152,8 @@ def _read(source, cache_dir) -> Layout:
     from hub_data import is_hub_data, read_hub_data
 
     if source.hub_name or is_hub_data(source.path):
-        return read_hub_data(source.hub_name or source.path, cache_dir)
+        with one_at_a_time(cache_dir):
+            return read_hub_data(source.hub_name or source.path, cache_dir)
     return read_layout(source.path, source.karpathy)
 
 

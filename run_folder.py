@@ -23,12 +23,14 @@ def create_run(config: Config) -> Path:
     """An empty folder for a run; one that holds a checkpoint, or anything else of value, is never touched."""
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
-    if folder.exists() and {path.name for path in folder.iterdir()} - {CONFIG, TOWERS, FROZEN, CHECKSUMS}:
+    left = {path.name for path in folder.iterdir()} - set(_unfinished(folder)) if folder.exists() else set()
+    if left - {CONFIG, TOWERS, FROZEN, CHECKSUMS, BAD_BATCH}:
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
-    for name in (CONFIG, FROZEN, CHECKSUMS):
+    for name in (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH):
         (folder / name).unlink(missing_ok=True)
+    remove_unfinished(folder)
     return folder
 
 
@@ -149,9 +151,13 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed training process left half written."""
-    for name in (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES):
-        for unfinished in folder.glob(f".{name}.*"):
-            unfinished.unlink(missing_ok=True)
+    for name in _unfinished(folder):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _unfinished(folder):
+    names = (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES, BAD_BATCH)
+    return [path.name for name in names for path in folder.glob(f".{name}.*")]
 
 
 def _sync_folder(folder):

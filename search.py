@@ -137,7 +137,7 @@ class Searcher:
 
 
 def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
-    """The query of a sentence, a photo or both, (1, F): "this photo, but in snow" is the sum of the two."""
+    """The query of a sentence, a photo or both, (Q, F): "this photo, but in snow" is the sum of the two."""
     import torch.nn.functional as F
 
     if sentence_emb is None or photo_emb is None:

@@ -9,6 +9,7 @@ KAGGLE = {
     "flickr30k": "hsankesara/flickr-image-dataset",
     "coco": "awsaf49/coco-2017-dataset",
 }
+NAMES = ("sample", *KAGGLE)
 KARPATHY = "shtvkumar/karpathy-splits"  # the splits that papers report on, of all three
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
@@ -30,7 +31,7 @@ def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path
     if dataset == "sample":
         return Source(_draw_sample(cache_dir))
     if dataset in KAGGLE:
-        with _one_at_a_time(cache_dir):
+        with one_at_a_time(cache_dir):
             path = _download(KAGGLE[dataset], dataset)
         return Source(path, karpathy=_published_split(dataset, path, cache_dir))
     path = Path(dataset).expanduser()
@@ -39,7 +40,7 @@ def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path
     if HUB_NAME.fullmatch(dataset) and not path.parent.exists():  # else it is a folder's name, mistyped
         return Source(path, hub_name=dataset)
     raise FileNotFoundError(
-        f"no data set or folder {dataset!r}: expected sample, {', '.join(KAGGLE)}, a folder with images and "
+        f"no data set or folder {dataset!r}: expected {', '.join(NAMES)}, a folder with images and "
         "captions.txt, a caption file, or owner/name on the Hugging Face hub"
     )
 
@@ -56,23 +57,23 @@ def _draw_sample(cache_dir):
     from sample import write_sample
 
     folder = Path(cache_dir) / "sample"
-    with _one_at_a_time(cache_dir):
+    with one_at_a_time(cache_dir):
         write_sample(folder)
     return folder
 
 
 def _published_split(dataset, path, cache_dir):
     """A data set by its name always has the published split: from a file beside it, else from Kaggle."""
-    from layouts import has_published_split  # pandas-free, but it reads the folder
+    from layouts import has_published_split  # numpy; train.py wants no more than the names above
 
-    if dataset not in KAGGLE or has_published_split(path):
-        return None
     name = f"dataset_{dataset}.json"
-    with _one_at_a_time(cache_dir):
+    if dataset not in KAGGLE or has_published_split(path, name):
+        return None
+    with one_at_a_time(cache_dir):
         return _download(KARPATHY, dataset, name)
 
 
-def _one_at_a_time(folder):
+def one_at_a_time(folder: str | Path):
     """Of several processes one makes or downloads a data set; the others wait and find it there."""
     from filelock import FileLock
 

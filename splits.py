@@ -6,13 +6,10 @@ import numpy as np
 
 from caption_json import KARPATHY_FORM, read_json
 from caption_rows import decode
-from layouts import Layout
+from layouts import FLICKR8K_LISTS, Layout, official_lists
 from photo_files import plain_name
 
 SPLITS = ("train", "val", "test")
-FLICKR8K_LISTS = {
-    f"Flickr_8k.{name}Images.txt": split for split, name in zip(SPLITS, ("train", "dev", "test"), strict=True)
-}
 AT_RANDOM = "train:test 4:1 by image"
 MOST_VAL = 5000  # images of a val part that is drawn here: it is searched after every epoch
 
@@ -93,10 +90,11 @@ def keep_copies_together(
 
 
 def _published_split(names, layout):
-    lists = {name: layout.folder / file for file in layout.files if (name := file.rpartition("/")[2]) in FLICKR8K_LISTS}
-    if len(lists) == len(FLICKR8K_LISTS):
+    if lists := official_lists(layout.files):
         listed = {
-            line.strip(): split for name, split in FLICKR8K_LISTS.items() for line in decode(lists[name]).split("\n")
+            line.strip(): FLICKR8K_LISTS[name]
+            for name, file in lists.items()
+            for line in decode(layout.folder / file).split("\n")
         }
         return _by_plain_name(names, listed), "official split lists"
     if layout.captions.form != KARPATHY_FORM:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cli
 from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config, default_config
 from run_folder import read_config
+from sources import NAMES
 
 QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
 
@@ -48,7 +49,7 @@ def parse_flags() -> tuple[Config, Path | None]:
         default = read_config(cli.existing_folder(resumed, "--resume"))
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
-    if Path(config.dataset).expanduser().exists():  # so that the run finds its photos from any working folder
+    if config.dataset not in NAMES and Path(config.dataset).expanduser().exists():  # found from any working folder then
         config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
     if config.model is not None and Path(config.model).expanduser().is_dir():
         config = replace(config, model=str(Path(config.model).expanduser().resolve()))

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from caption_rows import PHOTO_SUFFIXES
 from encode import Encoder
-from gallery import IMAGE_SUFFIXES
 
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "there is a {} in the photo")
 CHINESE_TEMPLATES = ("{}", "一张{}的照片", "照片里有{}")
@@ -58,7 +58,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[Path], Tensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder} (--zero-shot)")
     classes = {
-        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
+        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     }

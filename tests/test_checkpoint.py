@@ -375,7 +375,8 @@ def test_what_a_start_without_a_checkpoint_left_does_not_reach_the_next_run(tmp_
         if path.name not in ("config.json", "towers"):
             path.unlink()
     (left / "towers" / "text").mkdir(parents=True, exist_ok=True)
-    (left / "frozen.pt").write_bytes(b"of another tower")
+    for name in ("frozen.pt", "bad_batch.json", ".last.pt.4711"):
+        (left / name).write_bytes(b"of another start")
     assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == left
     assert list(left.iterdir()) == []
 

@@ -205,6 +205,14 @@ def test_given_reads_one_flag_ahead_of_the_others(words, value):
     assert cli.given("--a", words) == value
 
 
+def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flickr8k").mkdir()
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--data-dir", "flickr8k"])
+    config, _ = train.parse_flags()
+    assert config.dataset == "flickr8k" and config.data_dir == str(tmp_path / "flickr8k")
+
+
 def test_of_a_repeated_data_set_the_last_decides_the_defaults_too(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "sample", "--dataset", "my_photos"])
     config, _ = train.parse_flags()

@@ -1,6 +1,7 @@
 """Photos and captions to batches: no image twice, nothing lost, and the same batches however they are loaded."""
 
 import shutil
+import struct
 from collections import Counter
 from functools import partial
 from itertools import chain
@@ -341,6 +342,24 @@ def test_a_rotated_photo_is_shown_upright(tmp_path, orientation):
     assert loaded.shape == ((60, 40, 3) if orientation > 4 else (40, 60, 3))
     assert np.array_equal(loaded, upright)
     assert orientation == 1 or not np.array_equal(loaded, pixels)
+
+
+def test_a_rotated_photo_with_tags_of_the_wrong_kind_is_shown_upright(tmp_path):
+    tags = {0x0112: (3, 1, 6), 0x0131: (5, 1, 0), 0x011A: (2, 4, 0)}  # Software as a fraction, XResolution as letters
+    block = b"".join(struct.pack("<HHII", tag, *entry) for tag, entry in sorted(tags.items()))
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + block + bytes(4)
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
+    assert load_image(tmp_path / "x.jpg", SIZE).shape == (60, 40, 3)
+
+
+def test_what_is_no_photo_is_not_opened_whatever_its_name(tmp_path, monkeypatch):
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: pytest.fail("ran a PostScript program"))
+    Image.new("RGB", (60, 40)).save(tmp_path / "x.eps")
+    (tmp_path / "x.eps").rename(tmp_path / "x.jpg")
+    with pytest.raises(OSError, match=r"x\.jpg: not an image"):
+        load_image(tmp_path / "x.jpg", SIZE)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 from conftest import write_photos
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, features
 
 from checkpoint import load_run, load_state, save_state
 from evaluate import save as save_metrics
@@ -205,7 +205,8 @@ def encoded_image(kind):
     return file.getvalue()
 
 
-IMAGES = {kind: encoded_image(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")}
+AVIF = ["AVIF"] if features.check("avif") else []
+IMAGES = {kind: encoded_image(kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", *AVIF)}
 
 
 @FUZZ

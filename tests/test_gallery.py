@@ -139,6 +139,20 @@ def test_files_that_were_cut_off_cost_only_what_is_missing(folder, tmp_path, fil
     assert opened(folder, tmp_path / "store")[1] == []
 
 
+def test_damaged_rows_are_encoded_anew_beside_a_folder_of_an_engine(folder, tmp_path):
+    opened(folder, tmp_path / "store")
+    (tmp_path / "store" / "milvus.db").mkdir()
+    (tmp_path / "store" / "1.npy").write_bytes(b"damaged")
+    assert len(opened(folder, tmp_path / "store")[1]) == 10
+
+
+def test_a_split_whose_photos_are_gone_is_an_error_that_names_it(tmp_path):
+    data = open_dataset(str(write_photos(tmp_path / "mine", 10)), data_dir=None, cache_dir="unused", split_seed=0)
+    shutil.rmtree(tmp_path / "mine" / "Images")
+    with pytest.raises(FileNotFoundError, match=r"the photos of .*mine's val part are gone"):
+        split_photos(data, "val")
+
+
 def test_rows_without_a_line_are_written_over(folder, tmp_path):
     opened(folder, tmp_path / "store")
     append_embeddings(tmp_path / "store" / "1.npy", 10, np.ones((3, DIM), np.float32))

@@ -109,6 +109,15 @@ def test_faiss_is_built_once_and_anew_when_the_gallery_changes(tmp_path, queries
     assert sorted(path.name for path in gallery.store.glob("faiss*")) == ["faiss-2.index", "faiss-2.json"]
 
 
+def test_a_build_of_faiss_that_was_stopped_is_begun_anew(tmp_path, queries, monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    gallery = gallery_of(tmp_path / "photos-00ff", range(50), 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(faiss, "write_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        search_index("faiss", gallery, queries, 3)
+    assert search_index("faiss", gallery, queries, 3)[1].shape == (20, 3)
+
+
 def test_faiss_finds_as_many_as_are_asked_for(tmp_path, queries):
     pytest.importorskip("faiss")
     gallery = gallery_of(tmp_path / "photos-00ff", range(1000), 1)

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -88,6 +89,22 @@ def test_the_original_flickr8k(tmp_path):
         f"A dog number {k} runs ." for k in range(5)
     ]
     assert "1 images are on no list" in data.describe() and data.missing == []
+
+
+def test_the_lists_are_found_in_two_folders_too(tmp_path):
+    from layouts import has_published_split
+
+    flickr8k_original(tmp_path)
+    shutil.copytree(tmp_path / "Flickr8k_text", tmp_path / "copy", ignore=lambda _, files: set(files) & {"readme.txt"})
+    for path in (tmp_path / "copy").glob("*token*"):
+        path.unlink()
+    assert has_published_split(tmp_path, "dataset_flickr8k.json") and opened(tmp_path).split_source.startswith(
+        "official"
+    )
+    (tmp_path / "other").mkdir()
+    for part in ("train", "val", "test"):
+        write(tmp_path / "other" / f"flickr30k_{part}Images.txt", "1.jpg")
+    assert not has_published_split(tmp_path / "other", "dataset_flickr30k.json")
 
 
 def test_a_name_that_ends_in_jpg_1_is_the_photo_without_it(tmp_path):
@@ -401,6 +418,38 @@ def test_a_name_that_could_be_two_photos_is_not_guessed(tmp_path):
     write(tmp_path / "y" / "1.jpg", "another photo")
     write(tmp_path / "captions.csv", "image,caption\n" + "".join(f"{k}.jpg,a dog\n" for k in range(1, 9)))
     assert opened(tmp_path, split_seed=1).missing == ["1.jpg (in several folders)"]
+
+
+def test_photos_of_one_size_are_not_taken_for_copies(tmp_path):
+    photos(tmp_path, [f"{k}.jpg" for k in range(2, 9)])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.fromarray(UNLIKE.integers(0, 255, (30, 30, 3), np.uint8)).save(tmp_path / folder / "1.bmp")
+    write(tmp_path / "captions.csv", "image,caption\n1.bmp,a cat\n" + "".join(f"{k}.jpg,a dog\n" for k in range(2, 9)))
+    assert opened(tmp_path, split_seed=1).missing == ["1.bmp (in several folders)"]
+
+
+def test_a_list_in_a_cell_is_read_as_json_or_python_writes_it(tmp_path):
+    photos(tmp_path, names(8))
+    cells = [json.dumps(["a dog", "it's a cat"]), repr(["a dog", "it's a cat"])]
+    rows = [[name, cells[k % 2]] for k, name in enumerate(names(8))]
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "caption"], *rows])
+    assert set(map(tuple, captions_of(opened(tmp_path)).values())) == {("a dog", "it's a cat")}
+
+
+def test_a_lone_file_of_one_part_does_not_stand_for_all(tmp_path):
+    photos(tmp_path, names(20))
+    for file, count in (("captions.csv", 20), ("captions_test.csv", 5)):
+        write(tmp_path / file, "image,caption\n" + "".join(f"{name},a dog\n" for name in names(count)))
+    assert len(captions_of(opened(tmp_path))) == 20
+
+
+def test_a_linked_caption_file_is_where_its_link_is(tmp_path):
+    photos(tmp_path / "data", names(8))
+    write(tmp_path / "blobs" / "0f3a", "image,caption\n" + "".join(f"{name},a dog\n" for name in names(8)))
+    (tmp_path / "data" / "captions.csv").symlink_to(tmp_path / "blobs" / "0f3a")
+    assert captions_of(opened(tmp_path / "data" / "captions.csv")) == captions_of(opened(tmp_path / "data"))
 
 
 def test_a_column_may_say_the_split(tmp_path):

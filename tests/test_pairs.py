@@ -282,6 +282,15 @@ def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp
     assert "clip-vit-base-patch" in line
 
 
+@pytest.mark.parametrize(("resample", "method"), [(None, "bicubic"), (0, "nearest"), (2, "bilinear")])
+def test_photos_are_resized_as_the_processor_says(resample, method):
+    from types import SimpleNamespace
+
+    from pairs import _view
+
+    assert _view(SimpleNamespace(resample=resample, size={"shortest_edge": 32}), None).interpolation == method
+
+
 def test_words_are_not_dropped_from_a_tower_that_reads_every_place(saved, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--model", saved / "siglip", "--word-dropout", 0.1, "--batch-size", 8, "--num-workers", 0, "--epochs", 1]

@@ -330,6 +330,22 @@ def test_a_published_split_beside_the_data_is_used_without_a_download(monkeypatc
     assert image_names(opened("flickr8k", data_dir=folder).part("val")) == {f"photo_0{k}.png" for k in (1, 4, 7)}
 
 
+def test_another_data_sets_split_file_does_not_stand_in_for_the_published_one(monkeypatch, tmp_path):
+    folder, asked = write_photos(tmp_path / "photos", 10), []
+    karpathy(folder, [f"photo_{k:02d}.png" for k in range(10)]).rename(folder / "dataset_coco.json")
+    split = karpathy(tmp_path / "downloaded", [f"photo_{k:02d}.png" for k in range(10)])
+    kaggle(monkeypatch, lambda handle, path=None: asked.append(path) or str(split))
+    opened("flickr8k", data_dir=folder)
+    assert asked == ["dataset_flickr8k.json"]
+
+
+def test_other_photos_under_a_data_sets_name_are_not_split_by_chance(monkeypatch, tmp_path):
+    folder = write_photos(tmp_path / "photos", 10)
+    karpathy(folder, [f"other_{k:02d}.png" for k in range(10)])
+    with pytest.raises(ValueError, match="not those of flickr8k's published split: pass the folder as --dataset"):
+        opened("flickr8k", data_dir=folder)
+
+
 def test_a_split_that_cannot_be_downloaded_is_never_replaced_by_chance(monkeypatch, photos):
     def download(handle, path=None):
         raise OSError("no network")

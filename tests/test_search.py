@@ -1,6 +1,7 @@
 """Searching one's own photos: what infer.py answers, and that nothing is computed twice."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -152,6 +153,18 @@ def test_a_file_of_queries_is_answered_line_by_line(place):
         assert [match["photo"] for match in alone] == [match["photo"] for match in answer["matches"]]
     with Image.open("grid.png") as picture:
         assert min(picture.size) > 100
+    (place / "gb.txt").write_text("红色在左边\n", "gb18030")
+    assert [answer["query"] for answer in answers("--queries", "gb.txt", "--gallery", "holiday")] == ["红色在左边"]
+
+
+def test_a_photo_whose_name_is_no_utf8_is_drawn(tmp_path):
+    from plots import plot_photos
+    from search import Match
+
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (20, 20)).save(path)
+    plot_photos([("a café", None, [Match(0.5, path)])], tmp_path / "found.png")
+    assert (tmp_path / "found.png").is_file()
 
 
 def test_for_a_person_ranks_scores_and_names_stand_in_columns_and_a_picture_is_drawn(place):
