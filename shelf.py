@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import cli
@@ -30,7 +31,7 @@ class Shelf:
         data_dir: Path | None,
         options: dict,
     ):
-        self.split, self.data_dir, self.options = split, data_dir, options
+        self.split, self.data_dir, self.options, self.model = split, data_dir, options, model
         first = [] if run is None else [cli.existing_folder(run, "--run")]
         try:
             others = finished_runs(runs_dir)
@@ -38,9 +39,9 @@ class Shelf:
             if run is None and model is None:
                 raise
             others = []
-        pairs = {} if model is None else {model: None}  # has no folder of its own
-        self.runs = pairs | {str(folder): folder for folder in (*first, *others)}
-        self.folders = {str(folder): cli.existing_folder(folder, "--gallery") for folder in folders}
+        pairs = {} if model is None else {Path(model).name if Path(model).is_absolute() else model: None}
+        self.runs = pairs | _by_label([*first, *others])
+        self.folders = _by_label([cli.existing_folder(folder, "--gallery") for folder in folders])
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
 
     @property
@@ -64,7 +65,7 @@ class Shelf:
 
     def _searcher(self, run: str) -> Searcher:
         folder = self.runs[run]
-        return search_with_run(folder, **self.options) if folder else search_with_pair(run, **self.options)
+        return search_with_run(folder, **self.options) if folder else search_with_pair(self.model, **self.options)
 
     def _gallery(self, run: str, name: str) -> Gallery:
         photos = split_photos(self._data(run), self.split) if name == OWN_PHOTOS else find_photos(self.folders[name])
@@ -74,3 +75,16 @@ class Shelf:
         if self.runs[run] is None:
             raise ValueError(f"{run} was not trained here and has no data set: choose other photos, or a run")
         return cli.open_data(read_config(self.runs[run]), self.data_dir)
+
+
+def _by_label(folders):
+    """Folders by what visitors see of them: as they were given, or without their way from the machine's root."""
+    labels = {}
+    for folder in dict.fromkeys(folders):
+        own = label = folder.name if folder.is_absolute() else str(folder)
+        for number in count(2):
+            if label not in labels:
+                break
+            label = f"{own} ({number})"
+        labels[label] = folder
+    return labels

@@ -308,9 +308,12 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
     write_photos(tmp_path / "photos", 10)
     (tmp_path / "first").mkdir()
     settings = {"split": "test", "data_dir": None, "options": {}}
-    shelf = Shelf(tmp_path / "first", [tmp_path / "photos"], runs_dir=tmp_path / "runs", **settings)
-    assert list(shelf.runs) == [str(tmp_path / "first")]
-    assert shelf.galleries == [str(tmp_path / "photos"), OWN_PHOTOS]
+    (tmp_path / "other" / "photos").mkdir(parents=True)
+    folders = [tmp_path / "photos", tmp_path / "other" / "photos"]
+    shelf = Shelf(tmp_path / "first", folders, runs_dir=tmp_path / "runs", **settings)
+    assert shelf.runs == {"first": tmp_path / "first"}  # visitors see no way from the machine's root
+    assert shelf.galleries == ["photos", "photos (2)", OWN_PHOTOS]
+    assert list(shelf.folders.values()) == folders
     with pytest.raises(KeyError):
         shelf.searcher("/etc")
     with pytest.raises(FileNotFoundError, match=r"no runs in .*python train\.py"):
