@@ -39,7 +39,7 @@ def main() -> None:
     folder = create_run(config)
     from build import training_encoder
     from checkpoint import save_state
-    from hubs import keep_bank
+    from hubness import keep_bank
     from retrieval import retrieval_metrics
     from stored_batches import embed_photos
 

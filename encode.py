@@ -16,7 +16,7 @@ from batches import leave_signals_to_parent
 from checkpoint import load_run
 from dataset import ImageFiles, PhotoViews
 from device import autocast, pick_device, pick_precision, pick_workers
-from hubs import Bank, read_bank
+from hubness import Bank, read_bank
 from modules import CLIPModel
 from photo_cache import PhotoCache
 from processes import gather_rows, rank, share

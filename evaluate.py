@@ -13,7 +13,7 @@ from config import Config
 from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
-CORRECTED = "corrected for hubs"  # hubs.py
+CORRECTED = "corrected for hubs"  # hubness.py
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from build import build_batches
 from checkpoint import save_state, split_frozen
 from config import Config
 from encode import Encoder
-from hubs import keep_bank
+from hubness import keep_bank
 from modules import CLIPModel
 from plots import MAIN_TERMS, plot_curves
 from processes import average_statistics, count, from_first, gather_lists, gather_statistics, rank, spread_statistics

@@ -31,8 +31,8 @@ PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, set
 
 
 class Match(NamedTuple):
-    """What was found: a photo's path or a caption, with its cosine with the query, corrected for hubs (hubs.py) where
-    the run has a bank; or a label, with its probability."""
+    """What was found: a photo's path or a caption, with its cosine with the query, corrected for hubs where the run has
+    a bank (hubness.py); or a label, with its probability."""
 
     score: float
     item: Path | str
@@ -73,7 +73,7 @@ class Searcher:
 
     def _as_query(self, emb, of_other_kind):
         """The bank says which photos are near to too many captions; that is no fault in a photo like another photo."""
-        from hubs import query
+        from hubness import query
 
         return emb if self.encoder.bank is None else query(emb, float(of_other_kind))
 

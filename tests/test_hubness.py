@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from conftest import within, write_photos
 
-import hubs
+import hubness as hubs_module
 from checkpoint import load_state
 from encode import load_encoder
 from gallery import find_photos
-from hubs import Bank, keep_bank, query, read_bank
+from hubness import Bank, keep_bank, query, read_bank
 from retrieval import retrieval_metrics
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
@@ -22,7 +22,7 @@ def rows(seed, count, dim=8):
 
 
 def hubness(emb, bank):
-    return (emb @ bank.T).sort(1, descending=True).values[:, : hubs.NEIGHBOURS].mean(1)
+    return (emb @ bank.T).sort(1, descending=True).values[:, : hubs_module.NEIGHBOURS].mean(1)
 
 
 @pytest.mark.parametrize("size", [4, 10, 300])
@@ -54,18 +54,18 @@ def test_a_bank_holds_so_many_photos_with_their_captions(monkeypatch):
     photos, owner = rows(6, 2500), torch.arange(2500).repeat_interleave(2)
     captions = photos[owner]
     kept = keep_bank(photos, captions, owner)
-    assert len(kept["image_emb"]) == hubs.MOST_PHOTOS and len(kept["text_emb"]) == 2 * hubs.MOST_PHOTOS
+    assert len(kept["image_emb"]) == hubs_module.MOST_PHOTOS and len(kept["text_emb"]) == 2 * hubs_module.MOST_PHOTOS
     torch.testing.assert_close(kept["image_emb"].repeat_interleave(2, 0), kept["text_emb"])
     assert kept["image_emb"].unique(dim=0).shape == kept["image_emb"].shape
     bank = read_bank(kept)
     assert bank.image_emb.dtype == torch.float32 and (bank.image_emb - kept["image_emb"]).abs().max() == 0
-    few = hubs.FEWEST_PHOTOS - 1
+    few = hubs_module.FEWEST_PHOTOS - 1
     assert keep_bank(photos[:few], captions[: 2 * few], owner[: 2 * few]) is None and read_bank(None) is None
 
 
 def test_a_run_keeps_a_bank_and_evaluation_and_search_use_it(tmp_path, image_tower, text_tower, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hubs, "FEWEST_PHOTOS", 2)
+    monkeypatch.setattr(hubs_module, "FEWEST_PHOTOS", 2)
     write_photos(tmp_path / "my_photos", 30)
     words = ["--dataset", "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
     done = within("train.py", *words, *TRAINING, "--epochs", 1, "--name", "run")
