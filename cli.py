@@ -133,5 +133,8 @@ def _one_line(message: str, flags: Sequence[str]) -> str:
     text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(parts[0].split()))
     if unknown := re.match(r"Unrecognized options: (--[\w-]+)", text):
         meant = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0.5)
-        text += f"; did you mean {meant[0]}?" if meant else ""
+        if meant == [unknown[1]]:  # a field of the name, but one without a flag
+            text += "; give what stands behind it alone, without the flag"
+        elif meant:
+            text += f"; did you mean {meant[0]}?"
     return text

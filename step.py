@@ -170,7 +170,10 @@ class TrainingStep:
         except (TypeError, KeyError, AttributeError):
             raise ValueError("the optimizer's state in it is damaged") from None
         if saved_sizes != sizes:
-            raise ValueError("other towers were trained: resume with the same --freeze-image and --freeze-text")
+            raise ValueError(
+                "other parts were trained: leave out flags that say what trains (--freeze-image, --image-stages, "
+                "--lora, --objective and so on)"
+            )
         names = {parameter: name for name, parameter in self.unwrapped.named_parameters()}
         parameters = [parameter for group in groups for parameter in group["params"]]
         for parameter, found in zip(parameters, shapes, strict=True):

@@ -10,6 +10,7 @@ import pytest
 from conftest import program, refused
 
 import cli
+import evaluate
 import train
 from config import FLAGS_WITHOUT_RECIPE, PRESETS, RECIPES, Config, default_config
 
@@ -162,6 +163,12 @@ def test_a_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
 def test_an_unknown_flag_is_one_line_that_names_it_and_the_one_meant(capsys):
     line = error_line(capsys, "--alhpa", "0.2")
     assert "--alhpa" in line and "did you mean --alpha?" in line
+
+
+def test_a_word_that_is_given_without_a_flag_says_so(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_flags(evaluate.Flags, argv=["--run", "runs/x"])
+    assert "--run" in (line := capsys.readouterr().err) and "alone, without the flag" in line
 
 
 def test_a_value_of_the_wrong_type_is_one_line_that_names_flag_and_value(capsys):
