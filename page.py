@@ -8,7 +8,7 @@ from pathlib import Path
 
 from photos import load_image, open_image, shown_name
 from run_folder import read_config, read_metrics
-from shelf import Shelf
+from shelf import Shelf, without_way
 
 MOST_PIXELS = 50_000_000  # of an uploaded photo: 150 MB once it is unpacked
 SWEPT = (3600, 3600)  # seconds: every hour, uploads and copies older than an hour are deleted
@@ -126,9 +126,7 @@ def _model_tab(gr, shelf, run, page):
         ]
         drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
         shown = {name: value for name, value in config.items() if not name.endswith("_dir")}
-        for name, value in shown.items():
-            if isinstance(value, str) and Path(value).expanduser().is_absolute():
-                shown[name] = Path(value).name  # no paths of this machine
+        shown = {name: without_way(value) if isinstance(value, str) else value for name, value in shown.items()}
         return {"headers": ["split", *names], "data": rows}, drawn, shown
 
     gr.on([page.load, run.change], about, run, [metrics, curves, settings], api_name="about")

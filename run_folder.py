@@ -16,6 +16,7 @@ LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
 CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
+BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # beside TOWERS all that a run without one can hold
 STARTS = "starts"  # beside the settings in config.json: what each start of the run was made with
 
 
@@ -24,11 +25,11 @@ def create_run(config: Config) -> Path:
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     left = {path.name for path in folder.iterdir()} - set(_unfinished(folder)) if folder.exists() else set()
-    if left - {CONFIG, TOWERS, FROZEN, CHECKSUMS, BAD_BATCH}:
+    if left - {TOWERS, *BEFORE_CHECKPOINTS}:
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
-    for name in (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH):
+    for name in BEFORE_CHECKPOINTS:
         (folder / name).unlink(missing_ok=True)
     remove_unfinished(folder)
     return folder

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 import cli
@@ -39,7 +39,7 @@ class Shelf:
             if run is None and model is None:
                 raise
             others = []
-        pairs = {} if model is None else {Path(model).name if Path(model).is_absolute() else model: None}
+        pairs = {} if model is None else {without_way(model): None}  # has no folder of its own
         self.runs = pairs | _by_label([*first, *others])
         self.folders = _by_label([cli.existing_folder(folder, "--gallery") for folder in folders])
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
@@ -77,14 +77,17 @@ class Shelf:
         return cli.open_data(read_config(self.runs[run]), self.data_dir)
 
 
+def without_way(path: str | Path) -> str:
+    """What visitors see of a path, or of a name: itself, or without its way from the machine's root."""
+    path = Path(path).expanduser()
+    return path.name if path.is_absolute() else str(path)
+
+
 def _by_label(folders):
-    """Folders by what visitors see of them: as they were given, or without their way from the machine's root."""
+    """Folders by what visitors see of them, numbered where that is the same."""
     labels = {}
     for folder in dict.fromkeys(folders):
-        own = label = folder.name if folder.is_absolute() else str(folder)
-        for number in count(2):
-            if label not in labels:
-                break
-            label = f"{own} ({number})"
-        labels[label] = folder
+        own = without_way(folder)
+        numbered = (f"{own} ({number})" for number in count(2))
+        labels[next(label for label in chain([own], numbered) if label not in labels)] = folder
     return labels

@@ -20,7 +20,8 @@ from towers import save_towers
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     """Train on `data` as `config` says, in a new run's folder or on from where `resume` stopped; returns the folder."""
     join(pick_device(config.device))
-    _check_sizes(config, len(data.part("train").paths))  # a mistake should leave no run's folder behind
+    images = len(data.part("train").paths)
+    _check_sizes(config, images)  # a mistake should leave no run's folder behind
     torch.manual_seed(config.seed)
     if resume is None:
         (folder, model, tokenizer), state = _start(config, data), None
@@ -28,7 +29,7 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
         folder, (model, tokenizer, state) = resume, _continue(config, resume, LAST)
     encoder = training_encoder(config, model, tokenizer)
     equalise(model)  # where it trains: NCCL knows no tensor of the CPU
-    if (images := len(data.part("train").paths)) < config.batch_size:
+    if images < config.batch_size:
         print(f"every step sees all {images} training images; --batch-size {config.batch_size} would take more")
     print(
         f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"

@@ -63,21 +63,27 @@ def test_a_bank_holds_so_many_photos_with_their_captions(monkeypatch):
     assert keep_bank(photos[:few], captions[: 2 * few], owner[: 2 * few]) is None and read_bank(None) is None
 
 
-def test_a_run_keeps_a_bank_and_evaluation_and_search_use_it(tmp_path, image_tower, text_tower, monkeypatch, capsys):
+@pytest.fixture
+def place(tmp_path, image_tower, text_tower, monkeypatch):
+    """The working folder, with photos and a run that keeps a bank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hubs_module, "FEWEST_PHOTOS", 2)
     write_photos(tmp_path / "my_photos", 30)
     words = ["--dataset", "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
     done = within("train.py", *words, *TRAINING, "--epochs", 1, "--name", "run")
     assert done.returncode == 0, done.stderr
-    kept = load_state(tmp_path / "runs/run/best.pt")["bank"]
+    return tmp_path
+
+
+def test_a_run_keeps_a_bank_and_evaluation_uses_it_for_other_photos(place):
+    kept = load_state(place / "runs/run/best.pt")["bank"]
     assert kept["image_emb"].shape == (2, 16) and kept["text_emb"].shape == (4, 16)
 
     assert within("evaluate.py", "runs/run", "--precision", "float32").stdout.count("rsum") == 2
     assert within("evaluate.py", "runs/run", "--precision", "float32", "--split", "val").stdout.count("rsum") == 1
-    measured = json.loads((tmp_path / "runs/run/metrics.json").read_text())
+    measured = json.loads((place / "runs/run/metrics.json").read_text())
     assert list(measured) == ["test", "test, corrected for hubs", "val"]
-    assert {path.name for path in (tmp_path / "runs/run").glob("metrics-*.png")} == {
+    assert {path.name for path in (place / "runs/run").glob("metrics-*.png")} == {
         "metrics-test.png",
         "metrics-test-corrected-for-hubs.png",
         "metrics-val.png",
@@ -86,8 +92,10 @@ def test_a_run_keeps_a_bank_and_evaluation_and_search_use_it(tmp_path, image_tow
         done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", split)
         assert done.stdout.count("rsum") == lines
 
-    encoder, _ = load_encoder(tmp_path / "runs/run", device="cpu", precision="float32")
-    paths = [tmp_path / "my_photos" / name for name in find_photos(tmp_path / "my_photos").stamps]
+
+def test_search_ranks_by_the_bank_what_is_of_the_other_kind(place):
+    encoder, _ = load_encoder(place / "runs/run", device="cpu", precision="float32")
+    paths = [place / "my_photos" / name for name in find_photos(place / "my_photos").stamps]
     photos, _ = encoder.images(paths, "")
     (sentence,) = encoder.captions(["red on the left"], "")
     expected = photos @ sentence - hubness(photos, encoder.bank.text_emb) / 2
