@@ -94,7 +94,9 @@ def apply_settings(config: Config, model: CLIPModel) -> None:
         except ValueError as error:
             raise ValueError(f"{flag} {last}: {error}" if last else str(error)) from None
     if config.word_dropout and getattr(model.text_encoder.backbone, "length", None) is not None:
-        raise ValueError("--word-dropout: this text tower reads every place, with or without a word; leave it out")
+        raise ValueError(
+            "--word-dropout: this text tower reads every place, with or without a word; pass --word-dropout 0"
+        )
     model.set_dropout(config.dropout, config.image_feature_dropout, config.word_dropout)
 
 

@@ -23,6 +23,8 @@ from caption_rows import (
 
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "bars", ";": "semicolons"}
 LINE = re.compile(rf"\s*({PHOTO})(#\S*)?\s+(\S.*)", re.IGNORECASE)
+QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+ARRAY = re.compile(rf"\[\s*(?:(?:{QUOTED})\s*)+\]", re.DOTALL)  # of texts, without commas between them
 GLUED = re.compile(r"\s*\d+\s+(\S.*)")  # Flickr30k has a row whose number and caption share a cell
 SAMPLE = 200  # lines by which a form is told
 LONGEST_CELL = 30  # lines; a quote that spans more was left open
@@ -164,11 +166,12 @@ def _wrong_width(where, record, columns):
 
 
 def _texts(cell):
-    """The captions in a cell: itself, or a list of them, as JSON or as Python writes it."""
+    """The captions in a cell: itself, or a list of them, as JSON, Python or NumPy writes it."""
     if cell.startswith("[") and cell.endswith("]"):
+        written = f"[{', '.join(re.findall(QUOTED, cell))}]" if ARRAY.fullmatch(cell) else cell
         for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return [text for text in read(cell) if isinstance(text, str)] or [cell]
+            with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
+                return [text for text in read(written) if isinstance(text, str)] or [cell]
     return [cell] if cell.strip() else []
 
 

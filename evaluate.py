@@ -99,8 +99,10 @@ def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
 
 def _of_the_run(dataset, folder):
     """Whether a data set is the one that the run was trained on, whose validation part is the bank."""
-    own = read_config(folder).dataset
-    return dataset in (None, own) or Path(dataset).expanduser().resolve() == Path(own).expanduser().resolve()
+    trained = read_config(folder)
+    own = [path for path in (trained.dataset, trained.data_dir) if path is not None]
+    found = Path(dataset or trained.dataset).expanduser().resolve()
+    return dataset in own or any(found == Path(path).expanduser().resolve() for path in own)
 
 
 def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) -> float:

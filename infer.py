@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 import cli
-from caption_rows import decode
+from caption_rows import UNDECODED, decode
 from config import Config
 from gallery import find_photos, split_photos
 from run_folder import newest_finished_run, read_config
@@ -59,6 +59,8 @@ class Flags:
             raise ValueError("--queries FILE stands alone: put the sentence into the file")
         if self.query is not None and not self.query.strip():
             raise ValueError("the sentence is empty")
+        if self.query is not None and UNDECODED.search(self.query):
+            raise ValueError("the sentence holds bytes that are not UTF-8 text")
         if self.gallery is not None and self.find == "captions":
             raise ValueError("a folder of photos has no captions: leave out --gallery or --find captions")
         if self.labels and (self.image is None or self.query is not None or self.gallery is not None or self.find):
@@ -110,8 +112,12 @@ def read_queries(flags: Flags) -> list[Query]:
         return [Query(flags.query, flags.image)]
     if not flags.queries.is_file():
         raise FileNotFoundError(f"no such file: {flags.queries} (--queries)")
-    lines = [line.strip() for line in decode(flags.queries).splitlines()]
-    queries = [Query(line, None) for line in lines if line]
+    queries = []
+    for number, line in enumerate(decode(flags.queries).splitlines(), start=1):
+        if UNDECODED.search(line):
+            raise ValueError(f"{flags.queries}, line {number}: bytes that are not UTF-8 text; save the file as UTF-8")
+        if line.strip():
+            queries.append(Query(line.strip(), None))
     if not queries:
         raise ValueError(f"{flags.queries} is empty: write a sentence per line")
     return queries
@@ -171,12 +177,13 @@ def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> Non
     """Write the picture of the matches, where one was asked for or a single query was put by a person."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
+    from photos import shown_text
     from plots import plot_captions, plot_photos
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name) or 'query'}.png"
     plot = plot_captions if finds_captions(flags) else plot_photos
-    plot([(str(query), query.image, found) for query, found in zip(queries, answers, strict=True)], picture)
+    plot([(shown_text(str(query)), query.image, found) for query, found in zip(queries, answers, strict=True)], picture)
     print(f"picture: {picture}", file=sys.stderr if flags.json else sys.stdout)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caption_json import is_karpathy, read_json
-from caption_rows import PHOTO_NAME, SPLIT_WORDS, Captions, decode
+from caption_rows import PHOTO_NAME, PHOTO_SUFFIXES, SPLIT_WORDS, Captions, decode
 from caption_tables import looks_like_table, read_table
 from photo_files import list_files
 
@@ -24,7 +24,8 @@ LIST_OF_PHOTOS = re.compile(r".*(?:train|dev|val|test)Images\.txt")
 KNOWN = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
 MOST_OPENED = 100  # files that are looked into for captions
 HEAD = 2**16  # bytes by which a caption file is told
-KEYS = re.compile(r'"(?:caption|captions|sentences|text|raw|[^"]+\.(?:jpe?g|png|webp|bmp))"\s*:', re.IGNORECASE)
+PHOTO_KEY = rf"[^\"]+(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})"
+KEYS = re.compile(rf'"(?:caption|captions|sentences|text|raw|{PHOTO_KEY})"\s*:', re.IGNORECASE)
 EXPECTED = (
     "expected captions.txt or captions.csv (image,caption), another form of the README, or photo.txt beside photo.jpg"
 )
@@ -75,16 +76,16 @@ def official_lists(files: Iterable[str]) -> dict[str, str]:
 
 def _home(path):
     """The folder that a caption file speaks of: its own, or the one above if that has no photos."""
-    own = Path(os.path.abspath(path)).parent  # a link's own place, not that of the file behind it
+    own = path.parent.resolve()  # of a linked file its own place, not that of the file behind it
     has_photos = any(PHOTO_NAME.fullmatch(file) for file in list_files(own))
-    return path.parent if has_photos or path.parent == own.parent else own.parent
+    return path.parent if has_photos or own == own.parent else own.parent
 
 
 def _siblings(path, folder, files):
     """A caption file and those that differ in their split alone: en_train.json, en_val.json."""
     if _reader(path.name) is None:
         raise ValueError(f"{path}: expected a caption file ({', '.join(READERS)}), found {path.name}; pass its folder")
-    own = Path(os.path.relpath(path, folder)).as_posix()
+    own = Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve())).as_posix()
     key = _group_key(own)
     return [file for file in files if _group_key(file) == key and _reader(file)] if _split_in(own) else [own]
 

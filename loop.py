@@ -53,8 +53,6 @@ class Trainer:
     def fit(self) -> Path:
         """Train the epochs that are left. SIGINT and SIGTERM raise Stopped, with a checkpoint at that step."""
         config, progress = self.config, self.progress
-        if progress.epoch >= config.epochs:
-            raise ValueError(f"{self.folder} has trained its {progress.epoch} epochs: to go on, raise --epochs")
         with self.signals:
             try:
                 while progress.epoch < config.epochs:
@@ -223,6 +221,8 @@ class Trainer:
             raise ValueError(f"{self.folder / LAST} cannot be used as a checkpoint: {error!r} in it") from None
         except ValueError as error:
             raise ValueError(f"{self.folder} cannot go on: {error}, or --start-from it") from None
+        if self.progress.epoch >= self.config.epochs:
+            raise ValueError(f"{self.folder} has trained its {self.progress.epoch} epochs: to go on, raise --epochs")
 
 
 def _quiet():

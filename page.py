@@ -42,7 +42,7 @@ def _search_tab(gr, shelf, run, gallery, index):
             with gr.Column(scale=3):
                 found = gr.Gallery(label="Found", columns=4, height="max-content", format="jpeg", elem_id="found")
 
-        @_told(gr)
+        @_told(gr, shelf)
         def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
             """The photos that fit a sentence, resemble a photo, or both: (photo, score and name), best first."""
             from search import combine, nearest_photos
@@ -72,7 +72,7 @@ def _captions_tab(gr, shelf, run):
             headers=["score", "caption"], label="Captions of the run's data set", scale=3, elem_id="captions"
         )
 
-    @_told(gr)
+    @_told(gr, shelf)
     def find_captions(photo: str | None, run: str):
         """The captions of the run's data set that fit a photo: (score, caption), best first."""
         from search import nearest_captions
@@ -93,7 +93,7 @@ def _labels_tab(gr, shelf, run):
             button = gr.Button("Choose", variant="primary", elem_id="choose")
         chosen = gr.Label(label="Which fits", num_top_classes=10, scale=2, elem_id="chosen")
 
-    @_told(gr)
+    @_told(gr, shelf)
     def choose_label(photo: str | None, labels: str, run: str):
         """Which of the labels (one per line) fits a photo: their probabilities."""
         lines = [line.strip() for line in (labels or "").splitlines() if line.strip()]
@@ -109,7 +109,7 @@ def _model_tab(gr, shelf, run, page):
         curves = gr.Image(label="Training", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
         settings = gr.JSON(label="Settings", elem_id="settings")
 
-    @_told(gr)
+    @_told(gr, shelf)
     def about(run: str):
         """A run's metrics by split, its curves, and its settings."""
         from PIL import Image
@@ -147,7 +147,7 @@ def _photo_input(gr, label, elem_id):
     return photo
 
 
-def _told(gr) -> Callable:
+def _told(gr, shelf) -> Callable:
     """A visitor's mistake becomes a message in the page."""
 
     def decorate(function):
@@ -158,7 +158,7 @@ def _told(gr) -> Callable:
             except KeyError as error:
                 raise gr.Error(f"the page does not offer {error}", print_exception=False) from None
             except (ValueError, OSError) as error:
-                raise gr.Error(" ".join(str(error).split()), print_exception=False) from None
+                raise gr.Error(shelf.told(error), print_exception=False) from None
 
         return wrapped
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 # What photos come in, and no more: Pillow would hand an EPS to Ghostscript, whatever its name is.
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "AVIF")
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000")
 ORIENTATION = 0x0112  # the EXIF tag
 
 
@@ -44,13 +44,19 @@ def _upright(image):
 
     turns = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM}
     turns |= {5: Transpose.TRANSPOSE, 6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}
+    image.load()  # a TIFF is turned by this, and its tag is gone
     turn = turns.get(image.getexif().get(ORIENTATION))
     return image if turn is None else image.transpose(turn)
 
 
 def shown_name(path: Path) -> str:
-    """A photo's name for a picture or a page; bytes that are no UTF-8 become question marks."""
-    return os.fsencode(path.name).decode("utf-8", "replace")
+    """A photo's name for a picture or a page."""
+    return shown_text(path.name)
+
+
+def shown_text(text: str) -> str:
+    """Text with names of files in it, for a picture or a page; bytes that are no UTF-8 become question marks."""
+    return os.fsencode(text).decode("utf-8", "replace")
 
 
 def size_and_time(path: str | Path) -> tuple[int, int] | None:

@@ -91,7 +91,7 @@ def plot_photos(answers: Sequence[tuple], path: Path) -> None:
     if len(answers) > 1:
         return _plot_rows(answers[:MOST_ROWS], path)
     ((text, asked, matches),) = answers
-    cells = [*([(f"{asked.name}:", asked)] if asked else []), *_titled(matches)]
+    cells = [*([(f"{shown_name(asked)}:", asked)] if asked else []), *_titled(matches)]
     columns = min(GRID_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)

@@ -25,7 +25,7 @@ def create_run(config: Config) -> Path:
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     left = {path.name for path in folder.iterdir()} - set(_unfinished(folder)) if folder.exists() else set()
-    if left - {TOWERS, *BEFORE_CHECKPOINTS}:
+    if left - {TOWERS, *BEFORE_CHECKPOINTS} or not all(_is_ours(folder / name) for name in left):
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
@@ -33,6 +33,13 @@ def create_run(config: Config) -> Path:
         (folder / name).unlink(missing_ok=True)
     remove_unfinished(folder)
     return folder
+
+
+def _is_ours(path):
+    """Whether what a run's folder holds by that name was written by this program."""
+    if path.name == CONFIG:
+        return bool(read_starts(path.parent))
+    return path.name != TOWERS or (path / "image.json").is_file()
 
 
 def write_config(folder: Path, config: Config, start: dict | None = None) -> None:

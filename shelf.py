@@ -40,7 +40,7 @@ class Shelf:
                 raise
             others = []
         pairs = {} if model is None else {without_way(model): None}  # has no folder of its own
-        self.runs = pairs | _by_label([*first, *others])
+        self.runs = _by_label([*first, *others], pairs)
         self.folders = _by_label([cli.existing_folder(folder, "--gallery") for folder in folders])
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
 
@@ -52,6 +52,15 @@ class Shelf:
     def captions(self, run: str) -> list[str]:
         """The captions of a run's data set."""
         return self._data(run).part(self.split).captions
+
+    def told(self, message: object) -> str:
+        """A message for visitors: on one line, with the labels of folders in place of their paths."""
+        text = " ".join(str(message).split())
+        places = [*self.runs.items(), *self.folders.items()]
+        places += [] if self.data_dir is None else [(OWN_PHOTOS, self.data_dir)]
+        for label, folder in sorted(places, key=lambda place: len(str(place[1])), reverse=True):
+            text = text if folder is None else text.replace(str(folder), label)
+        return text
 
     def look_again(self) -> None:
         """Notice photos that were added, changed or deleted, at the next search."""
@@ -83,9 +92,9 @@ def without_way(path: str | Path) -> str:
     return path.name if path.is_absolute() else str(path)
 
 
-def _by_label(folders):
-    """Folders by what visitors see of them, numbered where that is the same."""
-    labels = {}
+def _by_label(folders, others=()):
+    """Folders by what visitors see of them, numbered where that is the same; behind others that have labels already."""
+    labels = dict(others)
     for folder in dict.fromkeys(folders):
         own = without_way(folder)
         numbered = (f"{own} ({number})" for number in count(2))

@@ -1,5 +1,6 @@
 """Train a model: `python train.py`, `python train.py --dataset flickr8k`, `python train.py --resume runs/NAME`."""
 
+import os
 import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -49,13 +50,18 @@ def parse_flags() -> tuple[Config, Path | None]:
         default = read_config(cli.existing_folder(resumed, "--resume"))
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
-    if config.dataset not in NAMES and Path(config.dataset).expanduser().exists():  # found from any working folder then
-        config = replace(config, dataset=str(Path(config.dataset).expanduser().resolve()))
+    if config.dataset not in NAMES and Path(config.dataset).expanduser().exists():
+        config = replace(config, dataset=_from_anywhere(config.dataset))
     if config.model is not None and Path(config.model).expanduser().is_dir():
-        config = replace(config, model=str(Path(config.model).expanduser().resolve()))
+        config = replace(config, model=_from_anywhere(config.model))
     if config.data_dir is not None:
-        config = replace(config, data_dir=str(Path(config.data_dir).expanduser().resolve()))
+        config = replace(config, data_dir=_from_anywhere(config.data_dir))
     return config, flags.resume
+
+
+def _from_anywhere(path):
+    """A path that is found from any working folder. Of a link its own name, which says what kind of file it is."""
+    return os.path.abspath(os.path.expanduser(path))
 
 
 if __name__ == "__main__":

@@ -77,11 +77,16 @@ def _continue(config, folder, checkpoint):
     trained = read_config(folder)
     for name in ARCHITECTURE:
         if (ours := getattr(config, name)) != (theirs := getattr(trained, name)):
-            flag = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{flag} {ours}: the weights of {folder} were trained with {theirs}; leave the flag out")
+            ours, theirs = _as_flag(name, ours), _as_flag(name, theirs)
+            raise ValueError(f"{ours}: the weights of {folder} were trained with {theirs}; leave the flag out")
     run = load_run(folder, checkpoint)
     apply_settings(config, run.model)
     return run.model, run.tokenizer, run.state
+
+
+def _as_flag(name, value):
+    flag = name.replace("_", "-")
+    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
 
 
 def _record_start(folder, config, start):

@@ -3,7 +3,8 @@
 Three loops over the same photos, captions and towers, one after another in this process: this program with its loader;
 its step alone, on batches that lie in memory (no loader can be faster); and the recipe of the notebooks: float32,
 every photo decoded and encoded once per caption, captions padded to the longest of the data set, one caption a row.
-All flags of train.py do here what they do there; `--no-pretrained` needs no weights.
+The flags of train.py do here what they do there, but --start-from and --freeze-epochs, which training alone knows;
+`--no-pretrained` needs no weights.
 """
 
 import itertools

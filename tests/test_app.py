@@ -320,6 +320,15 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
         Shelf(None, [], runs_dir=tmp_path / "runs", **settings)
 
 
+def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_paths(tmp_path):
+    (tmp_path / "runs" / "clip").mkdir(parents=True)
+    settings = {"split": "test", "data_dir": None, "options": {}, "runs_dir": tmp_path / "none"}
+    (tmp_path / "Pictures").mkdir()
+    shelf = Shelf(tmp_path / "runs" / "clip", [tmp_path / "Pictures"], model="/srv/models/clip", **settings)
+    assert shelf.runs == {"clip": None, "clip (2)": tmp_path / "runs" / "clip"}
+    assert shelf.told(f"no photos in {tmp_path}/Pictures:\nlooked for .jpg") == "no photos in Pictures: looked for .jpg"
+
+
 @pytest.mark.parametrize(
     ("words", "parts"),
     [

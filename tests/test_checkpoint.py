@@ -374,11 +374,22 @@ def test_what_a_start_without_a_checkpoint_left_does_not_reach_the_next_run(tmp_
     for path in left.iterdir():
         if path.name not in ("config.json", "towers"):
             path.unlink()
+    write_config(left, Config(name="x"), {"command": "python train.py"})
     (left / "towers" / "text").mkdir(parents=True, exist_ok=True)
+    (left / "towers" / "image.json").write_text("{}")
     for name in ("frozen.pt", "bad_batch.json", ".last.pt.4711"):
         (left / name).write_bytes(b"of another start")
     assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == left
     assert list(left.iterdir()) == []
+
+
+@pytest.mark.parametrize("theirs", ["config.json", "towers/eiffel.jpg"])
+def test_a_folder_that_no_run_left_is_not_touched(tmp_path, theirs):
+    path = tmp_path / "runs" / "x" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert "exists already" in one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
+    assert path.read_text() == "{}"
 
 
 def touch(folder, seconds):

@@ -160,6 +160,14 @@ def test_a_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
     assert (config.dataset, config.data_dir) == (str(tmp_path / "my_photos"), str(tmp_path / "elsewhere"))
 
 
+def test_a_linked_caption_file_keeps_the_name_that_says_its_kind(monkeypatch, tmp_path):
+    (tmp_path / "0f3a").write_text("image,caption\n")
+    (tmp_path / "captions.csv").symlink_to(tmp_path / "0f3a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "captions.csv"])
+    assert train.parse_flags()[0].dataset == str(tmp_path / "captions.csv")
+
+
 def test_an_unknown_flag_is_one_line_that_names_it_and_the_one_meant(capsys):
     line = error_line(capsys, "--alhpa", "0.2")
     assert "--alhpa" in line and "did you mean --alpha?" in line

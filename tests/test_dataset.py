@@ -328,17 +328,18 @@ def test_an_absurdly_large_image_is_an_oserror(tmp_path, monkeypatch):
         load_image(tmp_path / "bomb.png", SIZE)
 
 
+@pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_rotated_photo_is_shown_upright(tmp_path, orientation):
+def test_a_rotated_photo_is_shown_upright(tmp_path, orientation, ending):
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:20, :30], pixels[20:, 30:] = (250, 0, 0), (0, 0, 250)
     image = Image.fromarray(pixels)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    image.save(tmp_path / "x.png", exif=exif)
+    image.save(tmp_path / f"x.{ending}", exif=exif)
     image.getexif()[0x0112] = orientation
     upright = np.asarray(ImageOps.exif_transpose(image))
-    loaded = load_image(tmp_path / "x.png", SIZE)
+    loaded = load_image(tmp_path / f"x.{ending}", SIZE)
     assert loaded.shape == ((60, 40, 3) if orientation > 4 else (40, 60, 3))
     assert np.array_equal(loaded, upright)
     assert orientation == 1 or not np.array_equal(loaded, pixels)
@@ -350,6 +351,12 @@ def test_a_rotated_photo_with_tags_of_the_wrong_kind_is_shown_upright(tmp_path):
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags)) + block + bytes(4)
     Image.new("RGB", (60, 40)).save(tmp_path / "x.jpg", exif=exif)
     assert load_image(tmp_path / "x.jpg", SIZE).shape == (60, 40, 3)
+
+
+@pytest.mark.parametrize("ending", ["ppm", "jp2", "gif", "bmp"])
+def test_rarer_kinds_of_photos_are_read(tmp_path, ending):
+    Image.new("RGB", (60, 40), "white").save(tmp_path / f"x.{ending}")
+    assert load_image(tmp_path / f"x.{ending}", SIZE).shape == (40, 60, 3)
 
 
 def test_what_is_no_photo_is_not_opened_whatever_its_name(tmp_path, monkeypatch):

@@ -91,6 +91,11 @@ def test_a_run_keeps_a_bank_and_evaluation_uses_it_for_other_photos(place):
     for split, lines in (("val", 1), ("test", 2)):  # the same photos by their name
         done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", split)
         assert done.stdout.count("rsum") == lines
+    settings = json.loads((place / "runs/run/config.json").read_text())  # as of a named data set that lies in a folder
+    settings |= {"dataset": "flickr8k", "data_dir": settings["dataset"]}
+    (place / "runs/run/config.json").write_text(json.dumps(settings))
+    done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", "val")
+    assert done.stdout.count("rsum") == 1
 
 
 def test_search_ranks_by_the_bank_what_is_of_the_other_kind(place):

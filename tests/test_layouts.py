@@ -429,10 +429,11 @@ def test_photos_of_one_size_are_not_taken_for_copies(tmp_path):
     assert opened(tmp_path, split_seed=1).missing == ["1.bmp (in several folders)"]
 
 
-def test_a_list_in_a_cell_is_read_as_json_or_python_writes_it(tmp_path):
+def test_a_list_in_a_cell_is_read_as_json_python_or_numpy_writes_it(tmp_path):
     photos(tmp_path, names(8))
-    cells = [json.dumps(["a dog", "it's a cat"]), repr(["a dog", "it's a cat"])]
-    rows = [[name, cells[k % 2]] for k, name in enumerate(names(8))]
+    texts = ["a dog", "it's a cat"]
+    cells = [json.dumps(texts), repr(texts), str(np.array(texts)), str(np.array(texts)).replace("' ", "'\n ")]
+    rows = [[name, cells[k % 4]] for k, name in enumerate(names(8))]
     with (tmp_path / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["image", "caption"], *rows])
     assert set(map(tuple, captions_of(opened(tmp_path)).values())) == {("a dog", "it's a cat")}
@@ -450,6 +451,20 @@ def test_a_linked_caption_file_is_where_its_link_is(tmp_path):
     write(tmp_path / "blobs" / "0f3a", "image,caption\n" + "".join(f"{name},a dog\n" for name in names(8)))
     (tmp_path / "data" / "captions.csv").symlink_to(tmp_path / "blobs" / "0f3a")
     assert captions_of(opened(tmp_path / "data" / "captions.csv")) == captions_of(opened(tmp_path / "data"))
+
+
+def test_a_caption_file_in_a_linked_folder_finds_the_photos_beside_that_folder(tmp_path):
+    photos(tmp_path / "data" / "Images", names(8))
+    write(tmp_path / "data/text/captions.csv", "image,caption\n" + "".join(f"{name},a dog\n" for name in names(8)))
+    (tmp_path / "text").symlink_to(tmp_path / "data" / "text", target_is_directory=True)
+    assert len(captions_of(opened(tmp_path / "text" / "captions.csv"))) == 8
+
+
+def test_captions_by_the_names_of_photos_of_any_kind_are_recognised(tmp_path):
+    of = [f"{k}.gif" for k in range(8)]
+    photos(tmp_path, of)
+    write(tmp_path / "labels.json", json.dumps({name: ["a dog"] for name in of}))
+    assert set(captions_of(opened(tmp_path))) == set(of)
 
 
 def test_a_column_may_say_the_split(tmp_path):

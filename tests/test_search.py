@@ -155,6 +155,9 @@ def test_a_file_of_queries_is_answered_line_by_line(place):
         assert min(picture.size) > 100
     (place / "gb.txt").write_text("红色在左边\n", "gb18030")
     assert [answer["query"] for answer in answers("--queries", "gb.txt", "--gallery", "holiday")] == ["红色在左边"]
+    (place / "cp1252.txt").write_bytes("red\nun café\n".encode("cp1252"))
+    line = refused(within("infer.py", "--queries", "cp1252.txt", "--gallery", "holiday"))
+    assert "cp1252.txt, line 2" in line and "UTF-8" in line
 
 
 def test_a_photo_whose_name_is_no_utf8_is_drawn(tmp_path):
@@ -163,8 +166,14 @@ def test_a_photo_whose_name_is_no_utf8_is_drawn(tmp_path):
 
     path = tmp_path / os.fsdecode(b"caf\xe9.png")
     Image.new("RGB", (20, 20)).save(path)
-    plot_photos([("a café", None, [Match(0.5, path)])], tmp_path / "found.png")
+    plot_photos([("a café", path, [Match(0.5, path)])], tmp_path / "found.png")
     assert (tmp_path / "found.png").is_file()
+
+
+def test_a_photo_whose_name_is_no_utf8_is_asked_for(place):
+    shutil.copy(PHOTO, asked := os.fsdecode(b"caf\xe9.png"))
+    infer("--image", asked, "--gallery", "holiday", "--out", "found.png")
+    assert (place / "found.png").is_file()
 
 
 def test_for_a_person_ranks_scores_and_names_stand_in_columns_and_a_picture_is_drawn(place):

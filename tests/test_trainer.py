@@ -306,6 +306,15 @@ def test_another_architecture_beside_resume_is_refused_and_changes_nothing(tiny,
     train(dataclasses.replace(config, epochs=2), read(config), folder)
 
 
+def test_a_finished_run_is_not_gone_on_with_and_keeps_its_settings(tiny):
+    config = tiny()
+    folder = train(config, read(config), None)
+    settings = (folder / "config.json").read_text()
+    with pytest.raises(ValueError, match="has trained its 1 epochs"):
+        train(dataclasses.replace(config, search_scale=1.5), read(config), folder)
+    assert (folder / "config.json").read_text() == settings
+
+
 def test_another_architecture_than_that_of_the_run_to_start_from_is_refused(tiny):
     parent = train(tiny(name="first"), read(tiny()), None)
     for changed, told in (({"text_pooling": "cls"}, "--text-pooling cls"), ({"embed_dim": 8}, "--embed-dim 8")):
