@@ -19,6 +19,7 @@ from device import autocast, pick_device, pick_precision, pick_workers
 from hubness import Bank, read_bank
 from modules import CLIPModel
 from photo_cache import PhotoCache
+from photos import left_out
 from processes import gather_rows, rank, share
 from readers import Part, few
 from run_folder import BEST
@@ -137,7 +138,7 @@ def report_unreadable(part: Part, kept: np.ndarray, name: str) -> None:
     if len(unreadable) == len(part.paths):
         raise ValueError(f"none of the {len(unreadable):,} photos of {name} could be read: {few(unreadable)}")
     if unreadable:
-        print(f"{name}: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
+        print(f"{name}: {left_out(len(unreadable))}: {few(unreadable)}")
 
 
 def build_encoder(

@@ -10,6 +10,7 @@ import tyro
 
 import cli
 from config import Config
+from photos import left_out
 from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
@@ -141,7 +142,7 @@ def measure_zero_shot(folder: Path, flags: Flags) -> None:
     truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
     print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
     if not readable.all():
-        print(f"{(~readable).sum()} photos could not be read and are left out")
+        print(left_out(int((~readable).sum())))
     metrics = accuracy(chances, truth)
     print("   ".join(f"{key} {value:.1f} %" for key, value in metrics.items()))
     store(folder, f"zero-shot {name}", metrics)

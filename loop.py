@@ -15,6 +15,7 @@ from config import Config
 from encode import Encoder
 from hubness import keep_bank
 from modules import CLIPModel
+from photos import left_out
 from plots import MAIN_TERMS, plot_curves
 from processes import average_statistics, count, from_first, gather_lists, gather_statistics, rank, spread_statistics
 from progress import Progress
@@ -168,7 +169,7 @@ class Trainer:
         if not self.progress.tally.images:
             raise ValueError(f"none of the {len(unreadable):,} training photos could be read: {few(unreadable)}")
         if unreadable and self.progress.epoch == 0:
-            print(f"train: {len(unreadable)} photos could not be read and are left out: {few(unreadable)}")
+            print(f"train: {left_out(len(unreadable))}: {few(unreadable)}")
 
     def _save_epoch(self, record: dict):
         """best.pt if this epoch is the best yet, then last.pt, then the log: a crash between them loses no epoch."""

@@ -17,6 +17,7 @@ import numpy as np
 from config import MODEL_FIELDS, Config
 from embeddings import open_embeddings, write_embeddings
 from gallery import Gallery, Photos, open_gallery, writable
+from photos import left_out
 from run_folder import BEST, FROZEN, TOWERS, read_config, replace_file
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class Searcher:
             from readers import few
 
             said = few([f"{name}: {reason}" for name, reason in gallery.broken.items()])
-            print(f"{len(gallery.broken):,} photos could not be read and are left out: {said}", file=sys.stderr)
+            print(f"{left_out(len(gallery.broken))}: {said}", file=sys.stderr)
         return gallery
 
     def captions(self, captions: Sequence[str]) -> np.ndarray:

@@ -137,7 +137,7 @@ def test_a_run_is_measured_on_class_folders_from_the_command_line(
     (classes / "red" / "broken.jpg").write_bytes(b"no photo")
     before = sorted(classes.rglob("*"))
     done = within("evaluate.py", "runs/run", "--zero-shot", classes, "--precision", "float32")
-    assert "9 photos of 3 classes" in done.stdout and "1 photos could not be read" in done.stdout
+    assert "9 photos of 3 classes" in done.stdout and "1 photo could not be read" in done.stdout
     stored = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["zero-shot colours"]
     assert f"top1 {stored['top1']:.1f} %" in done.stdout
     assert stored["top1"] * 9 / 100 == pytest.approx(round(stored["top1"] * 9 / 100))
