@@ -17,22 +17,37 @@ CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "c
 CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
 BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # beside TOWERS all that a run without one can hold
+LOCK = "lock"
 STARTS = "starts"  # beside the settings in config.json: what each start of the run was made with
 
 
 def create_run(config: Config) -> Path:
-    """An empty folder for a run; one that holds a checkpoint, or anything else of value, is never touched."""
+    """An empty folder for a run; one that holds a checkpoint, anything else of value or a training at work is never
+    touched."""
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
-    left = {path.name for path in folder.iterdir()} - set(_unfinished(folder)) if folder.exists() else set()
+    left = {path.name for path in folder.iterdir()} - {LOCK, *_unfinished(folder)} if folder.exists() else set()
     if left - {TOWERS, *BEFORE_CHECKPOINTS} or not all(_is_ours(folder / name) for name in left):
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
-    for name in BEFORE_CHECKPOINTS:
-        (folder / name).unlink(missing_ok=True)
-    remove_unfinished(folder)
+    with hold(folder):
+        shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
+        for name in BEFORE_CHECKPOINTS:
+            (folder / name).unlink(missing_ok=True)
+        remove_unfinished(folder)
     return folder
+
+
+def hold(folder: Path) -> contextlib.AbstractContextManager:
+    """While entered, no other process trains in a run's folder; ValueError where one does already."""
+    from filelock import FileLock, Timeout
+
+    try:
+        return FileLock(folder / LOCK).acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"another training is at work in {folder}: let it end, or choose another --name for a new run"
+        ) from None
 
 
 def _is_ours(path):

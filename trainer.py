@@ -1,6 +1,7 @@
 """How training begins: a new run's folder, or on from where a run stopped."""
 
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,19 +14,37 @@ from loop import Trainer
 from processes import count, equalise, from_first, join, leave, rank
 from provenance import changes, describe_start
 from readers import CaptionData
-from run_folder import BEST, FROZEN, LAST, TOWERS, create_run, read_config, read_starts, remove_unfinished, write_config
+from run_folder import (
+    BEST,
+    FROZEN,
+    LAST,
+    TOWERS,
+    create_run,
+    hold,
+    read_config,
+    read_starts,
+    remove_unfinished,
+    write_config,
+)
 from towers import save_towers
 
 
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
     """Train on `data` as `config` says, in a new run's folder or on from where `resume` stopped; returns the folder."""
+    with ExitStack() as held:  # the folder, against another process that would train in it
+        return _train(config, data, resume, held)
+
+
+def _train(config, data, resume, held):
     join(pick_device(config.device))
     images = len(data.part("train").paths)
     _check_sizes(config, images)  # a mistake should leave no run's folder behind
     torch.manual_seed(config.seed)
     if resume is None:
-        (folder, model, tokenizer), state = _start(config, data), None
+        (folder, model, tokenizer), state = _start(config, data, held), None
     else:
+        if rank() == 0:
+            held.enter_context(hold(resume))
         folder, (model, tokenizer, state) = resume, _continue(config, resume, LAST)
     encoder = training_encoder(config, model, tokenizer)
     equalise(model)  # where it trains: NCCL knows no tensor of the CPU
@@ -53,7 +72,7 @@ def _check_sizes(config, images):
         raise ValueError(f"--batch-size {size} cannot be shared by {many} processes: make it a multiple, {near}")
 
 
-def _start(config, data):
+def _start(config, data, held):
     """A new run: its folder gets what never changes, the towers' settings and the weights of frozen ones."""
     if config.start_from is None:
         model, tokenizer, specification = build_model(config, data)
@@ -62,6 +81,7 @@ def _start(config, data):
     folder = None
     if rank() == 0:
         folder = create_run(config)
+        held.enter_context(hold(folder))
         if config.start_from is None:
             save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
         else:

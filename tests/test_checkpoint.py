@@ -4,10 +4,12 @@ import dataclasses
 import json
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ROOT, tiny_model
 from safetensors.torch import load_file
 
 import checkpoint
@@ -380,7 +382,32 @@ def test_what_a_start_without_a_checkpoint_left_does_not_reach_the_next_run(tmp_
     for name in ("frozen.pt", "bad_batch.json", ".last.pt.4711"):
         (left / name).write_bytes(b"of another start")
     assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == left
-    assert list(left.iterdir()) == []
+    assert [path.name for path in left.iterdir() if path.name != "lock"] == []
+
+
+def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
+    config = Config(name="x", runs_dir=str(tmp_path / "runs"))
+    (create_run(config) / "towers").mkdir()
+    (tmp_path / "runs/x/towers/image.json").write_text("{}")
+    script = (
+        "import sys, run_folder, pathlib\nwith run_folder.hold(pathlib.Path('runs/x')):\n print('held', flush=True)\n"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{script} sys.stdin.read()"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        assert "another training is at work" in one_line(lambda: create_run(config))
+        assert (tmp_path / "runs/x/towers/image.json").exists()
+    finally:
+        other.kill()
+        other.wait()
+    create_run(config)
+    assert not (tmp_path / "runs/x/towers").exists()
 
 
 @pytest.mark.parametrize("theirs", ["config.json", "towers/eiffel.jpg"])
