@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-PHOTO = rf"[^\t|]*?(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
+PHOTO_ENDING = rf"(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})"
+PHOTO = rf"[^\t|]*?{PHOTO_ENDING}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
 PHOTO_NAME = re.compile(PHOTO, re.IGNORECASE)
 # Names of columns and JSON keys, the surest first.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_file", "image_path", "img_path", "img_name")

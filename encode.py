@@ -19,9 +19,8 @@ from device import autocast, pick_device, pick_precision, pick_workers
 from hubness import Bank, read_bank
 from modules import CLIPModel
 from photo_cache import PhotoCache
-from photos import left_out
 from processes import gather_rows, rank, share
-from readers import Part, few
+from readers import Part, few, left_out
 from run_folder import BEST
 from tokenizer import pad, tokenize
 from view import View

@@ -10,7 +10,6 @@ import tyro
 
 import cli
 from config import Config
-from photos import left_out
 from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
@@ -101,9 +100,8 @@ def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
 def _of_the_run(dataset, folder):
     """Whether a data set is the one that the run was trained on, whose validation part is the bank."""
     trained = read_config(folder)
-    own = [path for path in (trained.dataset, trained.data_dir) if path is not None]
-    found = Path(dataset or trained.dataset).expanduser().resolve()
-    return dataset in own or any(found == Path(path).expanduser().resolve() for path in own)
+    own = {Path(path).expanduser().resolve() for path in (trained.dataset, trained.data_dir) if path is not None}
+    return dataset is None or Path(dataset).expanduser().resolve() in own
 
 
 def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) -> float:
@@ -142,6 +140,8 @@ def measure_zero_shot(folder: Path, flags: Flags) -> None:
     truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
     print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
     if not readable.all():
+        from readers import left_out
+
         print(left_out(int((~readable).sum())))
     metrics = accuracy(chances, truth)
     print("   ".join(f"{key} {value:.1f} %" for key, value in metrics.items()))

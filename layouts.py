@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from caption_json import is_karpathy, read_json
-from caption_rows import PHOTO_NAME, PHOTO_SUFFIXES, SPLIT_WORDS, Captions, decode
+from caption_rows import PHOTO_ENDING, PHOTO_NAME, SPLIT_WORDS, Captions, decode
 from caption_tables import looks_like_table, read_table
 from photo_files import list_files
 
@@ -24,8 +24,7 @@ LIST_OF_PHOTOS = re.compile(r".*(?:train|dev|val|test)Images\.txt")
 KNOWN = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
 MOST_OPENED = 100  # files that are looked into for captions
 HEAD = 2**16  # bytes by which a caption file is told
-PHOTO_KEY = rf"[^\"]+(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})"
-KEYS = re.compile(rf'"(?:caption|captions|sentences|text|raw|{PHOTO_KEY})"\s*:', re.IGNORECASE)
+KEYS = re.compile(rf'"(?:caption|captions|sentences|text|raw|[^"]+{PHOTO_ENDING})"\s*:', re.IGNORECASE)
 EXPECTED = (
     "expected captions.txt or captions.csv (image,caption), another form of the README, or photo.txt beside photo.jpg"
 )

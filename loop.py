@@ -15,11 +15,10 @@ from config import Config
 from encode import Encoder
 from hubness import keep_bank
 from modules import CLIPModel
-from photos import left_out
 from plots import MAIN_TERMS, plot_curves
 from processes import average_statistics, count, from_first, gather_lists, gather_statistics, rank, spread_statistics
 from progress import Progress
-from readers import CaptionData, few
+from readers import CaptionData, few, left_out
 from retrieval import retrieval_metrics
 from run_folder import BAD_BATCH, BEST, CURVES, LAST, LOG, write_text
 from step import TERMS, Outcome, TrainingStep

@@ -125,8 +125,11 @@ def _model_tab(gr, shelf, run, page):
             for split, values in measured.items()
         ]
         drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
-        shown = {name: value for name, value in config.items() if not name.endswith("_dir")}
-        shown = {name: without_way(value) if isinstance(value, str) else value for name, value in shown.items()}
+        shown = {
+            name: without_way(value) if isinstance(value, str) else value
+            for name, value in config.items()
+            if not name.endswith("_dir")
+        }
         return {"headers": ["split", *names], "data": rows}, drawn, shown
 
     gr.on([page.load, run.change], about, run, [metrics, curves, settings], api_name="about")

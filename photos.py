@@ -59,15 +59,6 @@ def shown_text(text: str) -> str:
     return os.fsencode(text).decode("utf-8", "replace")
 
 
-def left_out(count: int) -> str:
-    """What is said of photos that could not be read."""
-    return (
-        "1 photo could not be read and is left out"
-        if count == 1
-        else f"{count:,} photos could not be read and are left out"
-    )
-
-
 def size_and_time(path: str | Path) -> tuple[int, int] | None:
     """What changes with a file: its bytes and its time of change in nanoseconds; None where there is none."""
     try:

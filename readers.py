@@ -148,6 +148,12 @@ def few(names: Sequence[str]) -> str:
     return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
+def left_out(count: int) -> str:
+    """What is said of photos that could not be read."""
+    photos, are = ("photo", "is") if count == 1 else ("photos", "are")
+    return f"{count:,} {photos} could not be read and {are} left out"
+
+
 def _read(source, cache_dir) -> Layout:
     from hub_data import is_hub_data, read_hub_data
 

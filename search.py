@@ -17,7 +17,6 @@ import numpy as np
 from config import MODEL_FIELDS, Config
 from embeddings import open_embeddings, write_embeddings
 from gallery import Gallery, Photos, open_gallery, writable
-from photos import left_out
 from run_folder import BEST, FROZEN, TOWERS, read_config, replace_file
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class Searcher:
         if notes:
             print(*notes, file=sys.stderr)
         if gallery.broken:
-            from readers import few
+            from readers import few, left_out
 
             said = few([f"{name}: {reason}" for name, reason in gallery.broken.items()])
             print(f"{left_out(len(gallery.broken))}: {said}", file=sys.stderr)

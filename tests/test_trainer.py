@@ -81,12 +81,13 @@ def test_a_run_leaves_its_record(tiny):
     config = tiny(epochs=2)
     folder = train(config, read(config), None)
     assert read_config(folder) == config
-    assert {path.name for path in folder.iterdir()} - {"lock"} == {
+    assert {path.name for path in folder.iterdir()} == {
         "best.pt",
         "checksums.txt",
         "config.json",
         "curves.png",
         "last.pt",
+        "lock",
         "log.jsonl",
         "towers",
     }
