@@ -6,8 +6,9 @@ import shutil
 import uuid
 from pathlib import Path
 
-from caption_rows import Captions, find_fields, split_of
+from caption_rows import PHOTO_SUFFIXES, Captions, find_fields, split_of
 from layouts import Layout
+from paths import path_below
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a data set with parts, and without
 FORM = "Hugging Face data set"
@@ -25,13 +26,13 @@ def read_hub_data(source: Path | str, cache_dir: str | Path) -> Layout:
     does not give the data set.
     """
     parts = _load(source, Path(cache_dir))
-    folder = Path(cache_dir).resolve() / "hub_photos" / _fingerprint(source, parts)
+    folder = Path(cache_dir).resolve() / "hf_photos" / _fingerprint(source, parts)
     captions = Captions(FORM, [Path(str(source))])
     draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     written = draft if not folder.is_dir() else None
     try:
-        for name, part in parts.items():
-            _read_part(captions, part, name, str(source), written)
+        for number, (name, part) in enumerate(parts.items()):
+            _read_part(captions, part, name, number, str(source), written)
         if draft.exists():
             draft.replace(folder)
     finally:
@@ -81,8 +82,11 @@ def _parts_of_files(files):
     return parts
 
 
-def _read_part(captions, part, name, source, draft):
-    """Add a part's rows; photos that are kept in its table are written to `draft`, or are there already (None)."""
+def _read_part(captions, part, name, part_number, source, draft):
+    """Add a part's rows; photos that are kept in its table are written to `draft`, or are there already (None).
+
+    Their files are numbered: neither the part's name nor the photo's, which the data set chooses, becomes a path.
+    """
     from datasets import Image
 
     image, keys, split = _columns(part, name, source)
@@ -95,10 +99,11 @@ def _read_part(captions, part, name, source, draft):
         texts = [text for key in keys for text in (row[key] if isinstance(row[key], list) else [row[key]])]
         file = photo.get("path") or ""
         if photo.get("bytes") is not None:
-            file = f"{name}-{number:06d}{Path(file).suffix or '.jpg'}"
+            suffix = Path(file).suffix.lower()
+            file = f"{part_number}-{number:06d}{suffix if suffix in PHOTO_SUFFIXES else '.jpg'}"
             if draft is not None:
                 draft.mkdir(parents=True, exist_ok=True)
-                (draft / file).write_bytes(photo["bytes"])
+                path_below(draft, file).write_bytes(photo["bytes"])
         elif not os.path.isfile(file):
             captions.bad.append(f"{where}: expected an image, found none; leave the row out")
             continue

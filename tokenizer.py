@@ -29,7 +29,9 @@ CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a transformers text model, from a folder or from the hub."""
-    return AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
+    tokenizer.chat_template = None  # unused; older transformers write each one to a file of the name it brings
+    return tokenizer
 
 
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -1,6 +1,8 @@
 """Data sets of Hugging Face `datasets`: photos and captions come out as they went in, their folder stays as it was."""
 
+import io
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 datasets = pytest.importorskip("datasets")
 
+import hub_data  # noqa: E402
 from readers import open_dataset  # noqa: E402
 
 
@@ -125,3 +128,45 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(opened, tmp_path, monkey
     (tmp_path / "my").mkdir()
     with pytest.raises(FileNotFoundError, match="no data set or folder 'my/fotos'"):
         opened("my/fotos")
+
+
+@pytest.mark.parametrize(
+    ("split", "photo"),
+    [("../../../x", "y.pth"), ("train", "../../y.pth"), ("..", "y.py"), ("/etc", "a/b.png"), ("a\\b", "y.PTH")],
+)
+def test_no_name_in_a_data_set_decides_where_a_photo_is_written(opened, tmp_path, split, photo):
+    """The names of parts and photos come from whoever made the data set; a .pth file among Python's packages runs."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "PNG")
+    photos = [{"bytes": content.getvalue() + bytes([k]), "path": photo} for k in range(12)]
+    made_by_hand = datasets.Dataset.from_dict(
+        {"image": photos, "caption": [f"photo {k}" for k in range(12)]},
+        datasets.Features(image=datasets.Image(decode=False), caption=datasets.Value("string")),
+    )
+    source = tmp_path / "a" / "b" / "saved"
+    made_by_hand.save_to_disk(source / "0")
+    loaded = {"0": datasets.load_from_disk(str(source / "0"))}
+    before = {path for path in tmp_path.rglob("*") if (tmp_path / "cache") not in path.parents}
+    hub_data_read = read_hub_data_with(loaded, split, source, tmp_path / "cache")
+    after = {path for path in tmp_path.rglob("*") if (tmp_path / "cache") not in path.parents}
+    assert after - before <= {tmp_path / "cache"}
+    written = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert len(written) == 12 and {path.suffix for path in written} <= {".png", ".jpg"}
+    assert {path.parent for path in written} == {hub_data_read.folder}
+
+
+def read_hub_data_with(loaded, split, source, cache_dir):
+    """Read a data set whose only part has the name `split`, as a dataset_dict.json may give it."""
+    with mock.patch.object(hub_data, "_load", lambda *_: {split: loaded["0"]}):
+        return hub_data.read_hub_data(source, cache_dir)
+
+
+def test_a_dataset_dict_with_a_split_outside_writes_nothing_there(opened, tmp_path):
+    made(12).save_to_disk(tmp_path / "x")
+    (tmp_path / "sets" / "saved").mkdir(parents=True)
+    (tmp_path / "sets" / "saved" / "dataset_dict.json").write_text('{"splits": ["../../x"]}')
+    before = {path for path in (tmp_path / "x", tmp_path / "sets") for path in path.rglob("*")}
+    opened(tmp_path / "sets" / "saved")
+    assert {path for path in (tmp_path / "x", tmp_path / "sets") for path in path.rglob("*")} == before
+    outside = [p for p in tmp_path.rglob("*.png") if tmp_path / "cache" not in p.parents]
+    assert not outside

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, DistilBertModel, RobertaConfig, RobertaModel
 
 import towers
-from tokenizer import report_cut, tokenize
+from tokenizer import load_tokenizer, report_cut, tokenize
 from towers import build_image_encoder, build_text_encoder, load_towers, save_towers
 
 IMAGES = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
@@ -340,3 +340,15 @@ def test_saved_towers_hold_no_weights(image_tower, text_tower, tmp_path):
     _, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
     save_towers(tmp_path, specification, *text_encoder(text_tower))
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".safetensors", ".pt", ".bin")]
+
+
+def test_no_name_in_a_tokenizer_decides_where_a_file_is_written(text_tower, tmp_path):
+    folder = tmp_path / "a" / "b" / "tower"
+    shutil.copytree(text_tower, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = [{"name": name, "template": "x"} for name in ("default", "../../../../escaped")]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    before = set(tmp_path.rglob("*"))
+    load_tokenizer(folder).save_pretrained(tmp_path / "run")
+    assert not list(tmp_path.parent.rglob("escaped*"))
+    assert all((tmp_path / "run") in path.parents for path in set(tmp_path.rglob("*")) - before - {tmp_path / "run"})
