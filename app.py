@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import cli
 from config import Config
-from page import build_page, gradio
-from search import check_index
-from shelf import Shelf
+from retrieval.searcher import check_index
+from runtime import cli
+from webui.catalog import Shelf
+from webui.page import build_page, gradio
 
 LARGEST_UPLOAD = "20mb"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")

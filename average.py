@@ -13,9 +13,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-import cli
 from config import MODEL_FIELDS, Config
-from run_folder import BEST, LOG, TOWERS, create_run, read_config, write_config, write_text
+from runtime import cli
+from runtime.run_dir import BEST, LOG, TOWERS, create_run, read_config, write_config, write_text
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ def main() -> None:
     config = replace(config, device=flags.device, precision=flags.precision)
     data = cli.open_data(config, flags.data_dir)
     folder = create_run(config)
-    from build import training_encoder
-    from checkpoint import save_state
-    from hubness import keep_bank
-    from retrieval import retrieval_metrics
-    from stored_batches import embed_photos
+    from models.checkpoint import save_state
+    from models.factory import training_encoder
+    from retrieval.csls import keep_bank
+    from retrieval.metrics import retrieval_metrics
+    from training.feature_loader import embed_photos
 
     model, tokenizer = average(flags.runs)
     embedded = embed_photos(training_encoder(config, model, tokenizer), data.part("val"))
@@ -78,7 +78,7 @@ def shared_config(folders: Sequence[Path]) -> Config:
 
 def average(folders: Sequence[Path]):
     """The mean of the runs' best weights, as a model in eval mode on the CPU, and its tokenizer."""
-    from checkpoint import load_run
+    from models.checkpoint import load_run
 
     run = load_run(folders[0])
     mean = run.model.state_dict()

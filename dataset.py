@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from photo_cache import PhotoCache
-from photos import image_transform, load_image
-from readers import Part, read_captions
-from view import View
+from data.image_cache import PhotoCache
+from data.image_io import image_transform, load_image
+from data.loading import Part, read_captions
+from data.preprocess import View
 
 __all__ = ["CLIPDataset", "ImageFiles", "choose_captions", "mirror_caption", "read_captions"]
 
@@ -148,7 +148,7 @@ def _channels_first(image):
 
 
 if __name__ == "__main__":
-    import cli
-    import overview
+    from reporting import dataset_report
+    from runtime import cli
 
-    cli.run(overview.main)
+    cli.run(dataset_report.main)

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
-import cli
 from config import Config
-from run_folder import METRICS, newest_finished_run, read_config, read_metrics, write_text
+from runtime import cli
+from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metrics, write_text
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
 CORRECTED = "corrected for hubs"  # hubness.py
@@ -73,17 +73,17 @@ def load(folder: Path, flags: Flags):
     """The Encoder of the run's best checkpoint or of the pretrained pair, and its model."""
     settings = {"device": flags.device, "precision": flags.precision}
     if flags.model is not None:
-        from build import pretrained_encoder
+        from models.factory import pretrained_encoder
 
         return pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
-    from encode import load_encoder
+    from retrieval.encoder import load_encoder
 
     return load_encoder(folder, as_trained=flags.as_trained, **settings)
 
 
 def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
     """The retrieval metrics of a split: "" by the cosine, CORRECTED as search ranks where the run has a bank."""
-    from retrieval import retrieval_metrics
+    from retrieval.metrics import retrieval_metrics
 
     encoder, model = load(folder, flags)
     encoded = encoder.part(part, flags.split)
@@ -128,8 +128,8 @@ def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) ->
 
 def measure_zero_shot(folder: Path, flags: Flags) -> None:
     """Print and store how often the right class is found, and draw which are taken for which."""
-    from plots import plot_confusion
-    from zero_shot import accuracy, class_folders, classify, confusion
+    from reporting.plots import plot_confusion
+    from retrieval.zero_shot import accuracy, class_folders, classify, confusion
 
     labels, photos, truth = class_folders(flags.zero_shot.expanduser())
     encoder, model = load(folder, flags)
@@ -140,7 +140,7 @@ def measure_zero_shot(folder: Path, flags: Flags) -> None:
     truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
     print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
     if not readable.all():
-        from readers import left_out
+        from data.loading import left_out
 
         print(left_out(int((~readable).sum())))
     metrics = accuracy(chances, truth)
@@ -168,7 +168,7 @@ def table(metrics: dict) -> str:
 
 def save(folder: Path, split: str, metrics: dict) -> None:
     """Write the metrics beside those of other splits, and their bars."""
-    from plots import plot_metrics
+    from reporting.plots import plot_metrics
 
     store(folder, split, metrics)
     picture = folder / f"metrics-{_slug(split)}.png"

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import tyro
 
-import cli
 from config import Config
-from run_folder import newest_finished_run
+from runtime import cli
+from runtime.run_dir import newest_finished_run
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ def main() -> None:
     out = flags.out or folder / ("onnx" if flags.onnx else "transformers")
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: remove it, or name another folder with --out")
-    from checkpoint import load_run
-    from formats import write_onnx, write_transformers
+    from models.checkpoint import load_run
+    from retrieval.model_export import write_onnx, write_transformers
 
     write = write_onnx if flags.onnx else write_transformers
     gap = write(load_run(folder), out)

@@ -9,12 +9,10 @@ from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
-import cli
-from caption_rows import UNDECODED, decode
 from config import Config
-from gallery import find_photos, split_photos
-from run_folder import newest_finished_run, read_config
-from search import (
+from data.records import UNDECODED, decode
+from retrieval.embedding_store import find_photos, split_photos
+from retrieval.searcher import (
     Kind,
     Searcher,
     check_index,
@@ -25,6 +23,8 @@ from search import (
     search_with_run,
     slug,
 )
+from runtime import cli
+from runtime.run_dir import newest_finished_run, read_config
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -177,8 +177,8 @@ def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> Non
     """Write the picture of the matches, where one was asked for or a single query was put by a person."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
-    from photos import shown_text
-    from plots import plot_captions, plot_photos
+    from data.image_io import shown_text
+    from reporting.plots import plot_captions, plot_photos
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name) or 'query'}.png"

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from heads import ProjectionHead, build_head
-from pooling import GeneralisedPooling, pool, regions
-from stages import cut
-from view import View
+from data.preprocess import View
+from models.freezing import cut
+from models.heads import ProjectionHead, build_head
+from models.pooling import GeneralisedPooling, pool, regions
 
 __all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 

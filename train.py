@@ -5,10 +5,10 @@ import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import cli
 from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config, default_config
-from run_folder import read_config
-from sources import NAMES
+from data.download import NAMES
+from runtime import cli
+from runtime.run_dir import read_config
 
 QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
 
@@ -25,7 +25,7 @@ def main() -> None:
     # torch and the libraries above it take seconds to load: what can be wrong without them is told before.
     data = cli.open_data(config)
     print(data.describe(), flush=True)
-    from trainer import train
+    from training.trainer import train
 
     folder = train(config, data, resume)
     print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")

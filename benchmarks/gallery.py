@@ -16,8 +16,8 @@ from pathlib import Path
 import tyro
 from PIL import Image
 
-from run_folder import newest_finished_run
-from sample import BACKGROUNDS, MOST, make_scenes, render
+from data.sample_set import BACKGROUNDS, MOST, make_scenes, render
+from runtime.run_dir import newest_finished_run
 
 ROOT = Path(__file__).parents[1]
 SENTENCE = "a yellow circle left of a red cross"

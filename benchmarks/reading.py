@@ -43,7 +43,7 @@ def main(flags: Flags) -> None:
 
 def read(folder: Path, what: str) -> None:
     """Print how long opening the data set takes."""
-    from readers import open_dataset
+    from data.loading import open_dataset
 
     started, computing = time.perf_counter(), time.process_time()
     data = open_dataset(str(folder), data_dir=None, cache_dir=str(folder), split_seed=0)
@@ -55,10 +55,10 @@ def load(place: Path, flags: Flags) -> None:
     """Print how many training photos a core loads in a second: decoded each time, and kept by --cache-images."""
     from PIL import Image
 
+    from data.image_cache import PhotoCache
+    from data.loading import Part
+    from data.preprocess import View
     from dataset import CLIPDataset
-    from photo_cache import PhotoCache
-    from readers import Part
-    from view import View
 
     noise = np.random.default_rng(0).integers(0, 255, (flags.photos, 24, 32, 3), np.uint8)
     paths = [place / f"{k}.jpg" for k in range(flags.photos)]

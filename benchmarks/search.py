@@ -50,7 +50,7 @@ def main(flags: Flags) -> None:
 
 def search_both(folder: Path, rows: int, flags: Flags) -> None:
     """Both searches over one gallery: their times, and whether they found the same."""
-    from embeddings import create_embeddings
+    from runtime.mmap_store import create_embeddings
 
     rng = np.random.default_rng(0)
     np.save(folder / "queries.npy", unit_rows(rng, flags.queries, DIM))
@@ -76,8 +76,8 @@ def in_own_process(words: list) -> dict:
 def measure_top_k(folder: str, runs: str, threads: str) -> dict:
     import torch
 
-    from embeddings import open_embeddings
-    from retrieval import top_k
+    from retrieval.metrics import top_k
+    from runtime.mmap_store import open_embeddings
 
     torch.set_num_threads(int(threads))
     queries = torch.from_numpy(np.load(f"{folder}/queries.npy"))
@@ -107,7 +107,7 @@ def measure_faiss(folder: str, runs: str, threads: str) -> dict:
 def measure_metrics(images: str, threads: str) -> dict:
     import torch
 
-    from retrieval import retrieval_metrics
+    from retrieval.metrics import retrieval_metrics
 
     torch.set_num_threads(int(threads))
     rng = np.random.default_rng(0)

@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import tyro
 
-import cli
-from checkpoint import load_state
 from config import Config, default_config
-from run_folder import BEST, LAST, LOG, read_config, read_log
-from sample import write_sample
-from trainer import train
+from data.sample_set import write_sample
+from models.checkpoint import load_state
+from runtime import cli
+from runtime.run_dir import BEST, LAST, LOG, read_config, read_log
+from training.trainer import train
 
 CLOCKED = {"seconds", "images_per_s", "pairs_per_s"}
 PROCESSES = multiprocessing.get_context("fork")

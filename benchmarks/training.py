@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import cli
 from config import Config, default_config
+from runtime import cli
 
 PLAIN_BATCH = 32  # caption pairs, as the notebooks have it
 
@@ -84,8 +84,8 @@ def step_alone(config: Config, data, steps: int) -> Iterator[int]:
 
 def build_step(config: Config, data) -> tuple[Callable, object]:
     """A training step as train.py builds it, and the batches it takes."""
-    from build import build_batches, build_model, training_encoder
-    from step import TrainingStep
+    from models.factory import build_batches, build_model, training_encoder
+    from training.train_step import TrainingStep
 
     torch.manual_seed(config.seed)
     model, tokenizer, _ = build_model(config, data)
@@ -111,9 +111,9 @@ def readable(passes: tuple) -> tuple:
 
 def plain_loop(config: Config, data) -> Iterator[int]:
     """The notebooks' recipe, on the same towers with their batch norm as it is."""
-    from build import build_model
-    from device import pick_device
+    from models.factory import build_model
     from modules import ProjectionHead
+    from runtime.device import pick_device
 
     device = pick_device(config.device)
     model, tokenizer, _ = build_model(replace(config, fold_batch_norm=False), data)
@@ -139,7 +139,7 @@ def plain_batches(config: Config, part, tokenizer) -> Iterator[tuple[torch.Tenso
     """Shuffled pairs: a photo decoded at its full size for each caption, captions padded to the longest there is."""
     from torch.utils.data import DataLoader
 
-    from device import pick_device, pick_workers
+    from runtime.device import pick_device, pick_workers
 
     texts = dict(tokenizer(list(part.captions), padding=True, truncation=True, max_length=200, return_tensors="pt"))
     pairs = PlainPairs(part, {key: texts[key] for key in ("input_ids", "attention_mask")}, config.image_size or 224)

@@ -70,7 +70,7 @@ def measure(
 
     from benchmarks.training import build_step, readable
     from config import Config
-    from readers import Part
+    from data.loading import Part
 
     size = int(batch_size)
     config = Config(

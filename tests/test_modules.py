@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from helpers import tiny_model
 from torch import nn
 
 from modules import MAX_LOGIT_SCALE, SAME_LENGTH, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder

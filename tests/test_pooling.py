@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from pooling import HIDDEN, POSITIONS, GeneralisedPooling, pool, regions
+from models.pooling import HIDDEN, POSITIONS, GeneralisedPooling, pool, regions
 
 
 def ragged(lengths=(5, 1, 3), dim=4):

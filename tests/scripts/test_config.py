@@ -1,0 +1,283 @@
+"""Settings and flags: each field is a flag, a wrong one is told in one line and before anything slow is loaded."""
+
+import dataclasses
+import json
+import math
+import re
+import typing
+
+import pytest
+from helpers import program, refused
+
+import evaluate
+import train
+from config import FLAGS_WITHOUT_RECIPE, PRESETS, RECIPES, Config, default_config
+from runtime import cli
+
+
+def flags(*argv, kind=train.Flags, default=None):
+    default = default or train.Flags(**dataclasses.asdict(Config()))
+    return cli.parse_flags(kind, default=default, argv=list(argv))
+
+
+def error_line(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        flags(*argv)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_the_defaults_are_a_valid_configuration():
+    assert Config() == Config(**dataclasses.asdict(Config()))
+
+
+NEEDS = {"stored_views": {"freeze_image": True}}  # flags that make sense beside others only
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
+def test_every_field_is_a_flag_of_its_name(field):
+    flag, default = f"--{field.name.replace('_', '-')}", field.default
+    if isinstance(default, bool):
+        words, value = [flag if not default else f"--no-{flag[2:]}"], not default
+    elif isinstance(default, float):
+        words, value = [flag, "0.5"], 0.5
+    elif isinstance(default, int) or "int" in str(field.type):
+        words, value = [flag, "17"], 17
+    else:
+        value = typing.get_args(field.type)[-1] if typing.get_origin(field.type) is typing.Literal else "word"
+        words = [flag, value]
+    beside = NEEDS.get(field.name, {})
+    parsed = flags(*words, *(f"--{name.replace('_', '-')}" for name in beside))
+    expected = dataclasses.asdict(Config()) | {field.name: value, "resume": None} | beside
+    assert dataclasses.asdict(parsed) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("captions_per_image", 0),
+        ("embed_dim", 0),
+        ("image_size", 15),
+        ("search_scale", 0.4),
+        ("search_scale", math.nan),
+        ("max_tokens", 2),
+        ("num_workers", -2),
+        ("seed", -1),
+        ("split_seed", -1),
+        ("min_crop", 0.0),
+        ("min_crop", 1.5),
+        ("dropout", 1.0),
+        ("dropout", -0.1),
+        ("image_feature_dropout", 1.0),
+        ("word_dropout", 1.0),
+        ("temperature", 0.0),
+        ("temperature", math.inf),
+        ("max_grad_norm", 0.0),
+        ("alpha", -0.1),
+        ("alpha", math.inf),
+        ("alpha", math.nan),
+        ("alpha_warmup_epochs", -1.0),
+        ("margin", -1.0),
+        ("lr_image", math.nan),
+        ("lr_text", -1e-5),
+        ("lr_heads", math.inf),
+        ("weight_decay", -0.1),
+        ("warmup_epochs", -1.0),
+        ("name", "a/b"),
+        ("name", ".."),
+        ("name", ""),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_its_flag_and_the_value(name, value):
+    with pytest.raises(ValueError) as error:
+        Config(**{name: value})
+    assert f"--{name.replace('_', '-')} " in str(error.value)
+    assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_the_preset_of_a_data_set_replaces_defaults():
+    assert default_config("my_photos") == Config(dataset="my_photos")
+    sample = default_config("sample")
+    assert not sample.pretrained and sample.image_encoder == PRESETS["sample"]["image_encoder"] != Config.image_encoder
+
+
+@pytest.mark.parametrize("words", [["--dataset", "flickr8k"], ["--dataset=flickr8k"]])
+def test_the_data_set_named_by_a_flag_decides_the_defaults(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["train.py", *words])
+    config, _ = train.parse_flags()
+    assert config == default_config("flickr8k") != Config(dataset="flickr8k")
+    assert config.text_encoder == RECIPES["flickr8k"]["text_encoder"]
+
+
+def test_the_flags_that_leave_a_recipe_out_are_flags():
+    names = [flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS_WITHOUT_RECIPE]
+    assert all(hasattr(Config, name) for name in names)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--freeze-text"],
+        ["--freeze_text"],
+        ["--no-pretrained"],
+        ["--lora", "4"],
+        ["--lora=4"],
+        ["--freeze-image", "--lora", "4"],
+    ],
+)
+def test_flags_that_say_what_trains_leave_the_recipe_of_the_data_set_out(monkeypatch, words):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--alpha", "0.7", *words])
+    config, _ = train.parse_flags()
+    told = {"freeze_text": "text" in words[0], "freeze_image": "--freeze-image" in words}
+    told |= {"pretrained": "--no-pretrained" not in words, "lora": 4 if "lora" in " ".join(words) else 0}
+    assert config == Config(dataset="flickr8k", alpha=0.7, **told)
+
+
+def test_a_flag_wins_over_the_preset(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "3"])
+    config, _ = train.parse_flags()
+    assert config == dataclasses.replace(default_config("sample"), epochs=3)
+
+
+def test_a_resumed_run_keeps_its_settings_and_flags_beside_it_win(monkeypatch, tmp_path):
+    settings = dataclasses.asdict(Config(dataset="flickr8k", alpha=0.3, margin=0.4))
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path), "--margin", "0.5"])
+    config, resume = train.parse_flags()
+    assert resume == tmp_path
+    assert config == Config(dataset="flickr8k", alpha=0.3, margin=0.5)
+
+
+def test_a_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
+    (tmp_path / "my_photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "my_photos", "--data-dir", "elsewhere"])
+    config, _ = train.parse_flags()
+    assert (config.dataset, config.data_dir) == (str(tmp_path / "my_photos"), str(tmp_path / "elsewhere"))
+
+
+def test_a_linked_caption_file_keeps_the_name_that_says_its_kind(monkeypatch, tmp_path):
+    (tmp_path / "0f3a").write_text("image,caption\n")
+    (tmp_path / "captions.csv").symlink_to(tmp_path / "0f3a")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "captions.csv"])
+    assert train.parse_flags()[0].dataset == str(tmp_path / "captions.csv")
+
+
+def test_an_unknown_flag_is_one_line_that_names_it_and_the_one_meant(capsys):
+    line = error_line(capsys, "--alhpa", "0.2")
+    assert "--alhpa" in line and "did you mean --alpha?" in line
+
+
+def test_a_word_that_is_given_without_a_flag_says_so(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse_flags(evaluate.Flags, argv=["--run", "runs/x"])
+    assert "--run" in (line := capsys.readouterr().err) and "alone, without the flag" in line
+
+
+def test_a_value_of_the_wrong_type_is_one_line_that_names_flag_and_value(capsys):
+    line = error_line(capsys, "--epochs", "many")
+    assert "--epochs" in line and "many" in line
+
+
+def test_a_choice_that_does_not_exist_is_one_line_with_the_choices(capsys):
+    line = error_line(capsys, "--device", "tpu")
+    assert "--device" in line and "tpu" in line and "cuda" in line
+
+
+def test_an_out_of_range_flag_is_one_line_that_names_flag_and_value(capsys):
+    line = error_line(capsys, "--epochs", "0")
+    assert "--epochs" in line and line.count("got 0") == 1
+
+
+def test_a_missing_value_is_one_line_that_names_the_flag(capsys):
+    assert "--epochs" in error_line(capsys, "--epochs")
+
+
+def test_error_lines_hold_no_frame(capsys):
+    for words in (["--alhpa", "1"], ["--epochs", "many"], ["--device", "tpu"], ["--epochs", "0"], ["word"]):
+        assert not re.search("[│╭╮╰╯─]|---", error_line(capsys, *words))
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--a", "1"], "1"),
+        (["--b", "--a=2"], "2"),
+        (["--a="], ""),
+        (["--ab", "3"], None),
+        (["--a"], None),
+        ([], None),
+        (["--a", "1", "--a=2"], "2"),  # as tyro reads them
+        (["--a", "1", "--b", "--a", "3", "4"], "3"),
+    ],
+)
+def test_given_reads_one_flag_ahead_of_the_others(words, value):
+    assert cli.given("--a", words) == value
+
+
+def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flickr8k").mkdir()
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--data-dir", "flickr8k"])
+    config, _ = train.parse_flags()
+    assert config.dataset == "flickr8k" and config.data_dir == str(tmp_path / "flickr8k")
+
+
+def test_of_a_repeated_data_set_the_last_decides_the_defaults_too(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "sample", "--dataset", "my_photos"])
+    config, _ = train.parse_flags()
+    assert config == Config(dataset="my_photos")
+
+
+def test_a_typo_is_answered_without_importing_torch(tmp_path):
+    loaded = "import sys; heavy = {'torch', 'transformers', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)"
+    script = f"""
+import sys, train
+from runtime import cli
+sys.argv = ["train.py", "--alhpa", "1"]
+try:
+    cli.run(train.main)
+finally:
+    {loaded}; print("heavy:", sorted(heavy))
+"""
+    done = program("-c", script, cwd=tmp_path, check=False)
+    assert "heavy: []" in done.stdout
+    assert "did you mean --alpha?" in refused(done)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "infer.py"])
+def test_help_names_the_flags_and_is_quick(script, tmp_path):
+    done = program("-X", "importtime", script, "--help", cwd=tmp_path)
+    assert "--runs-dir" in done.stdout
+    assert "import time" in done.stderr and not re.search(r"\| +(torch|pandas|transformers)$", done.stderr, re.M)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (ValueError("wrong\n  twice"), 2, "error: wrong twice"),
+        (FileNotFoundError("no such folder: x"), 2, "error: no such folder: x"),
+        (KeyboardInterrupt("Epoch 1 is kept"), 130, "stopped. Epoch 1 is kept"),
+    ],
+)
+def test_a_script_ends_with_one_line_and_an_exit_code(capsys, error, code, line):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main)
+    assert stop.value.code == code
+    assert capsys.readouterr().err.strip() == line
+
+
+def test_a_fault_of_the_program_itself_keeps_its_traceback():
+    def main():
+        raise KeyError("our own mistake")
+
+    with pytest.raises(KeyError):
+        cli.run(main)

@@ -1,0 +1,185 @@
+"""One optimisation step: a batch through the model and the objective, its gradient back, the weights updated."""
+
+import math
+
+import torch
+from accelerate import Accelerator
+
+from config import Config
+from losses import LossTerms, Objective, objective_loss
+from modules import CLIPModel
+from retrieval.encoder import Encoder
+from runtime import distributed
+from training.chunked_losses import chunked_objective_loss
+from training.dataloader import Passes
+from training.gradcache import cached_backward
+from training.optim import build_optimizer, build_schedule
+
+ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
+TERMS = ("loss", "main", "triplet")
+LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
+
+
+class Outcome:
+    """What a step found, on its way to the CPU: `read` waits for that step alone, not for what was queued after it."""
+
+    def __init__(self, step: int, values: dict[str, torch.Tensor], image_ids: torch.Tensor, pairs: int):
+        self.step, self.image_ids, self.pairs, self.names = step, image_ids, pairs, tuple(values)
+        found = torch.stack([value.detach().float() for value in values.values()])
+        self.values = found.to("cpu", non_blocking=found.is_cuda)
+        self.arrived = torch.cuda.Event() if found.is_cuda else None
+        if self.arrived:
+            self.arrived.record()
+
+    def read(self) -> dict[str, float]:
+        """The loss and its terms, the length of the gradient ("gradient") and the highest `stop` of all processes."""
+        if self.arrived:
+            self.arrived.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+
+class TrainingStep:
+    """Forward, backward and update over batches of this process, or of all processes together."""
+
+    def __init__(self, config: Config, model: CLIPModel, encoder: Encoder, *, steps_per_epoch: int, micro_batches: int):
+        self.config, self.device, self.unwrapped = config, encoder.device, model
+        self.steps_per_epoch = steps_per_epoch
+        self.objective = Objective(
+            main=config.objective,
+            negatives=config.negatives,
+            distance=config.distance,
+            margin=config.margin,
+            cosine_margin=config.cosine_margin,
+            softness=config.softness,
+        )
+        self.first_number = distributed.rank() * micro_batches
+        self.accelerator = Accelerator(
+            mixed_precision=ACCELERATE_NAMES[encoder.precision], cpu=encoder.device.type == "cpu"
+        )
+        optimizer = build_optimizer(
+            model,
+            lr_image=config.lr_image,
+            lr_text=config.lr_text,
+            lr_heads=config.lr_heads,
+            weight_decay=config.weight_decay,
+        )
+        self.schedule = build_schedule(
+            optimizer,
+            warmup_steps=round(config.warmup_epochs * steps_per_epoch),
+            total_steps=config.epochs * steps_per_epoch,
+            towers_from=config.freeze_epochs * steps_per_epoch,
+        )
+        if config.compile:
+            model.image_encoder.compile()
+        # Not as a model to train: cached gradients exchange the embeddings and the sums of gradients on their own.
+        self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+
+    def __call__(self, passes: Passes, step: int, stop: int = 0) -> Outcome | None:
+        """One update; dropout depends on (seed, step) alone. None where no process had a photo that could be read."""
+        alpha, batch = self.alpha(step), {}
+
+        def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
+            batch.update(image_ids=image_ids, pairs=len(text_emb))
+            chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
+            chunked = len(text_emb) > chunk_size
+            return (chunked_objective_loss if chunked else objective_loss)(
+                image_emb,
+                text_emb,
+                image_ids.to(self.device),
+                caption_image_ids.to(self.device),
+                self.objective,
+                temperature=self.unwrapped.temperature,
+                bias=self.unwrapped.bias,
+                alpha=alpha,
+                **({"chunk_size": chunk_size} if chunked else {}),
+            )
+
+        terms = cached_backward(
+            lambda part: self.model({key: part[key].to(self.device, non_blocking=True) for key in part}),
+            passes,
+            objective,
+            model=self.unwrapped,
+            backward=self.accelerator.backward,
+            seed=(self.config.seed, step),
+            first_number=self.first_number,
+        )
+        if terms is None:
+            return None
+        values = dict(zip(TERMS, terms, strict=True)) | {"gradient": self._update()}
+        values["stop"] = distributed.highest(torch.tensor(float(stop), device=self.device))
+        return Outcome(step, values, **batch)
+
+    def fault(self, found: dict[str, float]) -> str | None:
+        """What is not finite in an Outcome's values, for a message. A gradient beyond float16's range is no fault: the
+        scaler skips that step and lowers its factor, until even a factor of 1 does not help.
+        """
+        if not math.isfinite(found["loss"]):
+            return f"the loss is {found['loss']}"
+        scaler = self.accelerator.scaler
+        if not math.isfinite(found["gradient"]) and not (scaler and scaler.get_scale() >= 1):
+            return f"the gradient is {found['gradient']}"
+        return None
+
+    def alpha(self, step: int) -> float:
+        """The triplet term's weight at a step: it grows linearly over the warm-up."""
+        warmup = max(1.0, self.config.alpha_warmup_epochs * self.steps_per_epoch)
+        return self.config.alpha * min(1.0, (step + 1) / warmup)
+
+    def _update(self) -> torch.Tensor:
+        """Returns the length of the gradient before it is cut, ()."""
+        for parameter in (self.unwrapped.logit_scale, self.unwrapped.logit_bias):
+            if parameter is not None and parameter.grad is not None:
+                # Every process found all of it, not a share as of the other parameters.
+                parameter.grad /= distributed.count()
+        distributed.sum_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
+        length = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.unwrapped.clamp_temperature()
+        self.schedule.step()
+        return length
+
+    def state(self) -> dict:
+        """What a checkpoint keeps beside the model, to go on exactly."""
+        scaler = self.accelerator.scaler
+        return {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
+
+    def restore(self, state: dict, step: int) -> None:
+        """Go on from `step`; the rates given beside --resume win over what the checkpoint holds.
+
+        Raises ValueError where other parameters were trained, or the optimizer's state does not fit them.
+        """
+        self._require_fitting(state["optimizer"])
+        rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        factors = [factor(step) for factor in self.schedule.lr_lambdas]
+        for group, (lr, decay), factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
+            group["initial_lr"], group["weight_decay"], group["lr"] = lr, decay, lr * factor
+        self.schedule.last_epoch = step
+        if self.accelerator.scaler and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _require_fitting(self, state: dict):
+        groups, saved = self.optimizer.param_groups, state.get("param_groups")
+        sizes = [len(group["params"]) for group in groups]
+        try:
+            saved_sizes = [len(group["params"]) for group in saved]
+            moments = [state["state"].get(number, {}) for group in saved for number in group["params"]]
+            shapes = [{k: tuple(v.shape) for k, v in m.items() if isinstance(v, torch.Tensor)} for m in moments]
+        except (TypeError, KeyError, AttributeError):
+            raise ValueError("the optimizer's state in it is damaged") from None
+        if saved_sizes != sizes:
+            raise ValueError(
+                "other parts were trained: leave out flags that say what trains (--freeze-image, --image-stages, "
+                "--lora, --objective and so on)"
+            )
+        names = {parameter: name for name, parameter in self.unwrapped.named_parameters()}
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        for parameter, found in zip(parameters, shapes, strict=True):
+            for key, shape in found.items():
+                if shape not in ((), tuple(parameter.shape)):
+                    raise ValueError(
+                        f"the optimizer's {key} of {names[parameter]} has shape {list(shape)} instead of "
+                        f"{list(parameter.shape)}"
+                    )
