@@ -12,7 +12,7 @@ from typing import Literal
 from config import Config
 from retrieval.searcher import check_index
 from runtime import cli
-from webui.catalog import Shelf
+from webui.catalog import Catalog
 from webui.page import build_page, gradio
 
 LARGEST_UPLOAD = "20mb"
@@ -64,7 +64,7 @@ class OnlyOwnFiles:
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    shelf = Shelf(
+    catalog = Catalog(
         flags.run,
         flags.gallery,
         split=flags.split,
@@ -77,8 +77,8 @@ def main() -> None:
         # All that Gradio ever serves: what this page uploaded and drew. It goes when the page does.
         os.environ["GRADIO_TEMP_DIR"] = folder
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        page = build_page(shelf, flags.index)
-        shelf.warm_up()
+        page = build_page(catalog, flags.index)
+        catalog.warm_up()
         serve(page, flags)
 
 

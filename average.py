@@ -15,7 +15,8 @@ import tyro
 
 from config import MODEL_FIELDS, Config
 from runtime import cli
-from runtime.run_dir import BEST, LOG, TOWERS, create_run, read_config, write_config, write_text
+from runtime.atomic_io import write_text
+from runtime.run_dir import BEST, LOG, TOWERS, create_run, read_config, write_config
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,20 @@ def main() -> None:
     config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
     config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log is one measurement
     config = replace(config, device=flags.device, precision=flags.precision)
-    data = cli.open_data(config, flags.data_dir)
+    from data.loading import open_data
+
+    data = open_data(config, flags.data_dir)
     folder = create_run(config)
     from models.checkpoint import save_state
-    from models.factory import training_encoder
-    from retrieval.csls import keep_bank
+    from retrieval.csls import make_query_bank
+    from retrieval.encoder import build_training_encoder, embed_split
     from retrieval.metrics import retrieval_metrics
-    from training.feature_loader import embed_photos
 
     model, tokenizer = average(flags.runs)
-    embedded = embed_photos(training_encoder(config, model, tokenizer), data.part("val"))
+    embedded = embed_split(build_training_encoder(config, model, tokenizer), data.split("val"))
     metrics = retrieval_metrics(*embedded)
     shutil.copytree(flags.runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
-    save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "bank": keep_bank(*embedded)})
+    save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "query_bank": make_query_bank(*embedded)})
     write_config(folder, config, {"average of": [str(run) for run in flags.runs]})
     write_text(folder / LOG, json.dumps({"epoch": 1} | metrics) + "\n")
     print(f"{folder}: validation rsum {metrics['rsum']:.1f}. Next:\n  python evaluate.py {folder} --split test")

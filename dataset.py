@@ -10,18 +10,18 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_cache import PhotoCache
-from data.image_io import image_transform, load_image
-from data.loading import Part, read_captions
-from data.preprocess import View
+from data.image_cache import ImageCache
+from data.image_io import load_image
+from data.loading import Split, read_captions
+from data.preprocess import Preprocess, random_crop_transform
 
-__all__ = ["CLIPDataset", "ImageFiles", "choose_captions", "mirror_caption", "read_captions"]
+__all__ = ["CLIPDataset", "ImageFiles", "flip_caption", "read_captions", "sample_captions"]
 
 MIRRORED = {"left": "right", "right": "left", "左": "右", "右": "左"}
 MIRRORED_WORDS = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
 
 
-def mirror_caption(caption: str) -> str:
+def flip_caption(caption: str) -> str:
     """The caption of the mirror image: left and right change places."""
     return MIRRORED_WORDS.sub(lambda word: MIRRORED[word[0].lower()], caption)
 
@@ -29,51 +29,51 @@ def mirror_caption(caption: str) -> str:
 class ImageFiles:
     """Photos for encoding: (3, H, W) uint8, or in words why the file cannot be read."""
 
-    def __init__(self, paths: Sequence[Path], *, view: View, photo_cache: PhotoCache | None = None):
-        self.paths, self.view, self.photo_cache = paths, view, photo_cache
+    def __init__(self, paths: Sequence[Path], *, preprocess: Preprocess, image_cache: ImageCache | None = None):
+        self.paths, self.preprocess, self.image_cache = paths, preprocess, image_cache
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
-            if self.photo_cache is not None:
-                return _channels_first(self.photo_cache[index])
-            return _channels_first(self.view(load_image(self.paths[index], self.view.draft_size)))
+            if self.image_cache is not None:
+                return _channels_first(self.image_cache[index])
+            return _channels_first(self.preprocess(load_image(self.paths[index], self.preprocess.draft_size)))
         except OSError as error:
             return str(error)
 
 
-class PhotoViews:
+class AugmentedViews:
     """Several views of each photo, for encoding: (views, 3, H, W) uint8, or in words why the file cannot be read.
 
     The first is the photo as search sees it, those from the third on are random crops; every second is mirrored.
     """
 
-    def __init__(self, paths: Sequence[Path], *, view: View, views: int, min_crop: float):
-        self.paths, self.view, self.views = paths, view, views
-        self.random_crop = image_transform(view.size, min_crop=min_crop) if views > 2 else None
+    def __init__(self, paths: Sequence[Path], *, preprocess: Preprocess, views: int, min_crop: float):
+        self.paths, self.preprocess, self.views = paths, preprocess, views
+        self.random_crop = random_crop_transform(preprocess.size, min_crop=min_crop) if views > 2 else None
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
-            photo = load_image(self.paths[index], self.view.draft_size)
+            photo = load_image(self.paths[index], self.preprocess.draft_size)
         except OSError as error:
             return str(error)
         return np.stack([_channels_first(self._seen(photo, self.paths[index], number)) for number in range(self.views)])
 
     def _seen(self, photo, path, number):
         if number < 2:
-            seen = self.view(photo)
+            seen = self.preprocess(photo)
         else:
             self.random_crop.set_random_seed(zlib.crc32(f"{number} {path.name}".encode()))
             seen = self.random_crop(image=photo)["image"]
-        return seen[:, ::-1] if is_mirrored(number) else seen
+        return seen[:, ::-1] if is_flipped(number) else seen
 
 
-def is_mirrored(view: int) -> bool:
+def is_flipped(view: int) -> bool:
     """Whether this one of a photo's views shows its mirror image."""
     return view % 2 == 1
 
@@ -83,28 +83,30 @@ class CLIPDataset:
 
     token_ids and mirrored_ids hold one array per caption of the part: as written, and as it reads for the mirror
     image. Crop, mirror and captions depend on (seed, epoch, index) alone, so that any number of loader processes
-    gives the same batches. With a photo_cache crops are cut from the kept photos, which are as large as the view.
+    gives the same batches. With a photo_cache crops are cut from the kept photos, which are as large as the preprocess.
     """
 
     def __init__(
         self,
-        part: Part,
+        part: Split,
         token_ids: Sequence[np.ndarray],
-        mirrored_ids: Sequence[np.ndarray],
+        flipped_ids: Sequence[np.ndarray],
         *,
-        view: View,
+        preprocess: Preprocess,
         captions_per_image: int,
         augment: bool,
         min_crop: float,
         seed: int,
-        photo_cache: PhotoCache | None = None,
+        image_cache: ImageCache | None = None,
     ):
-        self.photo_cache = photo_cache
-        self.paths, self.token_ids, self.mirrored_ids = part.paths, token_ids, mirrored_ids
+        self.image_cache = image_cache
+        self.paths, self.token_ids, self.flipped_ids = part.paths, token_ids, flipped_ids
         self.first_caption = np.searchsorted(part.caption_image_ids, np.arange(len(part.paths) + 1))
-        self.view, self.captions_per_image = view, captions_per_image
+        self.preprocess, self.captions_per_image = preprocess, captions_per_image
         self.augment, self.seed = augment, seed
-        self.random_crop = image_transform(view.size, min_crop=min_crop) if augment and min_crop < 1 else None
+        self.random_crop = (
+            random_crop_transform(preprocess.size, min_crop=min_crop) if augment and min_crop < 1 else None
+        )
 
     def __len__(self):
         return len(self.paths)
@@ -122,20 +124,20 @@ class CLIPDataset:
             self.random_crop.set_random_seed(crop_seed)
             image = self.random_crop(image=image)["image"]
         mirrored = self.augment and rng.random() < 0.5
-        captions = self.mirrored_ids if mirrored else self.token_ids
-        chosen = choose_captions(rng, self.first_caption, index, self.captions_per_image)
+        captions = self.flipped_ids if mirrored else self.token_ids
+        chosen = sample_captions(rng, self.first_caption, index, self.captions_per_image)
         pixels = _channels_first(image[:, ::-1] if mirrored else image)
         return {"pixels": pixels, "captions": [captions[m] for m in chosen], "image_id": index}
 
     def _photo(self, index):
         """The photo as the tower sees it, or before a random crop with whatever size it has."""
-        if self.photo_cache is not None:
-            return self.photo_cache[index]
-        image = load_image(self.paths[index], self.view.draft_size)
-        return image if self.random_crop is not None else self.view(image)
+        if self.image_cache is not None:
+            return self.image_cache[index]
+        image = load_image(self.paths[index], self.preprocess.draft_size)
+        return image if self.random_crop is not None else self.preprocess(image)
 
 
-def choose_captions(rng: np.random.Generator, first_caption: np.ndarray, index: int, count: int) -> np.ndarray:
+def sample_captions(rng: np.random.Generator, first_caption: np.ndarray, index: int, count: int) -> np.ndarray:
     """Numbers of at most `count` captions of image `index`, whose own run from first_caption[index]."""
     start, stop = first_caption[index], first_caption[index + 1]
     if stop - start <= count:

@@ -1,7 +1,6 @@
 """Measure a run, `python evaluate.py runs/NAME --split test`, or a pretrained pair, `--model NAME --dataset NAME`."""
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,9 @@ import tyro
 
 from config import Config
 from runtime import cli
-from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metrics, write_text
+from runtime.atomic_io import write_text
+from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metrics
+from runtime.text import slug
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
 CORRECTED = "corrected for hubs"  # hubness.py
@@ -23,7 +24,9 @@ class Flags:
     run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; without it the newest finished one
     model: str | None = None  # instead of a run: a pretrained pair as it is (CLIP, SigLIP ...), a name or a folder
     split: Literal["train", "val", "test"] = "test"  # what to measure on
-    as_trained: bool = False  # read photos as in training, though search reads them larger (--search-scale) or twice
+    as_trained: bool = (
+        False  # read photos as in training, though search reads them larger (--eval-image-scale) or twice
+    )
     dataset: str | None = None  # of another data set than the run's own
     zero_shot: Path | None = None  # instead: a folder with a folder of photos per class, named like the class
     templates: tuple[str, ...] = ()  # sentences a class is said in, with {} for its name, instead of the built-in ones
@@ -39,8 +42,10 @@ def main() -> None:
     read_metrics(folder)  # what is wrong with them is told before minutes of measuring
     if flags.zero_shot is not None:
         return measure_zero_shot(folder, flags)
-    data = cli.open_data(config, flags.data_dir)
-    part = data.part(flags.split)
+    from data.loading import open_data
+
+    data = open_data(config, flags.data_dir)
+    part = data.split(flags.split)
     what = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
     what += ", as trained" if flags.as_trained else ""
     print(
@@ -63,7 +68,7 @@ def subject(flags: Flags) -> tuple[Path, Config]:
     elif flags.dataset is None and flags.zero_shot is None:
         raise ValueError("--model needs a data set to be measured on: add --dataset NAME_OR_FOLDER")
     else:
-        folder, config = flags.runs_dir / f"pretrained-{_slug(flags.model)}", Config()
+        folder, config = flags.runs_dir / f"pretrained-{slug(flags.model, keep='.-')}", Config()
     if flags.dataset is not None:  # without its own --data-dir, and the old one's is not that of the new
         config = replace(config, dataset=flags.dataset, data_dir=None)
     return folder, config
@@ -73,9 +78,9 @@ def load(folder: Path, flags: Flags):
     """The Encoder of the run's best checkpoint or of the pretrained pair, and its model."""
     settings = {"device": flags.device, "precision": flags.precision}
     if flags.model is not None:
-        from models.factory import pretrained_encoder
+        from retrieval.encoder import load_pretrained_encoder
 
-        return pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
+        return load_pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
     from retrieval.encoder import load_encoder
 
     return load_encoder(folder, as_trained=flags.as_trained, **settings)
@@ -86,14 +91,14 @@ def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
     from retrieval.metrics import retrieval_metrics
 
     encoder, model = load(folder, flags)
-    encoded = encoder.part(part, flags.split)
-    embedded = encoded.images, encoded.texts, encoded.caption_image_ids
+    encoded = encoder.encode_split(part, flags.split)
+    embedded = encoded.image_emb, encoded.text_emb, encoded.caption_image_ids
     metrics = retrieval_metrics(*embedded)
-    if len(encoded.images) >= LOSS_BATCH:
+    if len(encoded.image_emb) >= LOSS_BATCH:
         metrics[BATCH_LOSS] = batch_loss(*embedded, temperature=model.temperature.item())
-    if encoder.bank is None or (flags.split == "val" and _of_the_run(flags.dataset, folder)):
+    if encoder.query_bank is None or (flags.split == "val" and _of_the_run(flags.dataset, folder)):
         return {"": metrics}
-    scored = encoder.bank.both(encoded.images, encoded.texts)
+    scored = encoder.query_bank.both(encoded.image_emb, encoded.text_emb)
     return {"": metrics, CORRECTED: retrieval_metrics(*scored, encoded.caption_image_ids)}
 
 
@@ -140,9 +145,9 @@ def measure_zero_shot(folder: Path, flags: Flags) -> None:
     truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
     print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
     if not readable.all():
-        from data.loading import left_out
+        from runtime.text import format_skipped
 
-        print(left_out(int((~readable).sum())))
+        print(format_skipped(int((~readable).sum())))
     metrics = accuracy(chances, truth)
     print("   ".join(f"{key} {value:.1f} %" for key, value in metrics.items()))
     store(folder, f"zero-shot {name}", metrics)
@@ -171,7 +176,7 @@ def save(folder: Path, split: str, metrics: dict) -> None:
     from reporting.plots import plot_metrics
 
     store(folder, split, metrics)
-    picture = folder / f"metrics-{_slug(split)}.png"
+    picture = folder / f"metrics-{slug(split, keep='.-')}.png"
     plot_metrics(metrics, f"{folder.name}, {split}", picture)
     print(f"saved {folder / METRICS} and {picture}")
 
@@ -180,11 +185,6 @@ def store(folder: Path, name: str, metrics: dict) -> None:
     """Write the metrics into the run's metrics.json, beside what was measured before."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, json.dumps(read_metrics(folder) | {name: metrics}, indent=2) + "\n")
-
-
-def _slug(name):
-    """What a name is called in a file's."""
-    return re.sub(r"[^\w.-]+", "-", name).strip("-")
 
 
 if __name__ == "__main__":

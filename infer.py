@@ -10,21 +10,21 @@ from typing import Annotated, Literal, NamedTuple
 import tyro
 
 from config import Config
-from data.records import UNDECODED, decode
-from retrieval.embedding_store import find_photos, split_photos
+from data.records import UNDECODED, decode_text
+from retrieval.embedding_store import list_images, list_split_images
 from retrieval.searcher import (
     Kind,
     Searcher,
     check_index,
-    combine,
-    nearest_captions,
-    nearest_photos,
-    search_with_pair,
-    search_with_run,
-    slug,
+    combine_queries,
+    search_captions,
+    search_images,
+    searcher_for_pretrained,
+    searcher_for_run,
 )
 from runtime import cli
 from runtime.run_dir import newest_finished_run, read_config
+from runtime.text import slug
 
 PICTURES = (".png", ".jpg", ".pdf", ".svg")
 
@@ -92,7 +92,7 @@ def main() -> None:
     queries = read_queries(flags)
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
     run = None if flags.model else chosen_run(flags)
-    searcher = search_with_run(run, **options) if run else search_with_pair(flags.model, **options)
+    searcher = searcher_for_run(run, **options) if run else searcher_for_pretrained(flags.model, **options)
     # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
     if flags.labels:
         answers = [searcher.classify(flags.image, flags.labels)]
@@ -113,7 +113,7 @@ def read_queries(flags: Flags) -> list[Query]:
     if not flags.queries.is_file():
         raise FileNotFoundError(f"no such file: {flags.queries} (--queries)")
     queries = []
-    for number, line in enumerate(decode(flags.queries).splitlines(), start=1):
+    for number, line in enumerate(decode_text(flags.queries).splitlines(), start=1):
         if UNDECODED.search(line):
             raise ValueError(f"{flags.queries}, line {number}: bytes that are not UTF-8 text; save the file as UTF-8")
         if line.strip():
@@ -137,26 +137,30 @@ def finds_captions(flags: Flags) -> bool:
 def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
     """List the photos to search; the function that is returned finds matches among them for queries (Q, F)."""
     if flags.gallery is not None:
-        photos = find_photos(flags.gallery.expanduser())
+        photos = list_images(flags.gallery.expanduser())
     else:
-        photos = split_photos(cli.open_data(read_config(run), flags.data_dir), flags.split)
-    return lambda queries: nearest_photos(queries, searcher.gallery(photos), flags.top_k, flags.index)
+        from data.loading import open_data
+
+        photos = list_split_images(open_data(read_config(run), flags.data_dir), flags.split)
+    return lambda queries: search_images(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
 def among_captions(flags: Flags, run: Path, searcher: Searcher) -> Callable:
     """Read the captions to search; the function that is returned finds matches among them for queries (Q, F)."""
-    captions = cli.open_data(read_config(run), flags.data_dir).part(flags.split).captions
-    return lambda queries: nearest_captions(queries, searcher.captions(captions), captions, flags.top_k)
+    from data.loading import open_data
+
+    captions = open_data(read_config(run), flags.data_dir).split(flags.split).captions
+    return lambda queries: search_captions(queries, searcher.embed_captions(captions), captions, flags.top_k)
 
 
 def encode_queries(searcher: Searcher, queries: list[Query], among: Kind):
     """The queries for a search among photos or captions, (Q, F); a sentence longer than the model reads is told of."""
     sentences = [query.sentence for query in queries if query.sentence is not None]
-    for line in filter(None, map(searcher.too_long, sentences)):
+    for line in filter(None, map(searcher.describe_truncation, sentences)):
         print(line, file=sys.stderr)
-    sentence_emb = searcher.sentences(sentences, among=among) if sentences else None
+    sentence_emb = searcher.embed_sentences(sentences, among=among) if sentences else None
     photo = queries[0].image
-    return combine(sentence_emb, None if photo is None else searcher.photos([photo], among=among))
+    return combine_queries(sentence_emb, None if photo is None else searcher.embed_images([photo], among=among))
 
 
 def as_table(query: Query, matches: list) -> str:
@@ -177,13 +181,15 @@ def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> Non
     """Write the picture of the matches, where one was asked for or a single query was put by a person."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
-    from data.image_io import shown_text
     from reporting.plots import plot_captions, plot_photos
+    from runtime.text import display_text
 
     name = queries[0].sentence or queries[0].image.stem
-    picture = flags.out or folder / "matches" / f"{slug(name) or 'query'}.png"
+    picture = flags.out or folder / "matches" / f"{slug(name, max_length=40) or 'query'}.png"
     plot = plot_captions if finds_captions(flags) else plot_photos
-    plot([(shown_text(str(query)), query.image, found) for query, found in zip(queries, answers, strict=True)], picture)
+    plot(
+        [(display_text(str(query)), query.image, found) for query, found in zip(queries, answers, strict=True)], picture
+    )
     print(f"picture: {picture}", file=sys.stderr if flags.json else sys.stdout)
 
 

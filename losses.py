@@ -1,7 +1,6 @@
 """The objectives: pure functions of embeddings or of a similarity matrix, images in rows, at least in float32."""
 
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +8,6 @@ from torch import Tensor
 
 # Below this the squared distance of unit vectors is rounding, and the slope of its root goes to infinity.
 MIN_SQUARED_DISTANCE = 1e-12
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Which loss is trained: a main term over all pairs of a batch, and alpha times a triplet term."""
-
-    main: Literal["info_nce", "sigmoid", "cosine", "soft"] = "info_nce"
-    negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # of the triplet term
-    distance: Literal["euclidean", "cosine"] = "euclidean"  # ... of unit vectors, or 1 - cosine
-    margin: float = 0.2  # ... in that distance
-    cosine_margin: float = 0.0  # of the pairwise cosine loss: unlike pairs below this cosine cost nothing
-    softness: float = 0.2  # of soft targets: the share that goes by resemblance
 
 
 class LossTerms(NamedTuple):
@@ -34,38 +21,6 @@ class LossTerms(NamedTuple):
     def info_nce(self) -> Tensor:
         """The main term by its name where that is InfoNCE."""
         return self.main
-
-
-def objective_loss(
-    image_emb: Tensor,
-    text_emb: Tensor,
-    image_ids: Tensor,
-    caption_image_ids: Tensor,
-    objective: Objective,
-    *,
-    temperature: float | Tensor,
-    bias: float | Tensor = 0.0,
-    alpha: float,
-) -> LossTerms:
-    """Add the objective's main term and alpha times its triplet term, in float32 under autocast too.
-
-    image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives. The
-    bias is the sigmoid loss's. With alpha 0 the triplet term is reported, but carries no gradient and costs no
-    backward pass.
-    """
-    with torch.autocast(image_emb.device.type, enabled=False):
-        image_emb, text_emb = _at_least_float32(image_emb), _at_least_float32(text_emb)
-        sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, caption_image_ids)  # (B, M)
-        if objective.main == "sigmoid":
-            main = sigmoid_loss(sim, positives, temperature, bias)
-        elif objective.main == "cosine":
-            main = cosine_margin_loss(sim, positives, objective.cosine_margin)
-        elif objective.main == "soft":
-            main = soft_info_nce(image_emb, text_emb, positives, temperature, objective.softness)
-        else:
-            main = info_nce(sim, positives, temperature)
-        triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective)
-        return LossTerms(main + alpha * triplet, main, triplet)
 
 
 def contrastive_loss(
@@ -83,10 +38,12 @@ def contrastive_loss(
     image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives.
     With alpha 0 the triplet term is still reported, but carries no gradient and costs no backward pass.
     """
-    objective = Objective(margin=margin)
-    return objective_loss(
-        image_emb, text_emb, image_ids, caption_image_ids, objective, temperature=temperature, alpha=alpha
-    )
+    with torch.autocast(image_emb.device.type, enabled=False):
+        image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
+        sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, caption_image_ids)  # (B, M)
+        main = info_nce(sim, positives, temperature)
+        triplet = hardest_triplet(sim if alpha else sim.detach(), positives, margin)
+        return LossTerms(main + alpha * triplet, main, triplet)
 
 
 def positive_mask(image_ids: Tensor, caption_image_ids: Tensor) -> Tensor:
@@ -100,7 +57,7 @@ def info_nce(sim: Tensor, positives: Tensor, temperature: float | Tensor) -> Ten
     sim (B,M) cosines, positives (B,M) bool; temperature divides. Every row and every column needs a positive, else
     the loss is nan. With one caption per image this is CLIP's loss (arXiv 2103.00020, fig. 3).
     """
-    logits = _at_least_float32(sim) / temperature
+    logits = at_least_float32(sim) / temperature
     return (_uniform_cross_entropy(logits, positives) + _uniform_cross_entropy(logits.T, positives.T)) / 2
 
 
@@ -117,7 +74,7 @@ def sigmoid_loss(sim: Tensor, positives: Tensor, temperature: float | Tensor, bi
     sim (B,M) cosines, positives (B,M) bool. Summed over the images, mean over the captions (SigLIP, arXiv 2303.15343,
     eq. 1, whose batch has one caption per image).
     """
-    logits = _at_least_float32(sim) / temperature + bias
+    logits = at_least_float32(sim) / temperature + bias
     return -F.logsigmoid(torch.where(positives, logits, -logits)).sum(0).mean()
 
 
@@ -128,7 +85,7 @@ def cosine_margin_loss(sim: Tensor, positives: Tensor, margin: float) -> Tensor:
     the captions: so that many negatives do not drown the positives (for the pairs: Chopra, Hadsell and LeCun, CVPR
     2005; the form is that of torch's cosine_embedding_loss).
     """
-    sim = _at_least_float32(sim)
+    sim = at_least_float32(sim)
     own = ((1 - sim) * positives).sum(0) / positives.sum(0).clamp(min=1)
     other = ((sim - margin).relu() * ~positives).sum(0) / (~positives).sum(0).clamp(min=1)
     return (own + other).mean() / 2
@@ -177,14 +134,6 @@ def soft_cross_entropy(
     return logits.logsumexp(1) - (target * logits).sum(1)
 
 
-def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective) -> Tensor:
-    """The triplet term that an objective asks for -> (); sim (B,M) cosines of unit vectors, positives (B,M) bool."""
-    margin, distance = objective.margin, objective.distance
-    if objective.negatives == "hardest":
-        return hardest_triplet(sim, positives, margin, distance=distance)
-    return mined_triplet(sim, positives, margin, negatives=objective.negatives, distance=distance)
-
-
 def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: str = "euclidean") -> Tensor:
     """Average max(0, margin + d(positive) - d(hardest negative)) over the positive pairs, both ways -> ().
 
@@ -192,7 +141,7 @@ def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: 
     triplet_margin_loss, or "cosine", 1 - cosine. A row or column without negatives adds 0. Hardest in batch as in
     VSE++ (arXiv 1707.05612, eq. 6), but over every caption of an image.
     """
-    sim = _at_least_float32(sim)
+    sim = at_least_float32(sim)
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
     # A row of positives only gets -inf, a negative infinitely far away: it never violates the margin.
     negatives = sim.masked_fill(positives, -torch.inf)
@@ -223,7 +172,7 @@ def mined_triplet(
 
     sim, positives, margin and distance as in hardest_triplet; see violations for the two kinds. Memory O(M * M).
     """
-    sim = _at_least_float32(sim)
+    sim = at_least_float32(sim)
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
     pairs = sim[image, caption]
     settings = {"negatives": negatives, "distance": distance}
@@ -254,5 +203,5 @@ def _distance(cosine: Tensor, kind: str) -> Tensor:
     return (2 - 2 * cosine).clamp(min=MIN_SQUARED_DISTANCE).sqrt()
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,73 +1,134 @@
-"""The dual encoder: an image tower, a text tower, and a head on each into one space."""
+"""The dual encoder: an image tower, a text tower, and a projection head on each into one shared space.
+
+Poolings and heads are the two tables POOLINGS and HEADS: a new one is a class or function and a line there.
+"""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from data.preprocess import View
-from models.freezing import cut
-from models.heads import ProjectionHead, build_head
-from models.pooling import GeneralisedPooling, pool, regions
+from data.preprocess import Preprocess
 
-__all__ = ["CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
+__all__ = ["HEADS", "POOLINGS", "CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
-SAME_LENGTH = 64  # captions of similar length that are read together: few tokens are padding then
+LENGTH_BUCKET = 64  # captions of similar length that are encoded together, so that few tokens are padding
+GPO_POSITIONS, GPO_HIDDEN = 32, 32  # of GPO's position code and its GRU, as in the authors' code
+
+
+def cls_pool(features: Tensor, mask: Tensor) -> Tensor:
+    """Take the first token: features (M, L, D), mask (M, L) -> (M, D)."""
+    return features[:, 0]
+
+
+def max_pool(features: Tensor, mask: Tensor) -> Tensor:
+    """Maximum over the entries that mask marks: (M, L, D), (M, L) -> (M, D)."""
+    return features.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)
+
+
+def mean_pool(features: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the entries that mask marks: (M, L, D), (M, L) -> (M, D)."""
+    weights = mask.unsqueeze(-1).to(features.dtype)
+    return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+class GeneralizedPooling(nn.Module):
+    """GPO: a learned weighted mean of each dimension's sorted values (arXiv 2011.04305, eq. 3-5).
+
+    The weights depend on the rank and on the number of entries, never on the values; mean and max are special cases.
+    features (M, L, D), mask (M, L) with at least one entry each -> (M, D).
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gru = nn.GRU(GPO_POSITIONS, GPO_HIDDEN, batch_first=True, bidirectional=True)
+        self.score = nn.Linear(GPO_HIDDEN, 1, bias=False)
+
+    def forward(self, features: Tensor, mask: Tensor) -> Tensor:
+        lengths = mask.sum(1)
+        ranked = features.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).sort(1, descending=True).values
+        ranked = ranked.masked_fill(ranked == -torch.inf, 0)  # masked entries sort last in every dimension
+        return torch.einsum("mld,ml->md", ranked, self._weights(lengths, features.shape[1]).to(features.dtype))
+
+    def _weights(self, lengths, max_length):
+        """Weight of each rank for sequences of these lengths: (M,) -> (M, max_length)."""
+        distinct, inverse = lengths.unique(return_inverse=True)  # sequences of one length share their weights
+        codes = _position_codes(max_length, device=lengths.device).expand(len(distinct), -1, -1)
+        packed = nn.utils.rnn.pack_padded_sequence(codes, distinct.cpu(), batch_first=True, enforce_sorted=False)
+        hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=max_length)
+        scores = self.score((hidden[..., :GPO_HIDDEN] + hidden[..., GPO_HIDDEN:]) / 2).squeeze(-1)  # (distinct, L)
+        padding = torch.arange(max_length, device=lengths.device) >= distinct[:, None]
+        return scores.float().masked_fill(padding, -torch.inf).softmax(1)[inverse]
+
+
+def _position_codes(length, *, device):
+    """Sinusoidal codes of the ranks, (length, GPO_POSITIONS) (arXiv 1706.03762, section 3.5)."""
+    rank = torch.arange(length, device=device).unsqueeze(1)
+    rate = torch.exp(torch.arange(0, GPO_POSITIONS, 2, device=device) * (-math.log(10000.0) / GPO_POSITIONS))
+    return torch.stack([(rank * rate).sin(), (rank * rate).cos()], 2).flatten(1)
+
+
+# Name -> what makes the pooling of a tower with `dim` features: (M, L, D), (M, L) -> (M, D).
+# "own" is the backbone's built-in pooling; a backbone that returns (B, D) needs no other.
+POOLINGS: dict[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None] = {
+    "own": None,
+    "mean": lambda dim: mean_pool,
+    "max": lambda dim: max_pool,
+    "cls": lambda dim: cls_pool,
+    "gpo": GeneralizedPooling,
+}
 
 
 class Tower(nn.Module):
-    """An encoder that can be frozen: it then has no gradients and stays in eval mode, batch norm included.
+    """An encoder that can be frozen: it then gets no gradients and stays in eval mode, batch norm included.
 
-    A learned pooling belongs to the head: it trains on a frozen tower too.
+    A learned pooling belongs to the head: it trains on a frozen backbone too.
     """
 
     def __init__(self, backbone: nn.Module, *, dim: int, pooling: str):
         super().__init__()
         self.backbone, self.dim, self.pooling = backbone, dim, pooling
-        self.pool = GeneralisedPooling(dim) if pooling == "gpo" else None
-        self.held = False
+        build = _look_up(POOLINGS, pooling, "pooling")
+        self.pool = None if build is None else build(dim)
+        self.temporarily_frozen = False
         self.freeze(False)
 
-    def extra_repr(self) -> str:
-        return f"pooling={self.pooling}"  # part of what stored features are keyed by
+    def freeze(self, frozen: bool, *, trainable: Collection[str] | None = None) -> None:
+        """Freeze the backbone, or let all of it train, or only the parameters named in `trainable`."""
+        self.frozen, self.trainable = frozen, trainable
+        self.freeze_temporarily(self.temporarily_frozen)
 
-    def freeze(self, frozen: bool, *, trained: Collection[str] | None = None) -> None:
-        """Freeze the backbone, or let it train: the whole of it, or only the parameters named in `trained`."""
-        self.frozen, self.trained = frozen, trained
-        self.hold(self.held)
-
-    def hold(self, held: bool) -> None:
-        """Keep the backbone as it is for the time being, or go on with what trains."""
-        self.held = held
+    def freeze_temporarily(self, temporarily_frozen: bool) -> None:
+        """Freeze the backbone for the first epochs, or release what `freeze` lets train."""
+        self.temporarily_frozen = temporarily_frozen
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(not self.still and (self.trained is None or name in self.trained))
+            parameter.requires_grad_(not self.is_frozen and (self.trainable is None or name in self.trainable))
         self.train(self.training)
 
     @property
-    def still(self) -> bool:
-        """Whether nothing of the backbone trains now."""
-        return self.frozen or self.held
+    def is_frozen(self) -> bool:
+        """Whether no parameter of the backbone trains at present."""
+        return self.frozen or self.temporarily_frozen
 
     def train(self, mode: bool = True):
-        super().train(mode and not self.still)
-        if self.pool is not None:
+        super().train(mode and not self.is_frozen)
+        if isinstance(self.pool, nn.Module):
             self.pool.train(mode)
-        if self.trained is not None:
+        if self.trainable is not None:
             for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _learns(module):
-                    module.eval()  # where nothing else moves, its statistics should not either
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _has_trainable(module):
+                    module.eval()  # a frozen norm must not update its statistics either
         return self
 
 
 class ImageEncoder(Tower):
-    """Photos to pooled features of an image model, never its class logits.
+    """Images to pooled features of a timm backbone, never its class logits.
 
     images (B, 3, H, W): uint8, or float in 0..1; mean and std are applied here, so that every caller does the same.
-    view says how a photo becomes (H, W). Returns (B, dim): the model's "own" pooling, or "mean", "max" or "gpo" over
-    the regions of a backbone that returns them.
+    `preprocess` turns a photo into (H, W). Returns (B, dim).
     """
 
     def __init__(
@@ -78,81 +139,68 @@ class ImageEncoder(Tower):
         mean: Sequence[float],
         std: Sequence[float],
         pooling: str = "own",
-        view: View = View(),  # noqa: B008 - frozen
+        preprocess: Preprocess = Preprocess(),  # noqa: B008 - frozen
     ):
         # channels_last: faster convolutions on CPU and GPU
         super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, pooling=pooling)
-        self.view, self.halves = view, None
+        # (frozen prefix, trainable suffix or None) once models/trunk_split.py has split the backbone; a tuple, so that
+        # its modules are not registered twice.
+        self.preprocess, self.trunk_parts = preprocess, None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self._pooled(self.backbone(self._normalised(images)))
+    def forward(self, images: Tensor) -> Tensor:
+        return self._pooled(self.backbone(self._normalized(images)))
 
-    def cut(self) -> None:
-        """Let `before` and `after` be the tower one after another: what never changes, and what trains.
+    def forward_frozen(self, images: Tensor) -> Tensor:
+        """Activations of the frozen prefix, in the precision it computes in: pooled features (B, dim), tokens
+        (B, R, C), or a feature map (B, H, W, C), channels last as convolutions hold it in memory."""
+        prefix, suffix = self.trunk_parts
+        activations = prefix(self._normalized(images))
+        if suffix is None and not isinstance(self.pool, nn.Module):
+            activations = self._pooled(activations)
+        return activations.movedim(1, -1) if activations.ndim == 4 else activations
 
-        The halves are a tuple, so that they are not counted among the tower's modules twice. Raises ValueError where
-        the backbone cannot be cut where its training begins.
-        """
-        self.halves = (self.backbone, None) if self.frozen else cut(self.backbone, self.trained)
-
-    def before(self, images: torch.Tensor) -> torch.Tensor:
-        """What the frozen part says of photos, in the precision it computes with: pooled features (B, dim), or what
-        the rest needs, (B, R, C), or (B, H, W, C) as convolutions hold it in memory."""
-        frozen, rest = self.halves
-        found = frozen(self._normalised(images))
-        if rest is None and self.pool is None:
-            found = self._pooled(found)
-        return found.movedim(1, -1) if found.ndim == 4 else found
-
-    def after(self, found: torch.Tensor) -> torch.Tensor:
-        """What `before` gave → (B, dim)."""
-        rest = self.halves[1]
-        if rest is None and self.pool is None:
-            return found
-        found = found.movedim(-1, 1) if found.ndim == 4 else found
-        return self._pooled(found if rest is None else rest(found))
+    def forward_trainable(self, activations: Tensor) -> Tensor:
+        """Activations of `forward_frozen` through the trainable suffix -> (B, dim)."""
+        suffix = self.trunk_parts[1]
+        if suffix is None and not isinstance(self.pool, nn.Module):
+            return activations
+        activations = activations.movedim(-1, 1) if activations.ndim == 4 else activations
+        return self._pooled(activations if suffix is None else suffix(activations))
 
     def compile(self) -> None:
-        """Compile the part that runs in training."""
-        part = self.halves[1] if self.halves else self.backbone
-        if part is not None:
-            part.compile()
+        """Compile the part of the backbone that runs in training."""
+        module = self.trunk_parts[1] if self.trunk_parts else self.backbone
+        if module is not None:
+            module.compile()
 
-    def _normalised(self, images):
+    def _normalized(self, images):
         if images.dtype == torch.uint8:
             images = images.float() / 255
         images = (images - self.mean) / self.std
         return images.contiguous(memory_format=torch.channels_last)
 
     def _pooled(self, features):
-        if self.pooling == "own":
+        if self.pool is None:
             return features
-        features = regions(features, dim=self.dim, prefix_tokens=getattr(self.backbone, "num_prefix_tokens", 0))
-        everywhere = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
-        return self.pool(features, everywhere) if self.pool else pool(features, everywhere, self.pooling)
+        # (B, dim, H, W), (B, H, W, dim) or prefix tokens and regions (B, R, dim) -> (B, R, dim)
+        if features.ndim == 4:
+            features = features if features.shape[1] == self.dim else features.movedim(-1, 1)
+            features = features.flatten(2).transpose(1, 2)
+        else:
+            features = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
+        return self.pool(features, torch.ones(features.shape[:2], dtype=torch.long, device=features.device))
 
     def resize(self, size: int | None) -> None:
-        """Read photos at another size; None leaves it."""
-        self.view = self.view.resized(size)
-
-    def require_size(self, name: str, *, advice: str, size: int | None = None) -> None:
-        """Look at one grey photo: a size that the tower refuses is told here and not in the middle of training."""
-        size = size or self.view.size
-        try:
-            with torch.no_grad():
-                self.eval()(torch.full((1, 3, size, size), 0.5))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ValueError(f"{name} does not take photos of {size} pixels ({reason}): try {advice}") from None
+        """Change the image size, in pixels; None leaves it."""
+        self.preprocess = self.preprocess.resized(size)
 
 
 class TextEncoder(Tower):
-    """Captions to pooled features of a text model.
+    """Captions to pooled features of a transformers backbone; padding is on the right.
 
-    input_ids, attention_mask (M, L). Returns (M, dim): the "mean", "max" or learned "gpo" pooling of a caption's
-    tokens, its first token ("cls"), or what a backbone that pools by itself returns ("own"). Padding is on the right.
+    input_ids, attention_mask (M, L). Returns (M, dim).
     """
 
     def __init__(self, backbone: nn.Module, *, pooling: str, dim: int | None = None):
@@ -161,46 +209,104 @@ class TextEncoder(Tower):
 
     @property
     def max_tokens(self) -> int | None:
-        """The longest caption that the model has positions for, or None where there is no such limit."""
+        """The number of positions that the backbone has embeddings for; None where there is no such limit."""
         for name, module in self.backbone.named_modules():
             if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
                 "position_embeddings",
                 "position_embedding",
             ):
-                # RoBERTa counts positions from behind its padding's
+                # RoBERTa's positions start behind the padding index
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return None
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        if input_ids.is_cuda or len(input_ids) <= SAME_LENGTH:  # a GPU would wait to hear the lengths
-            return self._read(input_ids, attention_mask)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        if input_ids.is_cuda or len(input_ids) <= LENGTH_BUCKET:  # a GPU would have to wait for the lengths
+            return self._encode(input_ids, attention_mask)
         lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
-        groups = zip(order.split(SAME_LENGTH), lengths[::SAME_LENGTH].tolist(), strict=True)
-        read = [self._read(input_ids[rows, :longest], attention_mask[rows, :longest]) for rows, longest in groups]
-        return torch.cat(read)[order.argsort()]
+        buckets = zip(order.split(LENGTH_BUCKET), lengths[::LENGTH_BUCKET].tolist(), strict=True)
+        encoded = [self._encode(input_ids[rows, :longest], attention_mask[rows, :longest]) for rows, longest in buckets]
+        return torch.cat(encoded)[order.argsort()]
 
-    def _read(self, input_ids, attention_mask):
+    def _encode(self, input_ids, attention_mask):
         if self.training and self.word_dropout:
-            attention_mask = self._without_some(attention_mask)
+            attention_mask = self._drop_tokens(attention_mask)
         hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
-        if self.pooling == "own":
-            return hidden
-        hidden = hidden.last_hidden_state  # (M, L, dim)
-        return self.pool(hidden, attention_mask) if self.pool else pool(hidden, attention_mask, self.pooling)
+        # a dual encoder's text side returns (M, dim), pooled already; others a record with (M, L, dim)
+        return hidden if self.pool is None else self.pool(hidden.last_hidden_state, attention_mask)
 
-    def _without_some(self, attention_mask):
-        """The mask (M, L) without random tokens, but with each caption's first and last, which stand for it all."""
+    def _drop_tokens(self, attention_mask):
+        """The mask (M, L) without random tokens; the first and last, [CLS] and [SEP], always stay."""
         kept = torch.rand(attention_mask.shape, device=attention_mask.device) >= self.word_dropout
-        place = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        kept |= (place == 0) | (place == attention_mask.sum(1, keepdim=True) - 1)
+        position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        kept |= (position == 0) | (position == attention_mask.sum(1, keepdim=True) - 1)
         return attention_mask * kept
 
 
-class CLIPModel(nn.Module):
-    """Both towers with their heads, a learned temperature, and where `bias` says where it starts a learned bias.
+class ProjectionHead(nn.Module):
+    """Tower features (*, in_dim) to the shared space (*, out_dim): linear, then a residual block, then LayerNorm."""
 
-    The shared space has embed_dim dimensions, or those of a tower whose head ("none", "adaptor") keeps them.
-    Training and search go through the same encode_image and encode_text, which return unit vectors in float32.
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.feature_dropout = nn.Dropout(0.0)
+        self.projection = nn.Linear(in_dim, out_dim)
+        self.hidden = nn.Linear(out_dim, out_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.norm = nn.LayerNorm(out_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        projected = self.projection(self.feature_dropout(features))
+        return self.norm(projected + self.dropout(self.hidden(F.gelu(projected))))
+
+
+class LinearHead(nn.Module):
+    """Tower features (*, in_dim) to the shared space (*, out_dim) by one matrix."""
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.feature_dropout = nn.Dropout(0.0)
+        self.projection = nn.Linear(in_dim, out_dim, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.projection(self.feature_dropout(features))
+
+
+class AdaptorHead(nn.Module):
+    """Features (*, dim) plus a small residual that starts at 0 (CLIP-Adapter, arXiv 2110.04544, eq. 4)."""
+
+    keeps_dim = True
+
+    def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.feature_dropout, self.dropout = nn.Dropout(0.0), nn.Dropout(dropout)
+        self.down, self.up = nn.Linear(in_dim, in_dim), nn.Linear(in_dim, out_dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        residual = self.up(self.dropout(F.gelu(self.down(self.feature_dropout(F.normalize(features, dim=-1))))))
+        return features + residual * features.norm(dim=-1, keepdim=True)
+
+
+class IdentityHead(nn.Identity):
+    """The tower's own space, unchanged."""
+
+    keeps_dim = True
+
+
+# Name -> class, called with (in_dim, out_dim, dropout). `keeps_dim` marks heads that keep the tower's dimensions.
+HEADS: dict[str, type[nn.Module]] = {
+    "residual": ProjectionHead,
+    "linear": LinearHead,
+    "adaptor": AdaptorHead,
+    "none": IdentityHead,
+}
+
+
+class CLIPModel(nn.Module):
+    """Both towers with their heads, a learned temperature and, where `bias` gives its initial value, a learned bias.
+
+    The shared space has embed_dim dimensions, or those of a tower whose head keeps them ("none", "adaptor").
+    Training and search call the same encode_image and encode_text, which return unit vectors in float32.
     """
 
     def __init__(
@@ -217,64 +323,70 @@ class CLIPModel(nn.Module):
     ):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
-        for kind, tower in ((image_head, image_encoder), (text_head, text_encoder)):
-            embed_dim = tower.dim if kind in ("adaptor", "none") else embed_dim
+        heads = [_look_up(HEADS, name, "head") for name in (image_head, text_head)]
+        for head, tower in zip(heads, (image_encoder, text_encoder), strict=True):
+            embed_dim = tower.dim if getattr(head, "keeps_dim", False) else embed_dim
+        for head, tower in zip(heads, (image_encoder, text_encoder), strict=True):
+            if getattr(head, "keeps_dim", False) and tower.dim != embed_dim:
+                raise ValueError(f"{head.__name__} keeps its tower's {tower.dim} dimensions, the other has {embed_dim}")
         self.embed_dim = embed_dim
-        self.image_head = build_head(image_head, image_encoder.dim, embed_dim, dropout=dropout)
-        self.text_head = build_head(text_head, text_encoder.dim, embed_dim, dropout=dropout)
+        self.image_head = heads[0](image_encoder.dim, embed_dim, dropout)
+        self.text_head = heads[1](text_encoder.dim, embed_dim, dropout)
         self.logit_bias = None
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP
         self.use_bias(bias)
 
     @property
-    def temperature(self) -> torch.Tensor:
+    def temperature(self) -> Tensor:
         """What the cosines are divided by, ()."""
         return (-self.logit_scale).exp()
 
     @property
-    def bias(self) -> torch.Tensor | float:
+    def bias(self) -> Tensor | float:
         """What is added to the scaled cosines, (); 0 where none is learned."""
         return 0.0 if self.logit_bias is None else self.logit_bias
 
-    def use_bias(self, start: float | None) -> None:
-        """Learn a bias, from `start` unless there is one already; None: do without."""
-        if start is None or self.logit_bias is None:
-            self.logit_bias = None if start is None else nn.Parameter(self.logit_scale.detach().clone().fill_(start))
+    def use_bias(self, initial: float | None) -> None:
+        """Learn a bias, starting at `initial` unless there is one already; None removes it."""
+        if initial is None or self.logit_bias is None:
+            self.logit_bias = (
+                None if initial is None else nn.Parameter(self.logit_scale.detach().clone().fill_(initial))
+            )
 
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) pixels → (B, D) unit rows, float32."""
-        return self.embed_image(self.image_encoder(images))
+    def encode_image(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) pixels -> (B, D) unit rows, float32."""
+        return self.project_image(self.image_encoder(images))
 
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(M, L) token ids and mask → (M, D) unit rows, float32."""
-        return self.embed_text(self.text_encoder(input_ids, attention_mask))
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(M, L) token ids and mask -> (M, D) unit rows, float32."""
+        return self.project_text(self.text_encoder(input_ids, attention_mask))
 
-    def embed_image(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, F) features of the image tower → (B, D) unit rows, float32."""
+    def project_image(self, features: Tensor) -> Tensor:
+        """(B, F) features of the image tower -> (B, D) unit rows, float32."""
         return F.normalize(self.image_head(features).float(), dim=-1)
 
-    def embed_text(self, features: torch.Tensor) -> torch.Tensor:
-        """(M, H) features of the text tower → (M, D) unit rows, float32."""
+    def project_text(self, features: Tensor) -> Tensor:
+        """(M, H) features of the text tower -> (M, D) unit rows, float32."""
         return F.normalize(self.text_head(features).float(), dim=-1)
 
-    def forward(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of photos and captions, or of what frozen parts said of them → image_emb (B, D), text_emb (M, D)."""
+    def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
+        """A batch of images and captions, or of cached features -> image_emb (B, D), text_emb (M, D)."""
         if "pixels" in batch:
             image_emb = self.encode_image(batch["pixels"])
         else:
-            image_emb = self.embed_image(self.image_encoder.after(batch["image_features"]))
+            image_emb = self.project_image(self.image_encoder.forward_trainable(batch["image_features"]))
         if "input_ids" in batch:
             return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"])
-        return image_emb, self.embed_text(batch["text_features"])
+        return image_emb, self.project_text(batch["text_features"])
 
-    def hold_towers(self, held: bool) -> None:
-        """Keep both towers as they are for the time being, or let train what trains of them."""
+    def freeze_towers_temporarily(self, temporarily_frozen: bool) -> None:
+        """Freeze both towers for the first epochs, or release what trains of them."""
         for tower in (self.image_encoder, self.text_encoder):
-            if tower.held != held:
-                tower.hold(held)
+            if tower.temporarily_frozen != temporarily_frozen:
+                tower.freeze_temporarily(temporarily_frozen)
 
     def set_dropout(self, dropout: float, image_feature_dropout: float, word_dropout: float) -> None:
-        """Let the heads, and the text tower its tokens, drop with other probabilities."""
+        """Set the dropout probabilities of the heads, of the image features and of the caption's tokens."""
         self.text_encoder.word_dropout = word_dropout
         for head, feature_dropout in ((self.image_head, image_feature_dropout), (self.text_head, 0.0)):
             for name, rate in (("dropout", dropout), ("feature_dropout", feature_dropout)):
@@ -283,9 +395,15 @@ class CLIPModel(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Hold the logit scale, 1 / temperature, at or below MAX_LOGIT_SCALE; to be called after each step."""
+        """Keep the logit scale, 1 / temperature, at or below MAX_LOGIT_SCALE; called after each step."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
-def _learns(module):
+def _has_trainable(module):
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def _look_up(table, name, kind):
+    if name not in table:
+        raise ValueError(f"no {kind} {name!r}: choose one of {', '.join(table)}")
+    return table[name]

@@ -6,7 +6,6 @@ ones go on. Beside them stand results.csv, results.md (mean ± standard deviatio
 """
 
 import json
-import re
 import shlex
 import subprocess
 import sys
@@ -19,7 +18,9 @@ import tyro
 
 from config import Config
 from runtime import cli
-from runtime.run_dir import LAST, LOG, read_log, write_text
+from runtime.atomic_io import write_text
+from runtime.run_dir import LAST, LOG, read_log
+from runtime.text import slug
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,8 +78,7 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
 
 def folder_of(sweep: Path, name: str, seed: int) -> Path:
     """Where a configuration's run with a seed lies."""
-    name = re.sub(r"[^\w.+-]+", "-", name)
-    return sweep / f"{name}-s{seed}"
+    return sweep / f"{slug(name, keep='.+-')}-s{seed}"
 
 
 def train(folder: Path, words: Sequence[str]) -> None:

@@ -5,62 +5,94 @@ import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config, default_config
+import config as defaults
+from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config
 from data.download import NAMES
 from runtime import cli
 from runtime.run_dir import read_config
 
 QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
+MOST_USED = (  # --help lists these first
+    *("dataset", "data_dir", "text_encoder", "image_encoder", "model"),
+    *("alpha", "batch_size", "epochs", "name", "resume"),
+)
 
 
 @dataclass(frozen=True)
 class Flags(Config):
-    """Train an image-text retrieval model. The defaults stand in config.py, with what differs for a data set."""
+    """Train an image-text retrieval model. Edit the defaults in config.py, or pass flags."""
 
-    resume: Path | None = None  # folder of a run to go on with, by its own settings; flags given beside it win
+    resume: Path | None = None  # continue the run in this folder with its own settings; flags given beside it win
 
 
 def main() -> None:
+    if cli.wants_help():
+        return cli.print_help(Flags, default_flags()[0], first=MOST_USED, note=_help_note())
     config, resume = parse_flags()
-    # torch and the libraries above it take seconds to load: what can be wrong without them is told before.
-    data = cli.open_data(config)
+    # Only now torch and the libraries above it, which take seconds: mistakes in the flags are reported before.
+    from data.loading import open_data
+
+    data = open_data(config)
     print(data.describe(), flush=True)
+    if resume is None and (line := describe_preset(config)):
+        print(line, flush=True)
     from training.trainer import train
 
     folder = train(config, data, resume)
     print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
     print(f"  python evaluate.py {folder} --split test")
-    query = QUERIES.get(config.dataset) or data.part("test").captions[0]
+    query = QUERIES.get(config.dataset) or data.split("test").captions[0]
     print(f"  python infer.py {shlex.quote(query)} --run {folder}")
 
 
 def parse_flags() -> tuple[Config, Path | None]:
-    """The configuration: the flags given, over the resumed run's settings or the data set's defaults."""
-    resumed, start_from = cli.given("--resume"), cli.given("--start-from")
-    if cli.given("--model") and (cli.given("--image-encoder") or cli.given("--text-encoder")):
-        raise ValueError("--model is both towers: leave out --image-encoder and --text-encoder")
-    if resumed is None:
-        parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
-        pair = cli.given("--model") or (parent and parent.model)
-        recipe = not any(cli.named(flag) for flag in FLAGS_WITHOUT_RECIPE)
-        default = default_config(cli.given("--dataset") or Config.dataset, pair, recipe=recipe)
-        if parent is not None:
-            default = replace(default, **{name: getattr(parent, name) for name in MODEL_FIELDS})
-    else:
-        default = read_config(cli.existing_folder(resumed, "--resume"))
-    flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
+    """The configuration (the flags given, over the resumed run's settings or the data set's defaults) and --resume."""
+    default, _ = default_flags()
+    flags = cli.parse_flags(Flags, default=default)
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
     if config.dataset not in NAMES and Path(config.dataset).expanduser().exists():
-        config = replace(config, dataset=_from_anywhere(config.dataset))
+        config = replace(config, dataset=_absolute(config.dataset))
     if config.model is not None and Path(config.model).expanduser().is_dir():
-        config = replace(config, model=_from_anywhere(config.model))
+        config = replace(config, model=_absolute(config.model))
     if config.data_dir is not None:
-        config = replace(config, data_dir=_from_anywhere(config.data_dir))
+        config = replace(config, data_dir=_absolute(config.data_dir))
     return config, flags.resume
 
 
-def _from_anywhere(path):
-    """A path that is found from any working folder. Of a link its own name, which says what kind of file it is."""
+def default_flags() -> tuple[Flags, str | None]:
+    """The flags' defaults, as the flags that decide them say, and the name of config.py's table that applies."""
+    cli.rename_flags(defaults.RENAMED)
+    resumed, start_from = cli.peek_flag("--resume"), cli.peek_flag("--start-from")
+    if cli.peek_flag("--model") and (cli.peek_flag("--image-encoder") or cli.peek_flag("--text-encoder")):
+        raise ValueError("--model is both towers: leave out --image-encoder and --text-encoder")
+    if resumed is not None:
+        return Flags(**asdict(read_config(cli.existing_folder(resumed, "--resume")))), None
+    parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
+    dataset, model = cli.peek_flag("--dataset") or Config.dataset, cli.peek_flag("--model") or (parent and parent.model)
+    recipe = not any(cli.has_flag(flag) for flag in FLAGS_WITHOUT_RECIPE)
+    default = defaults.default_config(dataset, model, recipe=recipe)
+    if parent is not None:
+        default = replace(default, **{name: getattr(parent, name) for name in MODEL_FIELDS})
+    return Flags(**asdict(default)), defaults.preset_name(dataset, model, recipe=recipe)
+
+
+def describe_preset(config: Config) -> str | None:
+    """A line about the defaults that a table of config.py replaced and no flag did; None without any."""
+    _, preset = default_flags()
+    replaced = {k: v for k, v in defaults.preset_values(preset).items() if getattr(config, k) == v}
+    if not replaced:
+        return None
+    values = ", ".join(f"{name} {value}" for name, value in replaced.items())
+    return f"{Path(config.dataset).name}: {values}; edit {preset} in config.py, or pass flags"
+
+
+def _help_note():
+    dataset = cli.peek_flag("--dataset") or Config.dataset
+    return f"Defaults shown for --dataset {dataset}; `python train.py --dataset NAME --help` shows those of another."
+
+
+def _absolute(path):
+    """The path from the root, so that it is found from any working folder; links keep the name that says their kind."""
     return os.path.abspath(os.path.expanduser(path))
 
 

@@ -55,21 +55,21 @@ def load(place: Path, flags: Flags) -> None:
     """Print how many training photos a core loads in a second: decoded each time, and kept by --cache-images."""
     from PIL import Image
 
-    from data.image_cache import PhotoCache
-    from data.loading import Part
-    from data.preprocess import View
+    from data.image_cache import ImageCache
+    from data.loading import Split
+    from data.preprocess import Preprocess
     from dataset import CLIPDataset
 
     noise = np.random.default_rng(0).integers(0, 255, (flags.photos, 24, 32, 3), np.uint8)
     paths = [place / f"{k}.jpg" for k in range(flags.photos)]
     for path, pixels in zip(paths, noise, strict=True):
         Image.fromarray(pixels).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=92)
-    part = Part(paths, ["a"] * len(paths), np.arange(len(paths)))
-    ids, view = [np.array([1], np.int32)] * len(paths), View(flags.image_size)
-    kept = PhotoCache(paths, view, place)
+    part = Split(paths, ["a"] * len(paths), np.arange(len(paths)))
+    ids, view = [np.array([1], np.int32)] * len(paths), Preprocess(flags.image_size)
+    kept = ImageCache(paths, view, place)
     for what, cache in (("decoded each time", None), ("kept, first epoch", kept), ("kept, later epochs", kept)):
         settings = {"captions_per_image": 1, "augment": True, "min_crop": 0.6, "seed": 0, "photo_cache": cache}
-        photos = CLIPDataset(part, ids, ids, view=view, **settings)
+        photos = CLIPDataset(part, ids, ids, preprocess=view, **settings)
         started = time.process_time()
         for k in range(len(paths)):
             photos[0, k]

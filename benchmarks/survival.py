@@ -20,9 +20,9 @@ import torch
 import tyro
 
 from config import Config, default_config
-from data.sample_set import write_sample
+from data.loading import open_data
+from data.sample_set import write_sample_set
 from models.checkpoint import load_state
-from runtime import cli
 from runtime.run_dir import BEST, LAST, LOG, read_config, read_log
 from training.trainer import train
 
@@ -42,7 +42,7 @@ class Flags:
 
 def main(flags: Flags) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        write_sample(Path(folder, "scenes"), scenes=60)
+        write_sample_set(Path(folder, "scenes"), scenes=60)
         config = dataclasses.replace(
             default_config("sample"),
             dataset=str(Path(folder, "scenes")),
@@ -108,7 +108,7 @@ def _train(config):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     folder = Path(config.runs_dir) / config.name
     resume = folder if (folder / LAST).exists() else None
-    train(config if resume is None else read_config(folder), cli.open_data(config), resume)
+    train(config if resume is None else read_config(folder), open_data(config), resume)
 
 
 def _check(folder, position):
@@ -121,7 +121,7 @@ def _check(folder, position):
         assert position == (0, 0)
         return position
     state = load_state(folder / LAST)
-    reached = (state["epoch"], state["tally"]["steps"])
+    reached = (state["epoch"], state["meters"]["steps"])
     assert reached >= position, f"fell back from {position} to {reached}"
     return reached
 

@@ -33,10 +33,12 @@ class Flags(Config):
 
 def main() -> None:
     # Both towers whole, as the notebooks train them, and not a recipe that keeps most of the work on disk.
-    default = default_config(cli.given("--dataset") or "flickr8k", recipe=False)
+    default = default_config(cli.peek_flag("--dataset") or "flickr8k", recipe=False)
     flags = cli.parse_flags(Flags, default=Flags(**asdict(default)))
     config = Config(**{key: value for key, value in asdict(flags).items() if key not in ("steps", "rounds")})
-    data = cli.open_data(config)
+    from data.loading import open_data
+
+    data = open_data(config)
     loops = {
         "this program": whole_loop(config, data),
         "its step alone": step_alone(config, data, flags.steps),
@@ -84,14 +86,16 @@ def step_alone(config: Config, data, steps: int) -> Iterator[int]:
 
 def build_step(config: Config, data) -> tuple[Callable, object]:
     """A training step as train.py builds it, and the batches it takes."""
-    from models.factory import build_batches, build_model, training_encoder
-    from training.train_step import TrainingStep
+    from models.factory import build_model
+    from retrieval.encoder import build_training_encoder
+    from training.dataloader_factory import build_batches
+    from training.train_step import TrainStep
 
     torch.manual_seed(config.seed)
     model, tokenizer, _ = build_model(config, data)
-    encoder = training_encoder(config, model, tokenizer)
+    encoder = build_training_encoder(config, model, tokenizer)
     batches, _ = build_batches(config, model, encoder, data)
-    step = TrainingStep(
+    step = TrainStep(
         config,
         model.train(),
         encoder,
@@ -121,7 +125,7 @@ def plain_loop(config: Config, data) -> Iterator[int]:
     heads = [ProjectionHead(tower.dim, 256, 0.1) for tower in (model.image_encoder, model.text_encoder)]
     whole = torch.nn.ModuleList([image_tower, text_tower, *heads]).to(device, memory_format=torch.contiguous_format)
     optimizer = torch.optim.AdamW(whole.train().parameters(), lr=1e-5)
-    for pixels, tokens in plain_batches(config, data.part("train"), tokenizer):
+    for pixels, tokens in plain_batches(config, data.split("train"), tokenizer):
         image_emb = heads[0](image_tower(pixels.to(device)))
         text_emb = heads[1](
             text_tower(**{key: value.to(device) for key, value in tokens.items()}).last_hidden_state[:, 0]

@@ -70,7 +70,7 @@ def measure(
 
     from benchmarks.training import build_step, readable
     from config import Config
-    from data.loading import Part
+    from data.loading import Split
 
     size = int(batch_size)
     config = Config(
@@ -84,7 +84,7 @@ def measure(
     )
     captions = json.loads((Path(folder) / "captions.json").read_text())[: size * CAPTIONS_PER_IMAGE]
     owner = np.arange(size).repeat(CAPTIONS_PER_IMAGE)
-    data = _OnePart(Part([Path(folder) / f"{number}.jpg" for number in range(size)], captions, owner))
+    data = _OnePart(Split([Path(folder) / f"{number}.jpg" for number in range(size)], captions, owner))
     step, batches = build_step(config, data)
     for number in range(2 if size <= 256 else 1):
         started = time.perf_counter()

@@ -31,7 +31,7 @@ def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path
     if dataset == "sample":
         return Source(_draw_sample(cache_dir))
     if dataset in KAGGLE:
-        with one_at_a_time(cache_dir):
+        with dataset_lock(cache_dir):
             path = _download(KAGGLE[dataset], dataset)
         return Source(path, karpathy=_published_split(dataset, path, cache_dir))
     path = Path(dataset).expanduser()
@@ -49,16 +49,16 @@ def _existing(data_dir, dataset):
     path = Path(data_dir).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such folder: {data_dir} (--data-dir)")
-    named = path / Path(dataset).name  # the caption file that --dataset named, where its folder lies now
-    return named if Path(dataset).suffix and named.is_file() else path
+    has_flag = path / Path(dataset).name  # the caption file that --dataset named, where its folder lies now
+    return has_flag if Path(dataset).suffix and has_flag.is_file() else path
 
 
 def _draw_sample(cache_dir):
-    from data.sample_set import write_sample
+    from data.sample_set import write_sample_set
 
     folder = Path(cache_dir) / "sample"
-    with one_at_a_time(cache_dir):
-        write_sample(folder)
+    with dataset_lock(cache_dir):
+        write_sample_set(folder)
     return folder
 
 
@@ -69,11 +69,11 @@ def _published_split(dataset, path, cache_dir):
     name = f"dataset_{dataset}.json"
     if dataset not in KAGGLE or has_published_split(path, name):
         return None
-    with one_at_a_time(cache_dir):
+    with dataset_lock(cache_dir):
         return _download(KARPATHY, dataset, name)
 
 
-def one_at_a_time(folder: str | Path):
+def dataset_lock(folder: str | Path):
     """Of several processes one makes or downloads a data set; the others wait and find it there."""
     from filelock import FileLock
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data.image_lookup import list_files
 from data.json_reader import is_karpathy, read_json
-from data.records import PHOTO_ENDING, PHOTO_NAME, SPLIT_WORDS, Captions, decode
+from data.records import IMAGE_ENDING, IMAGE_NAME, SPLIT_WORDS, CaptionRecords, decode_text
 from data.table_reader import looks_like_table, read_table
 
 TABLES = (".txt", ".csv", ".tsv", ".token")
@@ -24,7 +24,7 @@ LIST_OF_PHOTOS = re.compile(r".*(?:train|dev|val|test)Images\.txt")
 KNOWN = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
 MOST_OPENED = 100  # files that are looked into for captions
 HEAD = 2**16  # bytes by which a caption file is told
-KEYS = re.compile(rf'"(?:caption|captions|sentences|text|raw|[^"]+{PHOTO_ENDING})"\s*:', re.IGNORECASE)
+KEYS = re.compile(rf'"(?:caption|captions|sentences|text|raw|[^"]+{IMAGE_ENDING})"\s*:', re.IGNORECASE)
 EXPECTED = (
     "expected captions.txt or captions.csv (image,caption), another form of the README, or photo.txt beside photo.jpg"
 )
@@ -35,7 +35,7 @@ class Layout:
     """What lies where: the captions (images relative to folder), the files below it, and Karpathy's split files."""
 
     folder: Path
-    captions: Captions
+    captions: CaptionRecords
     files: list[str]
     karpathy: list[Path]
     others: list[str]  # caption files that were not taken
@@ -76,7 +76,7 @@ def official_lists(files: Iterable[str]) -> dict[str, str]:
 def _home(path):
     """The folder that a caption file speaks of: its own, or the one above if that has no photos."""
     own = path.parent.resolve()  # of a linked file its own place, not that of the file behind it
-    has_photos = any(PHOTO_NAME.fullmatch(file) for file in list_files(own))
+    has_photos = any(IMAGE_NAME.fullmatch(file) for file in list_files(own))
     return path.parent if has_photos or own == own.parent else own.parent
 
 
@@ -94,7 +94,7 @@ def _choose(folder, files):
     candidates = [
         file for file in files if _reader(file) and not LIST_OF_PHOTOS.fullmatch(file) and not is_karpathy(file)
     ]
-    beside = {file.rpartition(".")[0] for file in files if PHOTO_NAME.fullmatch(file)}
+    beside = {file.rpartition(".")[0] for file in files if IMAGE_NAME.fullmatch(file)}
     candidates = [file for file in candidates if file.rpartition(".")[0] not in beside]
     groups = defaultdict(list)
     for file in candidates:
@@ -124,8 +124,8 @@ def _stem(file):
 
 def _looks_like_captions(path):
     if path.suffix.lower() in TABLES:
-        return looks_like_table(decode(path, HEAD))
-    return "caption" in path.name.lower() or KEYS.search(decode(path, HEAD)) is not None
+        return looks_like_table(decode_text(path, HEAD))
+    return "caption" in path.name.lower() or KEYS.search(decode_text(path, HEAD)) is not None
 
 
 def _is_coco(files):
@@ -149,7 +149,7 @@ def _reader(file):
 def _read(folder, file, files):
     """The captions of one file, as seen from the folder, with the split that its path names."""
     captions, own = _reader(file)(folder / file), file.rpartition("/")[0]
-    beside_photos = any(other.startswith(f"{own}/") and PHOTO_NAME.fullmatch(other) for other in files)
+    beside_photos = any(other.startswith(f"{own}/") and IMAGE_NAME.fullmatch(other) for other in files)
     place, split = (f"{own}/" if own and beside_photos else ""), _split_in(file)
     if place or split:
         captions.rows = [
@@ -180,15 +180,15 @@ def _fitting_karpathy(paths, files):
 
 def _texts_beside_photos(folder, files):
     """Each line of photo.txt is a caption of photo.jpg."""
-    photos = {file.rpartition(".")[0]: file for file in files if PHOTO_NAME.fullmatch(file)}
+    photos = {file.rpartition(".")[0]: file for file in files if IMAGE_NAME.fullmatch(file)}
     texts = [file for file in files if file.lower().endswith(".txt") and file.rpartition(".")[0] in photos]
     if not texts:
         shown = ", ".join(sorted({file.partition("/")[0] for file in files})[:8]) or "nothing"
         sheet = next((file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))), None)
         hint = f"; save {sheet} as CSV, with the columns image and caption" if sheet else ""
         raise FileNotFoundError(f"no caption file in {folder}: {EXPECTED}; found {shown}{hint}")
-    captions = Captions("photo.txt beside photo.jpg", [folder])
+    captions = CaptionRecords("photo.txt beside photo.jpg", [folder])
     for file in texts:
-        lines = [line for line in decode(folder / file).split("\n") if line.strip()]
+        lines = [line for line in decode_text(folder / file).split("\n") if line.strip()]
         captions.add(photos[file.rpartition(".")[0]], lines, None, f"{folder / file}, line ", 1, "write it there")
     return captions

@@ -7,19 +7,19 @@ import uuid
 from pathlib import Path
 
 from data.format_detection import Layout
-from data.records import PHOTO_SUFFIXES, Captions, find_fields, split_of
+from data.records import IMAGE_SUFFIXES, CaptionRecords, match_columns, parse_split
 from runtime.paths import path_below
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a data set with parts, and without
 FORM = "Hugging Face data set"
 
 
-def is_hub_data(path: Path) -> bool:
+def is_hf_dataset(path: Path) -> bool:
     """Whether a folder holds a data set as `datasets` writes it."""
     return path.is_dir() and (any((path / name).is_file() for name in SAVED) or any(_parquet(path)))
 
 
-def read_hub_data(source: Path | str, cache_dir: str | Path) -> Layout:
+def read_hf_dataset(source: Path | str, cache_dir: str | Path) -> Layout:
     """The captions of a local folder (Path) or of the hub (str); photos kept in tables are written to `cache_dir`.
 
     Raises ValueError without `datasets`, or where no column holds images or captions; ConnectionError where the hub
@@ -27,7 +27,7 @@ def read_hub_data(source: Path | str, cache_dir: str | Path) -> Layout:
     """
     parts = _load(source, Path(cache_dir))
     folder = Path(cache_dir).resolve() / "hf_photos" / _fingerprint(source, parts)
-    captions = Captions(FORM, [Path(str(source))])
+    captions = CaptionRecords(FORM, [Path(str(source))])
     draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     written = draft if not folder.is_dir() else None
     try:
@@ -78,7 +78,7 @@ def _parts_of_files(files):
     parts = {}
     for file in files:
         word = file.name.split("-")[0].split(".")[0]
-        parts.setdefault(word if split_of(word) else "all", []).append(str(file))
+        parts.setdefault(word if parse_split(word) else "all", []).append(str(file))
     return parts
 
 
@@ -100,7 +100,7 @@ def _read_part(captions, part, name, part_number, source, draft):
         file = photo.get("path") or ""
         if photo.get("bytes") is not None:
             suffix = Path(file).suffix.lower()
-            file = f"{part_number}-{number:06d}{suffix if suffix in PHOTO_SUFFIXES else '.jpg'}"
+            file = f"{part_number}-{number:06d}{suffix if suffix in IMAGE_SUFFIXES else '.jpg'}"
             if draft is not None:
                 draft.mkdir(parents=True, exist_ok=True)
                 path_below(draft, file).write_bytes(photo["bytes"])
@@ -111,7 +111,7 @@ def _read_part(captions, part, name, part_number, source, draft):
             captions.bad.append(f"{where}: expected texts in {', '.join(keys)}, found {texts!r:.60}; fill them in")
             continue
         captions.add(
-            file, texts, (split_of(row[split]) if split else None) or split_of(name), place, number, "fill it in"
+            file, texts, (parse_split(row[split]) if split else None) or parse_split(name), place, number, "fill it in"
         )
 
 
@@ -121,7 +121,7 @@ def _columns(part, name, source):
 
     features = part.features
     images = [key for key, feature in features.items() if isinstance(feature, Image) or _is_struct(feature)]
-    _, captions, split = find_fields(key for key in features if key not in images)
+    _, captions, split = match_columns(key for key in features if key not in images)
     if not images or not captions:
         raise ValueError(
             f"{source}, {name}: expected a column of images and one of captions, found {', '.join(features)}; "

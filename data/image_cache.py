@@ -9,21 +9,22 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_io import load_image, size_and_time
-from data.preprocess import View
+from data.image_io import load_image
+from data.preprocess import Preprocess
+from runtime.paths import file_stamp
 
 
-class PhotoCache:
-    """N photos as `view` shows them, (S, S, 3) uint8 each: decoded when first asked for, later read from one file.
+class ImageCache:
+    """N preprocessed photos, (S, S, 3) uint8 each: decoded when first asked for, later read from one file.
 
     Each row carries a stamp of its photo's size and time of change and of its own pixels. A photo that has changed,
     or a row that was half written when the program or the power stopped, is therefore decoded again.
     """
 
-    def __init__(self, paths: Sequence[Path], view: View, cache_dir: str | Path):
-        self.paths, self.view = paths, view
-        self.row_bytes = 3 * view.size**2
-        key = hashlib.sha256(repr((view, [os.path.abspath(path) for path in paths])).encode())
+    def __init__(self, paths: Sequence[Path], preprocess: Preprocess, cache_dir: str | Path):
+        self.paths, self.preprocess = paths, preprocess
+        self.row_bytes = 3 * preprocess.size**2
+        key = hashlib.sha256(f"({preprocess.cache_key()}, {[os.path.abspath(path) for path in paths]!r})".encode())
         self.file = Path(cache_dir) / "photos" / f"{key.hexdigest()[:24]}.u8"
         self.rows = None  # mapped by each process for itself
         _reserve(self.file, len(paths) * (self.row_bytes + 8), str(cache_dir))
@@ -38,11 +39,11 @@ class PhotoCache:
             stamps = self.row_bytes * len(self.paths)
             self.rows = kept[:stamps].reshape(-1, self.row_bytes), kept[stamps:].view(np.uint64)
         pixels, stamps = self.rows
-        changed = size_and_time(self.paths[index])
+        changed = file_stamp(self.paths[index])
         row = pixels[index].copy()
         if changed is not None and stamps[index] == _stamp(changed, row):
-            return row.reshape(self.view.size, self.view.size, 3)
-        image = np.ascontiguousarray(self.view(load_image(self.paths[index], self.view.draft_size)))
+            return row.reshape(self.preprocess.size, self.preprocess.size, 3)
+        image = np.ascontiguousarray(self.preprocess(load_image(self.paths[index], self.preprocess.draft_size)))
         self._keep(index, image, changed)
         return image
 

@@ -1,6 +1,5 @@
 """Photos on disk to pixels."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -49,25 +48,6 @@ def _upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def shown_name(path: Path) -> str:
-    """A photo's name for a picture or a page."""
-    return shown_text(path.name)
-
-
-def shown_text(text: str) -> str:
-    """Text with names of files in it, for a picture or a page; bytes that are no UTF-8 become question marks."""
-    return os.fsencode(text).decode("utf-8", "replace")
-
-
-def size_and_time(path: str | Path) -> tuple[int, int] | None:
-    """What changes with a file: its bytes and its time of change in nanoseconds; None where there is none."""
-    try:
-        stat = os.stat(path)
-    except OSError:
-        return None
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _to_rgb(image):
     from PIL import Image
 
@@ -79,17 +59,3 @@ def _to_rgb(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def image_transform(size: int, *, min_crop: float = 1.0):
-    """Resize to (size, size); where min_crop < 1, first cut out a random part of at least that share of the area."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # no question to the internet at import
-    import albumentations as A
-    import cv2
-
-    cv2.setNumThreads(0)  # loader processes are the parallelism
-    if min_crop == 1.0:
-        return A.Compose([A.Resize(size, size, interpolation=cv2.INTER_AREA)])
-    return A.Compose(
-        [A.RandomResizedCrop((size, size), scale=(min_crop, 1.0), ratio=(0.8, 1.25), interpolation=cv2.INTER_AREA)]
-    )

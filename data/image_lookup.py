@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from data.records import PHOTO_NAME
+from data.records import IMAGE_NAME
 
 DEPTH = 5  # folders below the one that is given
 PROBE = 1024  # bytes from the middle of a photo, which tell apart nearly all photos of the same size
@@ -44,7 +44,7 @@ def _leads_back(entry):
     return (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
 
 
-def locate(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[dict[str, str], list[str]]:
+def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[dict[str, str], list[str]]:
     """The file (relative to `folder`, or absolute) that each name means, and the names that could mean several.
 
     A name is a path below the folder; else the end of one; else a file's name, in the folder that shares most of the
@@ -63,12 +63,12 @@ def locate(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[di
     return found, ambiguous
 
 
-def plain_name(name: str) -> str:
+def base_name(name: str) -> str:
     """A file's name without its folders, and without what COCO's 2014 names have before 2017's."""
     return COCO_PREFIX.sub("", name.rpartition("/")[2])
 
 
-def find_copies(paths: Iterable[str]) -> dict[str, str]:
+def find_duplicates(paths: Iterable[str]) -> dict[str, str]:
     """For each photo with the same bytes as an earlier one, that earlier one; reads little of most photos."""
     groups = [list(paths)]
     for key in (_size, _middle, _digest):
@@ -83,7 +83,7 @@ def _is_elsewhere(name):
 class _Index:
     """Files by their last part: as it is; without COCO's prefix; in any capitals and encoding of accents; no ending."""
 
-    KEYS = (lambda base: base, plain_name, lambda base: _fold(base), lambda base: _stem(_fold(base)))
+    KEYS = (lambda base: base, base_name, lambda base: _fold(base), lambda base: _stem(_fold(base)))
 
     def __init__(self, files):
         self.files, self.kinds = files, {}
@@ -109,12 +109,12 @@ class _Index:
 
 
 def _fold(base):
-    return unicodedata.normalize("NFC", plain_name(base)).casefold()
+    return unicodedata.normalize("NFC", base_name(base)).casefold()
 
 
 def _stem(base):
     base = re.sub(r"\.\d+$", "", base)  # photo.jpg.1 is photo.jpg
-    return base.rpartition(".")[0] if PHOTO_NAME.fullmatch(base) else base
+    return base.rpartition(".")[0] if IMAGE_NAME.fullmatch(base) else base
 
 
 def _fit(name, file):

@@ -4,19 +4,19 @@ import json
 import re
 from pathlib import Path
 
-from data.records import Captions, decode, find_fields, shorten, split_of
+from data.records import CaptionRecords, decode_text, match_columns, parse_split, shorten
 
 KARPATHY_FILE = re.compile(r"dataset_(?:flickr8k|flickr30k|coco)\.json")
 KARPATHY_FORM = "Karpathy split"
 EXAMPLE = '[{"image": "photo.jpg", "caption": ["a dog in snow", "..."]}]'
 
 
-def read_json(path: Path) -> Captions:
+def read_json(path: Path) -> CaptionRecords:
     """The captions of a JSON file, in whichever of the known forms it is.
 
     Raises ValueError where the file as a whole is none; entries that cannot be used come back as `bad`.
     """
-    text = decode(path)
+    text = decode_text(path)
     if path.suffix.lower() == ".jsonl":
         return _read_lines(path, text)
     try:
@@ -58,7 +58,7 @@ def _read_content(path, content):
 
 
 def _read_entries(path, entries, form):
-    captions = Captions(form, [path])
+    captions = CaptionRecords(form, [path])
     for number, entry in enumerate(entries, start=1):
         _add_entry(captions, entry, f"{path}, entry ", number)
     return captions
@@ -66,7 +66,7 @@ def _read_entries(path, entries, form):
 
 def _add_entry(captions, entry, place, number):
     where, again = f"{place}{number}", "fill it in or delete the entry"
-    image, keys, split = find_fields(entry) if isinstance(entry, dict) else (None, [], None)
+    image, keys, split = match_columns(entry) if isinstance(entry, dict) else (None, [], None)
     if image is None or not keys:
         found = f"the keys {', '.join(map(str, entry))}" if isinstance(entry, dict) else _kind(entry)
         captions.bad.append(f"{where}: expected the keys image and caption, found {shorten(found)}; name them so")
@@ -76,11 +76,11 @@ def _add_entry(captions, entry, place, number):
         found = shorten(json.dumps(entry, ensure_ascii=False))
         captions.bad.append(f"{where}: expected texts for {image} and {keys[0]}, found {found}; {again}")
         return
-    captions.add(entry[image], texts, None if split is None else split_of(entry[split]), place, number, again)
+    captions.add(entry[image], texts, None if split is None else parse_split(entry[split]), place, number, again)
 
 
 def _read_lines(path, text):
-    captions = Captions("JSON lines", [path])
+    captions = CaptionRecords("JSON lines", [path])
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -96,7 +96,7 @@ def _read_lines(path, text):
 
 def _read_coco(path, content):
     """COCO: `images` say which file an id is, `annotations` hold a caption and an id each."""
-    captions, names = Captions("COCO annotations", [path]), {}
+    captions, names = CaptionRecords("COCO annotations", [path]), {}
     for number, image in enumerate(content["images"], start=1):
         try:
             names[image["id"]] = _text(image["file_name"])
@@ -123,11 +123,11 @@ def _read_coco(path, content):
 
 def _read_karpathy(path, images):
     """Karpathy's files: each image with its split and sentences; `restval` is trained on."""
-    captions = Captions(KARPATHY_FORM, [path])
+    captions = CaptionRecords(KARPATHY_FORM, [path])
     place = f"{path}, image "
     for number, image in enumerate(images, start=1):
         try:
-            split, name = split_of(image["split"]), _text(image["filename"])
+            split, name = parse_split(image["split"]), _text(image["filename"])
             texts = [_text(sentence["raw"]) for sentence in image["sentences"]]
         except (KeyError, TypeError):
             captions.bad.append(

@@ -1,25 +1,25 @@
 """From a folder, a caption file or a name to one table of captions, split by image."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from data.download import KAGGLE, Source, find_source, one_at_a_time
+from config import Config
+from data.download import KAGGLE, Source, dataset_lock, find_source
 from data.format_detection import Layout, read_layout
-from data.image_lookup import find_copies, locate
-from data.records import Captions, no_garbage_collection
-from data.splits import AT_RANDOM, SPLITS, assign_split, keep_copies_together
+from data.image_lookup import find_duplicates, match_files
+from data.records import CaptionRecords, gc_paused
+from data.splits import AT_RANDOM, SPLITS, assign_split, keep_duplicates_together
+from runtime.text import EXAMPLES, format_examples
 
-SHOWN = 5  # examples in a message
 MOST_BAD = 0.05  # share of rows that cannot be used; with more, something else is wrong
 
 
 @dataclass(frozen=True)
-class Part:
+class Split:
     """One split: N images and their M captions, flat; caption m belongs to image row `caption_image_ids[m]`."""
 
     paths: list[Path]
@@ -41,17 +41,17 @@ class CaptionData:
     others: list[str] = field(default_factory=list)  # caption files that were not taken
     bad: list[str] = field(default_factory=list)  # rows that could not be used
     copies: list[str] = field(default_factory=list)  # images left out because a held-out part has the same photo
-    parts: dict[str, Part] = field(default_factory=dict, init=False, repr=False)  # those that were asked for
+    splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)  # those that were asked for
 
-    def part(self, split: str) -> Part:
+    def split(self, split: str) -> Split:
         """The images and captions of "train", "val" or "test"."""
-        if split not in self.parts:
+        if split not in self.splits:
             rows = self.table[self.table.split == split]
             ids, images = pd.factorize(rows.image)
             order = np.argsort(ids, kind="stable")
             paths = [self.image_root / image for image in images]
-            self.parts[split] = Part(paths, list(rows.caption.iloc[order]), ids[order])
-        return self.parts[split]
+            self.splits[split] = Split(paths, list(rows.caption.iloc[order]), ids[order])
+        return self.splits[split]
 
     def describe(self) -> str:
         """What was read, for the terminal: the split, the size of each part, and what is not used."""
@@ -62,17 +62,23 @@ class CaptionData:
         lines = [f"{self.name}: {', '.join(parts)} ({self.split_source})"]
         if self.others:
             taken = ", ".join(file.name for file in self.files)
-            lines.append(f"captions from {taken}; to take {few(self.others)} instead, pass that file as --dataset")
+            lines.append(
+                f"captions from {taken}; to take {format_examples(self.others)} instead, pass that file as --dataset"
+            )
         unlisted = self.table.image[self.table.split.isna() & ~self.table.image.isin(self.copies)].nunique()
         if unlisted:
             lines.append(f"{unlisted} images are on no list and are not used")
         if self.copies:
-            lines.append(f"{len(self.copies)} images are left out, the same photo is held out: {few(self.copies)}")
+            lines.append(
+                f"{len(self.copies)} images are left out, the same photo is held out: {format_examples(self.copies)}"
+            )
         if self.missing:
-            lines.append(f"{len(self.missing)} images have captions but no file, left out: {few(self.missing)}")
+            lines.append(
+                f"{len(self.missing)} images have captions but no file, left out: {format_examples(self.missing)}"
+            )
         if self.bad:
             lines.append(f"{len(self.bad):,} rows could not be used:")
-            lines += [f"  {fault}" for fault in self.bad[:SHOWN]]
+            lines += [f"  {fault}" for fault in self.bad[:EXAMPLES]]
         return "\n".join(lines)
 
 
@@ -84,7 +90,7 @@ def open_dataset(
     Raises ValueError or FileNotFoundError where something is wrong with it, and ConnectionError for a failed download.
     """
     source = find_source(dataset, data_dir, cache_dir)
-    with no_garbage_collection():
+    with gc_paused():
         return _open(dataset, source, cache_dir, split_seed, allow_bad_rows)
 
 
@@ -93,7 +99,7 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
     _check(layout.captions, layout.folder, allow_bad_rows)
     images, captions, said = zip(*layout.captions.rows, strict=True)
     rows, names = pd.factorize(np.array(images, dtype=object))  # of each caption its image's place among the names
-    found, ambiguous = locate(names, layout.files, layout.folder)
+    found, ambiguous = match_files(names, layout.files, layout.folder)
     if not found:
         raise FileNotFoundError(
             f"none of the {len(names):,} images with captions was found; looked for {names[0]!r} in {layout.folder} "
@@ -111,7 +117,7 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
         for name in names
         if name not in found and split_of_name.get(name)
     )
-    split, copies = keep_copies_together(split_of_name, found, _copies(layout.folder, found), split_source)
+    split, copies = keep_duplicates_together(split_of_name, found, _copies(layout.folder, found), split_source)
     files = np.array([found.get(name) for name in names], dtype=object)
     parts = np.array([split.get(file) for file in files], dtype=object)
     columns = {"image": files[rows], "caption": np.array(captions, dtype=object), "split": parts[rows]}
@@ -143,32 +149,21 @@ def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: 
     return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
 
 
-def few(names: Sequence[str]) -> str:
-    """The first names of a list, for a message."""
-    return ", ".join(map(str, names[:SHOWN])) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
-
-
-def left_out(count: int) -> str:
-    """What is said of photos that could not be read."""
-    photos, are = ("photo", "is") if count == 1 else ("photos", "are")
-    return f"{count:,} {photos} could not be read and {are} left out"
-
-
 def _read(source, cache_dir) -> Layout:
-    from data.hf_reader import is_hub_data, read_hub_data
+    from data.hf_reader import is_hf_dataset, read_hf_dataset
 
-    if source.hub_name or is_hub_data(source.path):
-        with one_at_a_time(cache_dir):
-            return read_hub_data(source.hub_name or source.path, cache_dir)
+    if source.hub_name or is_hf_dataset(source.path):
+        with dataset_lock(cache_dir):
+            return read_hf_dataset(source.hub_name or source.path, cache_dir)
     return read_layout(source.path, source.karpathy)
 
 
-def _check(captions: Captions, path: Path, allow_bad_rows: bool):
+def _check(captions: CaptionRecords, path: Path, allow_bad_rows: bool):
     bad, rows = len(captions.bad), len(captions.rows)
     if bad > MOST_BAD * (bad + rows) and not allow_bad_rows:
         raise ValueError(
-            f"{' | '.join(captions.bad[:SHOWN])} ({bad:,} of {bad + rows:,} rows cannot be used: mend them, or leave "
-            "them out with --allow-bad-rows)"
+            f"{' | '.join(captions.bad[:EXAMPLES])} ({bad:,} of {bad + rows:,} rows cannot be used: mend "
+            "them, or leave them out with --allow-bad-rows)"
         )
     if not rows:
         where = captions.files[0] if captions.files else path
@@ -187,4 +182,15 @@ def _copies(folder, found):
     """For each photo that is another's copy by its bytes, that other; both relative to the folder."""
     files = dict.fromkeys(found[name] for name in sorted(found))
     paths = {os.path.join(folder, file): file for file in files}
-    return {paths[copy]: paths[first] for copy, first in find_copies(paths).items()}
+    return {paths[copy]: paths[first] for copy, first in find_duplicates(paths).items()}
+
+
+def open_data(config: Config, data_dir: Path | None = None) -> CaptionData:
+    """The data set that the configuration names, or its copy in `data_dir`."""
+    return open_dataset(
+        config.dataset,
+        data_dir=data_dir or config.data_dir,
+        cache_dir=config.cache_dir,
+        split_seed=config.split_seed,
+        allow_bad_rows=config.allow_bad_rows,
+    )

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-PHOTO_ENDING = rf"(?:{'|'.join(map(re.escape, PHOTO_SUFFIXES))})"
-PHOTO = rf"[^\t|]*?{PHOTO_ENDING}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
-PHOTO_NAME = re.compile(PHOTO, re.IGNORECASE)
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+IMAGE_ENDING = rf"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
+IMAGE_PATTERN = rf"[^\t|]*?{IMAGE_ENDING}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
+IMAGE_NAME = re.compile(IMAGE_PATTERN, re.IGNORECASE)
 # Names of columns and JSON keys, the surest first.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_file", "image_path", "img_path", "img_name")
 IMAGE_COLUMNS += ("filepath", "file_path", "path", "file", "img", "photo", "picture", "images")
@@ -40,7 +40,7 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 
 
 @dataclass
-class Captions:
+class CaptionRecords:
     """What a caption file says: (image as written but with forward slashes, caption, split or None) per caption."""
 
     form: str  # for the terminal
@@ -67,7 +67,7 @@ class Captions:
 
 
 @contextmanager
-def no_garbage_collection() -> Iterator[None]:
+def gc_paused() -> Iterator[None]:
     """Millions of new objects, none of them garbage, would be looked through again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -78,7 +78,7 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def decode(path: Path, limit: int | None = None) -> str:
+def decode_text(path: Path, limit: int | None = None) -> str:
     """The letters of a text file, or of its first `limit` bytes; lines end in "\\n".
 
     From UTF-8 with or without BOM, UTF-16 or GB18030. Bytes that are none of these become lone surrogates
@@ -91,7 +91,7 @@ def decode(path: Path, limit: int | None = None) -> str:
     return _letters(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
-def find_fields(names: Iterable[str]) -> tuple[str | None, list[str], str | None]:
+def match_columns(names: Iterable[str]) -> tuple[str | None, list[str], str | None]:
     """Which of the columns or keys holds the image, which hold captions, and which the split, as their names say."""
     lower = {name.strip().lower(): name for name in reversed(list(names))}
     image, caption, split = (
@@ -102,7 +102,7 @@ def find_fields(names: Iterable[str]) -> tuple[str | None, list[str], str | None
     return image, numbered or [caption] if numbered or caption else [], split
 
 
-def split_of(value: object) -> str | None:
+def parse_split(value: object) -> str | None:
     """ "train", "val" or "test" for the words that data sets use, else None."""
     return SPLIT_WORDS.get(str(value).strip().lower())
 

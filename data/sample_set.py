@@ -238,7 +238,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray, *, scale: int) -> np.ndarr
     return hit
 
 
-def write_sample(folder: Path, *, scenes: int = 300) -> None:
+def write_sample_set(folder: Path, *, scenes: int = 300) -> None:
     """Write Images/scene_000.png ... and captions.txt into `folder`, unless they are there already.
 
     The folder appears whole or not at all. One that holds anything else raises ValueError and stays as it is.

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from data.format_detection import FLICKR8K_LISTS, Layout, official_lists
-from data.image_lookup import plain_name
+from data.image_lookup import base_name
 from data.json_reader import KARPATHY_FORM, read_json
-from data.records import decode
+from data.records import decode_text
 
 SPLITS = ("train", "val", "test")
 AT_RANDOM = "train:test 4:1 by image"
@@ -60,7 +60,7 @@ def assign_split(
     return random_split(sorted(names), seed), f"{AT_RANDOM}, seed {seed}, val out of train"
 
 
-def keep_copies_together(
+def keep_duplicates_together(
     split_of_name: Mapping[str, str], found: Mapping[str, str], copies: Mapping[str, str], source: str
 ) -> tuple[dict[str, str], list[str]]:
     """The split of each file, and the files left out of it so that no photo is on two sides of it.
@@ -94,7 +94,7 @@ def _published_split(names, layout):
         listed = {
             line.strip(): FLICKR8K_LISTS[name]
             for name, file in lists.items()
-            for line in decode(layout.folder / file).split("\n")
+            for line in decode_text(layout.folder / file).split("\n")
         }
         return _by_plain_name(names, listed), "official split lists"
     if layout.captions.form != KARPATHY_FORM:
@@ -106,5 +106,5 @@ def _published_split(names, layout):
 
 
 def _by_plain_name(names, listed):
-    listed = {plain_name(image): split for image, split in listed.items()}
-    return {name: listed[plain_name(name)] for name in names if plain_name(name) in listed}
+    listed = {base_name(image): split for image, split in listed.items()}
+    return {name: listed[base_name(name)] for name in names if base_name(name) in listed}

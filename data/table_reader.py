@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.records import (
-    PHOTO,
-    PHOTO_NAME,
+    IMAGE_NAME,
+    IMAGE_PATTERN,
     UNDECODED,
-    Captions,
-    decode,
-    find_fields,
+    CaptionRecords,
+    decode_text,
+    match_columns,
+    parse_split,
     shorten,
-    split_of,
 )
 
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "bars", ";": "semicolons"}
-LINE = re.compile(rf"\s*({PHOTO})(#\S*)?\s+(\S.*)", re.IGNORECASE)
+LINE = re.compile(rf"\s*({IMAGE_PATTERN})(#\S*)?\s+(\S.*)", re.IGNORECASE)
 QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 ARRAY = re.compile(rf"\[\s*(?:(?:{QUOTED})\s*)+\]", re.DOTALL)  # of texts, without commas between them
 GLUED = re.compile(r"\s*\d+\s+(\S.*)")  # Flickr30k has a row whose number and caption share a cell
@@ -42,12 +42,12 @@ class Columns:
     has_header: bool
 
 
-def read_table(path: Path) -> Captions:
+def read_table(path: Path) -> CaptionRecords:
     """The captions of a text file, in whichever form it has.
 
     Raises ValueError where the file as a whole is no caption table; rows that cannot be used come back as `bad`.
     """
-    lines = decode(path).split("\n")
+    lines = decode_text(path).split("\n")
     sample = [line for line in lines if line.strip()][:SAMPLE]
     if not sample:
         raise ValueError(f"{path}, line 1: expected captions, found no line; one line is e.g.: photo.jpg,a dog in snow")
@@ -76,16 +76,16 @@ def find_columns(sample: list[str]) -> Columns | None:
     """The columns of a table by its header, else by what looks like a photo's name; None where there are none."""
     tables = {d: [_cells(line, d) for line in sample] for d in DELIMITERS}
     for delimiter, rows in tables.items():
-        named = _named_columns(delimiter, [cell.strip().lower() for cell in rows[0]])
-        if named is not None:
-            return named
+        has_flag = _named_columns(delimiter, [cell.strip().lower() for cell in rows[0]])
+        if has_flag is not None:
+            return has_flag
     return max((_seen_columns(d, rows) for d, rows in tables.items()), key=lambda found: found[0])[1]
 
 
 def _named_columns(delimiter, header):
     while header and not header[-1]:  # spreadsheets leave empty columns at the end
         header.pop()
-    image, captions, split = find_fields(header)
+    image, captions, split = match_columns(header)
     if image is None or not captions:
         return None
     places = [header.index(name) for name in captions]
@@ -103,7 +103,7 @@ def _seen_columns(delimiter, rows):
     rows = [row for row in rows if len(row) > image and _is_photo(row[image])]
     width = min(len(row) for row in rows) if delimiter == "," else Counter(map(len, rows)).most_common(1)[0][0]
     others = [place for place in range(width) if place != image]
-    split = next((p for p in others if all(split_of(row[p]) for row in rows if len(row) > p)), None)
+    split = next((p for p in others if all(parse_split(row[p]) for row in rows if len(row) > p)), None)
     texts = [p for p in others if p != split and not all(row[p].strip().isdigit() for row in rows if len(row) > p)]
     if not texts:
         return 0, None
@@ -111,12 +111,12 @@ def _seen_columns(delimiter, rows):
 
 
 def _is_photo(cell):
-    return PHOTO_NAME.fullmatch(cell.strip()) is not None
+    return IMAGE_NAME.fullmatch(cell.strip()) is not None
 
 
 def _read_columns(path, lines, columns):
     form = f"table with {DELIMITERS[columns.delimiter]}"
-    captions = Captions(form + ("" if columns.has_header else ", no header"), [path])
+    captions = CaptionRecords(form + ("" if columns.has_header else ", no header"), [path])
     header_is_due, place = columns.has_header, f"{path}, line "
     for number, record in _records(lines, columns.delimiter, path, captions.bad):
         if header_is_due:
@@ -133,7 +133,7 @@ def _read_columns(path, lines, columns):
             captions.bad.append(_wrong_width(f"{place}{number}", record, columns))
             continue
         texts = [text for column in columns.captions if column < len(cells) for text in _texts(cells[column])]
-        split = split_of(cells[columns.split]) if columns.split is not None and columns.split < len(cells) else None
+        split = parse_split(cells[columns.split]) if columns.split is not None and columns.split < len(cells) else None
         captions.add(cells[columns.image], texts, split, place, number, "fill it in or delete the row")
     return captions
 
@@ -223,7 +223,7 @@ def _cells(record, delimiter):
 
 
 def _read_lines(path, lines, form):
-    captions, place = Captions(form, [path]), f"{path}, line "
+    captions, place = CaptionRecords(form, [path]), f"{path}, line "
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

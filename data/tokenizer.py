@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runtime.text import HAN
+
 SPECIAL_TOKENS = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",
@@ -24,7 +26,7 @@ SPECIAL_TOKENS = {
 }
 CHUNK = 10_000  # captions tokenised at a time: the library keeps much more of each than its ids
 VOCABULARY_SIZE = 8192  # at most; 30,000 captions of Flickr8k hold about as many distinct words
-CHINESE = re.compile("[\u3400-\u9fff\uf900-\ufaff]")
+CHINESE = re.compile(f"[{HAN}]")
 
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
@@ -140,7 +142,7 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max
     return digest.hexdigest()[:32]
 
 
-def report_cut(
+def describe_truncation(
     tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], token_ids: Sequence[np.ndarray], *, max_tokens: int
 ) -> str | None:
     """A line about captions that are longer than `max_tokens`, whose end is not read, or None without any."""

@@ -13,11 +13,14 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config
 from models.encoders import load_towers
+from models.factory import assemble_model
 from modules import CLIPModel
-from runtime.checksums import HashingFile, note, settle, verify
-from runtime.run_dir import BEST, CONFIG, FROZEN, LAST, TOWERS, read_config, replace_file
+from runtime.atomic_io import replace_file
+from runtime.checksums import HashingFile, add_checksum, keep_checksum, verify_checksum
+from runtime.run_dir import BEST, CONFIG, FROZEN, LAST, TOWERS, read_config
 
 SHOWN_KEYS = 3
+RENAMED_STATE = {"tally": "meters", "bank": "query_bank"}  # keys of version 1 -> keys
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,11 @@ def save_state(path: Path, state: dict) -> None:
             except Exception as error:  # torch reports a full disk in its own words
                 raise hashing.error or error from None
         written.append(hashing.sha256.hexdigest())
-        note(path, written[0])
+        add_checksum(path, written[0])
 
     written = []
     replace_file(path, write)
-    settle(path, written[0])
+    keep_checksum(path, written[0])
 
 
 def load_state(path: Path) -> dict:
@@ -57,7 +60,7 @@ def load_state(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
     with ThreadPoolExecutor(1) as beside:  # hashing takes as long as reading
-        verified = beside.submit(verify, path)
+        verified = beside.submit(verify_checksum, path)
         state, fault = _read(path)
     verified.result()
     if fault:
@@ -136,6 +139,7 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     config = read_config(folder)
     _require_checkpoint(folder, checkpoint)
     state = load_state(folder / checkpoint)
+    state = {RENAMED_STATE.get(key, key): value for key, value in state.items()}
     weights = state.pop("model", None)
     if not isinstance(weights, dict):
         raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it holds no model")
@@ -146,19 +150,9 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     except Exception as error:  # timm, transformers and tokenizers raise their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {reason}") from None
-    image_head, text_head = config.heads
-    if image_head == text_head == "residual":
+    if config.heads == ("residual", "residual"):
         _require_dimensions(folder, config.embed_dim, weights)
-    model = CLIPModel(
-        image_encoder,
-        text_encoder,
-        embed_dim=config.embed_dim,
-        dropout=config.dropout,
-        temperature=config.temperature,
-        image_head=image_head,
-        text_head=text_head,
-        bias=config.bias,
-    )
+    model = assemble_model(config, image_encoder, text_encoder, temperature=config.temperature, bias=config.bias)
     model.image_encoder.resize(config.image_size)
     load_weights(model, folder, weights)
     return Run(folder, config, model.eval(), tokenizer, state)

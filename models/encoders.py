@@ -14,11 +14,13 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from data.preprocess import View
+from data.preprocess import Preprocess
 from data.tokenizer import load_tokenizer, train_tokenizer
-from models.freezing import add_lora, stage_matcher
+from models.freezing import stage_groups
 from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, require_weights
-from models.pretrained import pair_from
+from models.image_size import require_image_size
+from models.lora import add_lora
+from models.pretrained import dual_encoder_from_spec
 from modules import ImageEncoder, TextEncoder
 
 SCRATCH = "scratch"  # the name of a text tower of our own
@@ -71,17 +73,17 @@ def build_image_encoder(
         "mean": list(settings["mean"]),
         "std": list(settings["std"]),
         "folded": pretrained and fold_batch_norm,
-        "view": asdict(View(image_size or settings["input_size"][-1])),
+        "preprocess": asdict(Preprocess(image_size or settings["input_size"][-1])),
     }
     try:
         image_encoder = _image_encoder(backbone, specification, pooling)
     except ValueError as error:
         raise ValueError(f"image encoder {name}: {error}") from None
-    image_encoder.require_size(name, advice=f"--image-size {settings['input_size'][-1]}")
+    require_image_size(image_encoder, name, advice=f"--image-size {settings['input_size'][-1]}")
     return image_encoder, specification
 
 
-def image_encoder_from(specification: dict, *, pooling: str = "own") -> ImageEncoder:
+def image_encoder_from_spec(specification: dict, *, pooling: str = "own") -> ImageEncoder:
     """The image tower of a specification, its weights still random.
 
     Raises ValueError for what would make timm read other files: a run may come from someone else.
@@ -126,7 +128,7 @@ def build_text_encoder(
         raise loading_error("text encoder", name, error, flag="--text-encoder", advice=meant + RANDOM) from None
 
 
-def text_encoder_from(config: PretrainedConfig, *, pooling: str) -> TextEncoder:
+def text_encoder_from_config(config: PretrainedConfig, *, pooling: str) -> TextEncoder:
     """The text tower of a transformers configuration, its weights still random."""
     return TextEncoder(_without_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling)
 
@@ -149,10 +151,10 @@ def load_towers(
     config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
     tokenizer = load_tokenizer(folder / "text")
     if specification.get("pair"):
-        towers = pair_from(specification, config, tokenizer)
+        towers = dual_encoder_from_spec(specification, config, tokenizer)
     else:
-        image_encoder = image_encoder_from(specification, pooling=image_pooling)
-        towers = image_encoder, text_encoder_from(config, pooling=pooling)
+        image_encoder = image_encoder_from_spec(specification, pooling=image_pooling)
+        towers = image_encoder, text_encoder_from_config(config, pooling=pooling)
     for tower in towers if lora else ():
         add_lora(tower.backbone, lora)
     return *towers, tokenizer
@@ -189,7 +191,7 @@ def _image_encoder(backbone, specification, pooling):
         mean=specification["mean"],
         std=specification["std"],
         pooling=pooling,
-        view=View(**specification.get("view", {})),
+        preprocess=Preprocess.from_specification(specification),
     )
 
 
@@ -209,7 +211,7 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
         reason = " ".join(str(error).split())
         raise ValueError(f"its batch norms cannot be folded ({reason}): add --no-fold-batch-norm") from None
     # What is asked of a timm model later, and a folded one would not know.
-    folded.num_prefix_tokens, folded.stages = getattr(backbone, "num_prefix_tokens", 0), stage_matcher(backbone)
+    folded.num_prefix_tokens, folded.stages = getattr(backbone, "num_prefix_tokens", 0), stage_groups(backbone)
     return folded
 
 

@@ -16,9 +16,10 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedTokenizerBase
 
-from data.preprocess import View
+from data.preprocess import Preprocess
 from data.tokenizer import load_tokenizer
 from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, require_weights
+from models.image_size import require_image_size
 from modules import ImageEncoder, TextEncoder
 
 KNOWN = (
@@ -40,7 +41,7 @@ KNOWN = (
 FIXED_LENGTH = ("siglip", "siglip2")  # read the last position, padding included, and know no mask (arXiv 2303.15343)
 
 
-class Pair(NamedTuple):
+class PretrainedDualEncoder(NamedTuple):
     """Both towers of a pretrained pair, and what else it brings."""
 
     image_encoder: ImageEncoder
@@ -51,7 +52,7 @@ class Pair(NamedTuple):
     bias: float | None
 
 
-class ImageHalf(nn.Module):
+class DualEncoderImageSide(nn.Module):
     """Normalised pixels (B, 3, H, W) to a pair's projected image features (B, D)."""
 
     def __init__(self, model: nn.Module):
@@ -76,7 +77,7 @@ class ImageHalf(nn.Module):
         )
 
 
-class TextHalf(nn.Module):
+class DualEncoderTextSide(nn.Module):
     """Token ids, padded on the right, and mask (M, L) to a pair's projected text features (M, D)."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
@@ -96,7 +97,7 @@ class TextHalf(nn.Module):
         return _rows(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
 
 
-def build_pair(name: str, *, image_size: int | None) -> Pair:
+def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEncoder:
     """A pretrained pair by its name on the hub, or from a folder as the hub's downloader leaves it.
 
     image_size None takes the pair's own. Raises ValueError, FileNotFoundError or ConnectionError.
@@ -113,11 +114,11 @@ def build_pair(name: str, *, image_size: int | None) -> Pair:
         raise loading_error("pair", name, error, flag="--model", advice=_meant(name)) from None
     temperature, bias = _learned_scale(model)
     images, texts = _towers(model, tokenizer, specification)
-    images.require_size(name, advice=f"--image-size {own_size}")
-    return Pair(images, texts, tokenizer, specification, temperature, bias)
+    require_image_size(images, name, advice=f"--image-size {own_size}")
+    return PretrainedDualEncoder(images, texts, tokenizer, specification, temperature, bias)
 
 
-def pair_from(
+def dual_encoder_from_spec(
     specification: dict, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ImageEncoder, TextEncoder]:
     """The towers of a specification and a transformers configuration, their weights still random."""
@@ -136,17 +137,17 @@ def _load(source, image_size):
     require_weights(report["missing_keys"], report["unexpected_keys"])
     model = model.float().eval()  # some weights are stored in half precision
     processor = transformers.AutoImageProcessor.from_pretrained(source)
-    view = _view(processor, getattr(model.config, "vision_config", None))
-    return model, _specification(processor, view.resized(image_size)), view.size
+    preprocess = _view(processor, getattr(model.config, "vision_config", None))
+    return model, _specification(processor, preprocess.resized(image_size)), preprocess.size
 
 
-def _specification(processor, view):
+def _specification(processor, preprocess):
     normalises = getattr(processor, "do_normalize", True)
     return {
         "pair": True,
         "mean": list(processor.image_mean) if normalises else [0.0] * 3,
         "std": list(processor.image_std) if normalises else [1.0] * 3,
-        "view": asdict(view),
+        "preprocess": asdict(preprocess),
     }
 
 
@@ -156,14 +157,14 @@ def _view(processor, vision):
     resample = getattr(processor, "resample", None)
     method = "bicubic" if resample is None else interpolation.get(int(resample), "bicubic")
     if (patches := getattr(processor, "max_num_patches", None)) is not None:  # any shape: here a square of as many
-        return View(math.isqrt(patches) * vision.patch_size, None, method)
+        return Preprocess(math.isqrt(patches) * vision.patch_size, None, method)
     size = {key: value for key, value in dict(getattr(processor, "size", None) or {}).items() if value}
     crop = {key: value for key, value in dict(getattr(processor, "crop_size", None) or {}).items() if value}
     edge = size.get("shortest_edge")
     if edge is None:
-        return View(size.get("height") or vision.image_size, None, method)
+        return Preprocess(size.get("height") or vision.image_size, None, method)
     final = (crop.get("height") if getattr(processor, "do_center_crop", False) else None) or edge
-    return View(final, max(edge, final), method)
+    return Preprocess(final, max(edge, final), method)
 
 
 def _learned_scale(model):
@@ -179,12 +180,12 @@ def _learned_scale(model):
 
 
 def _towers(model, tokenizer, specification):
-    images, texts = ImageHalf(model), TextHalf(model, tokenizer)
+    images, texts = DualEncoderImageSide(model), DualEncoderTextSide(model, tokenizer)
     text = model.config.text_config
     dim = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
-    view = View(**specification["view"])
+    preprocess = Preprocess.from_specification(specification)
     mean, std = specification["mean"], specification["std"]
-    image_encoder = ImageEncoder(images, dim=dim, mean=mean, std=std, view=view)
+    image_encoder = ImageEncoder(images, dim=dim, mean=mean, std=std, preprocess=preprocess)
     return image_encoder, TextEncoder(texts, pooling="own", dim=dim)
 
 

@@ -18,7 +18,7 @@ MOST_TOKENS = 4096  # of a caption that is measured
 
 @dataclass(frozen=True)
 class Flags:
-    """Read a data set as training would, say what was understood, and save a picture of a few examples."""
+    """Read a data set as training would, say what was understood, and save a picture of a format_examples examples."""
 
     dataset: Annotated[str | None, tyro.conf.Positional] = None  # a folder, a caption file or a name, as for train.py
     data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
@@ -54,12 +54,13 @@ def main() -> None:
 
 def summary(data) -> str:
     """Format, counts, split and what cannot be used, a line each."""
-    from data.loading import MOST_BAD, few
+    from data.loading import MOST_BAD
+    from runtime.text import format_examples
 
     per_image = data.table.groupby("image").size()
     rows = len(data.table) + len(data.bad)
     lines = [
-        f"format: {data.form}, {few([file.name for file in data.files])}",
+        f"format: {data.form}, {format_examples([file.name for file in data.files])}",
         f"images: {len(per_image):,} in {data.image_root}",
         f"captions: {len(data.table):,}; per image at least {per_image.min()}, on average {per_image.mean():.1f}, "
         f"at most {per_image.max()}",

@@ -4,7 +4,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-CHINESE = re.compile("[\u3000-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff\uff00-\uffef]")
+from runtime.text import EAST_ASIAN
+
+CHINESE = re.compile(f"[{EAST_ASIAN}]")
 FAMILIES = (  # what systems bring: Linux, Windows, macOS
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",

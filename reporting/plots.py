@@ -7,27 +7,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data.image_io import shown_name
 from reporting.fonts import CHINESE, HOW, families
-from runtime.run_dir import replace_file
+from runtime.atomic_io import replace_file
+from runtime.text import display_filename
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
-MAIN_TERMS = {"info_nce": "InfoNCE", "sigmoid": "sigmoid", "cosine": "cosine margin", "soft": "soft InfoNCE"}
 GRID_COLUMNS = 4
 LINE_INCHES = 0.14  # of a caption below its photo
 NAMED_CLASSES = 30  # with more, the names and counts of a confusion picture would be unreadable
 MOST_ROWS = 20  # queries in one picture
 
 
-def plot_curves(history: Sequence[dict], path: Path) -> None:
-    """Loss and validation recall over the epochs of log.jsonl."""
+def plot_curves(history: Sequence[dict], path: Path, *, main_term: tuple[str, str]) -> None:
+    """Loss and validation recall over the epochs of log.jsonl; main_term: its key in the log, and its label."""
     figure, ((loss_axes, recall_axes),) = _figure(12, 4, columns=2)
     epochs = [record["epoch"] for record in history]
-    for key, label in {"loss": "loss", **MAIN_TERMS, "triplet": "triplet (before α)"}.items():
+    for key, label in {"loss": "loss", main_term[0]: main_term[1], "triplet": "triplet (before α)"}.items():
         if key in history[0]:
             loss_axes.plot(epochs, [record[key] for record in history], label=label)
     for way, name in DIRECTIONS.items():
@@ -91,7 +90,7 @@ def plot_photos(answers: Sequence[tuple], path: Path) -> None:
     if len(answers) > 1:
         return _plot_rows(answers[:MOST_ROWS], path)
     ((text, asked, matches),) = answers
-    cells = [*([(f"{shown_name(asked)}:", asked)] if asked else []), *_titled(matches)]
+    cells = [*([(f"{display_filename(asked)}:", asked)] if asked else []), *_titled(matches)]
     columns = min(GRID_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
     figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)
@@ -131,7 +130,7 @@ def plot_captions(answers: Sequence[tuple], path: Path) -> None:
 def _titled(matches, width=30):
     """A title and a photo for each match."""
     return [
-        (f"{rank}.  {match.score:.3f}\n{_cut(shown_name(match.item), width)}", match.item)
+        (f"{rank}.  {match.score:.3f}\n{_cut(display_filename(match.item), width)}", match.item)
         for rank, match in enumerate(matches, start=1)
     ]
 
@@ -166,12 +165,12 @@ def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]
 
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
-    named, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
+    has_flag, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, ((axes,),) = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), NAMED_CLASSES))] * 2)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="taken for", ylabel="is")
-    if named:
+    if has_flag:
         names = [_cut(label, 24) for label in labels]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
@@ -205,11 +204,11 @@ def _save(figure, path):
     import matplotlib.pyplot as plt
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as public_error:
         warnings.simplefilter("always")
         replace_file(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format=path.suffix[1:] or "png"))
     plt.close(figure)
-    if any("missing from font" in str(warning.message) for warning in told):
+    if any("missing from font" in str(warning.message) for warning in public_error):
         print(f"{path} shows boxes for letters that no font here has; {HOW}", file=sys.stderr)
 
 

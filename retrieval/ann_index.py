@@ -17,7 +17,7 @@ from torch import Tensor
 
 from retrieval.embedding_store import Gallery
 from retrieval.metrics import top_k
-from runtime.run_dir import replace_file, write_text
+from runtime.atomic_io import replace_file, write_text
 
 ROWS = 65_536  # copied at a time
 ROWS_PER_LIST = 64  # of the sample that FAISS learns its lists from

@@ -18,14 +18,14 @@ LOWEST = torch.tensor(-torch.inf, dtype=torch.bfloat16)
 LARGEST_SHARE = 1 / 16  # of the pairs: with more to score one by one, a plain product is faster
 
 
-def screening_pays(queries: Tensor, rows: int, k: int) -> bool:
+def prefilter_pays(queries: Tensor, rows: int, k: int) -> bool:
     """Whether bfloat16 is fast here, and products are most of the search of that many gallery rows for the best k."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     fast = queries.device.type == "cpu" and (capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
     return bool(fast) and len(queries) >= FEWEST_QUERIES and rows >= SMALLEST_GALLERY * k
 
 
-class Screen:
+class Bf16Prefilter:
     """Finds the pairs of queries and gallery rows that may be among the best k, a chunk of the gallery at a time."""
 
     def __init__(self, queries: Tensor, k: int):

@@ -16,7 +16,7 @@ FEWEST_PHOTOS, MOST_PHOTOS = 300, 1000  # a smaller bank says nothing about what
 
 
 @dataclass(frozen=True)
-class Bank:
+class QueryBank:
     """Embeddings of photos, image_emb (N, D), and of their captions, text_emb (M, D), unit rows."""
 
     image_emb: Tensor
@@ -46,7 +46,7 @@ def query(emb: Tensor, weight: float = 1.0) -> Tensor:
     return _joined(emb, emb.new_full((len(emb),), weight))
 
 
-def keep_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor) -> dict[str, Tensor] | None:
+def make_query_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor) -> dict[str, Tensor] | None:
     """What a checkpoint keeps of a validation part, (N, D), (M, D), (M,); None of one that is too small."""
     if len(image_emb) < FEWEST_PHOTOS:
         return None
@@ -56,14 +56,14 @@ def keep_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor) ->
     return {"image_emb": image_emb[photos].half(), "text_emb": text_emb[chosen[caption_image_ids]].half()}
 
 
-def read_bank(kept: dict[str, Tensor] | None) -> Bank | None:
+def load_query_bank(kept: dict[str, Tensor] | None) -> QueryBank | None:
     """The bank that `keep_bank` gave."""
-    return None if kept is None else Bank(kept["image_emb"].float(), kept["text_emb"].float())
+    return None if kept is None else QueryBank(kept["image_emb"].float(), kept["text_emb"].float())
 
 
-def _hubness(emb, bank):
+def _hubness(emb, query_bank):
     """Mean cosine with the nearest rows of the bank, (N, D) → (N,)."""
-    return top_k(emb, bank, NEIGHBOURS)[0].mean(1)
+    return top_k(emb, query_bank, NEIGHBOURS)[0].mean(1)
 
 
 def _joined(emb, column):

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from data.records import PHOTO_SUFFIXES
+from data.records import IMAGE_SUFFIXES
+from runtime.atomic_io import replace_file
 from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings
-from runtime.run_dir import replace_file
 
 if TYPE_CHECKING:
     from data.loading import CaptionData
@@ -33,7 +33,7 @@ Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: othe
 Encode = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, list[str | None]]]]
 
 
-class Photos(NamedTuple):
+class ImageList(NamedTuple):
     """The photos that a gallery is to hold, as they are now."""
 
     name: str
@@ -57,7 +57,7 @@ class Gallery(NamedTuple):
         return [self.root / name for name in self.names]
 
 
-def find_photos(folder: Path) -> Photos:
+def list_images(folder: Path) -> ImageList:
     """Every photo below a folder, by its path relative to it. Hidden files and folders are left out.
 
     Raises FileNotFoundError without a folder or without a photo in it.
@@ -72,26 +72,26 @@ def find_photos(folder: Path) -> Photos:
                 continue
             if entry.is_dir(follow_symlinks=False):  # a link to a folder may lead back to where it stands
                 waiting.append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.name.lower().endswith(PHOTO_SUFFIXES) and entry.is_file():
+            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
                 stamps[prefix + entry.name] = _stamp(entry.stat())
     if not stamps:
-        raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(PHOTO_SUFFIXES)}")
-    return Photos(folder.resolve().name, folder, dict(sorted(stamps.items())))
+        raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
+    return ImageList(folder.resolve().name, folder, dict(sorted(stamps.items())))
 
 
-def split_photos(data: "CaptionData", split: str) -> Photos:
+def list_split_images(data: "CaptionData", split: str) -> ImageList:
     """The photos of a data set's split; one that is gone by now is left out."""
     stamps = {}
-    for path in data.part(split).paths:
+    for path in data.split(split).paths:
         with contextlib.suppress(OSError):
             name = os.path.relpath(path, data.image_root)  # a table may name photos that lie elsewhere
             stamps[name.replace(os.sep, "/")] = _stamp(path.stat())
     if not stamps:
         raise FileNotFoundError(f"the photos of {data.name}'s {split} part are gone from {data.image_root}")
-    return Photos(f"{Path(data.name).name}-{split}", data.image_root, stamps)
+    return ImageList(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
-def open_gallery(store: Path, photos: Photos, encode: Encode) -> Gallery:
+def open_gallery(store: Path, photos: ImageList, encode: Encode) -> Gallery:
     """The gallery of these photos; `encode` is called for those alone that `store` does not hold as they are now.
 
     Stopped by Ctrl-C, what was encoded is kept. Raises ValueError where no photo can be read or `store` not written.

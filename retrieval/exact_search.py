@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrieval.bf16_prefilter import Screen, screening_pays
+from retrieval.bf16_prefilter import Bf16Prefilter, prefilter_pays
 
 CHUNK_SIZE = 2048  # gallery rows scored at a time: large for the matrix product, small for a CPU's cache
 PAIRS_AT_ONCE = 8192  # pairs scored one by one at a time
@@ -27,13 +27,13 @@ def top_k(queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int
     check_shapes(queries, gallery, chunk_size)
     queries, k = queries.float(), min(k, len(gallery))
     best = None
-    if screening_pays(queries, len(gallery), k):
-        best = _search(queries, gallery, k, chunk_size, Screen(queries, k))
+    if prefilter_pays(queries, len(gallery), k):
+        best = _search(queries, gallery, k, chunk_size, Bf16Prefilter(queries, k))
     return _unpack(_search(queries, gallery, k, chunk_size) if best is None else best)
 
 
 def _search(
-    queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int, screen: Screen | None = None
+    queries: Tensor, gallery: Tensor | np.ndarray, k: int, chunk_size: int, screen: Bf16Prefilter | None = None
 ) -> Tensor | None:
     """The keys of each query's best k, (Q,k) ascending; None where the screen turns out to be useless."""
     # The largest key marks an empty place; as a score it is nan, which no score is "<=" to.

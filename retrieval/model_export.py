@@ -16,10 +16,10 @@ import transformers
 from torch import nn
 from transformers import AutoModel
 
-from data.preprocess import View
+from data.preprocess import Preprocess
 from models.checkpoint import Run
-from models.factory import pretrained_encoder
-from runtime.run_dir import write_text
+from retrieval.encoder import load_pretrained_encoder
+from runtime.atomic_io import write_text
 
 TOLERANCE = 1e-4  # between an embedding of the written model and PyTorch's
 
@@ -31,10 +31,10 @@ def write_onnx(run: Run, out: Path) -> float:
     (M, L) int64 and gives text_emb (M, D); all rows are unit vectors. Raises ValueError where they differ too much.
     """
     onnxruntime = _library("onnxruntime", "onnx onnxscript onnxruntime")
-    model, view = run.model.float().eval(), _view(run)
+    model, preprocess = run.model.float().eval(), _view(run)
     any_rows, any_length = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
     towers = {
-        "image": (model.encode_image, ["images"], [{0: any_rows}], [_photos(rows, view) for rows in (2, 1, 5)]),
+        "image": (model.encode_image, ["images"], [{0: any_rows}], [_photos(rows, preprocess) for rows in (2, 1, 5)]),
         "text": (
             model.encode_text,
             ["input_ids", "attention_mask"],
@@ -52,7 +52,11 @@ def write_onnx(run: Run, out: Path) -> float:
                 _gap(encode, probe, lambda *inputs, s=session, n=names: _run_onnx(s, n, inputs)) for probe in probes
             ]
         run.tokenizer.save_pretrained(draft / "tokenizer")
-        settings = {"view": asdict(view), "max_tokens": _max_tokens(run), "temperature": model.temperature.item()}
+        settings = {
+            "preprocess": asdict(preprocess),
+            "max_tokens": _max_tokens(run),
+            "temperature": model.temperature.item(),
+        }
         write_text(draft / "settings.json", json.dumps(settings, indent=2) + "\n")
     return max(gaps)
 
@@ -73,8 +77,10 @@ def write_transformers(run: Run, out: Path) -> float:
         _joined_again(model).save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         _processor(model.image_encoder, _view(run)).save_pretrained(draft)
-        encoder, _ = pretrained_encoder(str(draft), max_tokens=run.config.max_tokens, device="cpu", precision="float32")
-        if encoder.view != _view(run):
+        encoder, _ = load_pretrained_encoder(
+            str(draft), max_tokens=run.config.max_tokens, device="cpu", precision="float32"
+        )
+        if encoder.preprocess != _view(run):
             raise ValueError(f"transformers cannot prepare photos as {run.folder} does: {_view(run)}")
         gaps = [_gap(model.encode_image, _photos(rows, _view(run)), encoder.encode_image) for rows in (1, 3)]
         captions = [_captions(run, *shape) for shape in ((1, 3), (4, 9))]
@@ -126,10 +132,10 @@ def _gap(encode: Callable, inputs: tuple, other: Callable) -> float:
 
 def _joined_again(model):
     """The pair as transformers knows it, with the trained weights of both halves and the learned scale."""
-    halves = model.image_encoder.backbone.model, model.text_encoder.backbone.model
-    pair = AutoModel.from_config(halves[0].config)
+    trunk_parts = model.image_encoder.backbone.model, model.text_encoder.backbone.model
+    pair = AutoModel.from_config(trunk_parts[0].config)
     state = pair.state_dict()
-    trained = {name: tensor for half in halves for name, tensor in half.state_dict().items()}
+    trained = {name: tensor for half in trunk_parts for name, tensor in half.state_dict().items()}
     scales = {"logit_scale": model.logit_scale, "temperature": model.temperature, "logit_bias": model.logit_bias}
     trained |= {
         name: scale.detach().reshape(state[name].shape)
@@ -140,32 +146,34 @@ def _joined_again(model):
     return pair.eval()
 
 
-def _processor(image_encoder, view):
-    """transformers' preparation of photos that does what `view` does."""
+def _processor(image_encoder, preprocess):
+    """transformers' preparation of photos that does what `preprocess` does."""
     kinds = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}
     colours = {name: getattr(image_encoder, name).flatten().tolist() for name in ("mean", "std")}
-    options = {"image_mean": colours["mean"], "image_std": colours["std"], "resample": kinds[view.interpolation]}
-    square = {"height": view.size, "width": view.size}
+    options = {"image_mean": colours["mean"], "image_std": colours["std"], "resample": kinds[preprocess.interpolation]}
+    square = {"height": preprocess.size, "width": preprocess.size}
     if patch := image_encoder.backbone.patch:
         return transformers.Siglip2ImageProcessor(
-            patch_size=patch, max_num_patches=(view.size // patch) ** 2, **options
+            patch_size=patch, max_num_patches=(preprocess.size // patch) ** 2, **options
         )
-    if view.shortest_edge is None:
+    if preprocess.shortest_edge is None:
         return transformers.ViTImageProcessor(size=square, **options)
-    return transformers.CLIPImageProcessor(size={"shortest_edge": view.shortest_edge}, crop_size=square, **options)
+    return transformers.CLIPImageProcessor(
+        size={"shortest_edge": preprocess.shortest_edge}, crop_size=square, **options
+    )
 
 
-def _view(run) -> View:
-    return run.model.image_encoder.view.resized(run.config.image_size).scaled(run.config.search_scale)
+def _view(run) -> Preprocess:
+    return run.model.image_encoder.preprocess.resized(run.config.image_size).scaled(run.config.eval_image_scale)
 
 
 def _max_tokens(run):
     return min(run.config.max_tokens, run.model.text_encoder.max_tokens or run.config.max_tokens)
 
 
-def _photos(rows, view):
+def _photos(rows, preprocess):
     generator = torch.Generator().manual_seed(rows)
-    return (torch.randint(0, 256, (rows, 3, view.size, view.size), dtype=torch.uint8, generator=generator),)
+    return (torch.randint(0, 256, (rows, 3, preprocess.size, preprocess.size), dtype=torch.uint8, generator=generator),)
 
 
 def _captions(run, rows, length):

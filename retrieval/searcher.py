@@ -1,11 +1,9 @@
 """Search with a trained run or a pretrained pair: what infer.py and app.py share. Loaded when a query needs it."""
 
-import hashlib
 import os
 import re
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -14,10 +12,13 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from config import MODEL_FIELDS, Config
-from retrieval.embedding_store import Gallery, Photos, open_gallery, writable
+from config import Config
+from retrieval.embedding_store import Gallery, ImageList, open_gallery, writable
+from retrieval.model_key import digest, dual_encoder_key, weights_key
+from runtime.atomic_io import replace_file
 from runtime.mmap_store import open_embeddings, write_embeddings
-from runtime.run_dir import BEST, FROZEN, TOWERS, read_config, replace_file
+from runtime.run_dir import read_config
+from runtime.text import slug
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,9 +26,8 @@ if TYPE_CHECKING:
     from modules import CLIPModel
     from retrieval.encoder import Encoder
 
-SLUG_LENGTH = 40
+SLUG_LENGTH = 40  # characters
 Kind = Literal["photos", "captions"]  # what is searched among
-PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings, vocabulary
 
 
 class Match(NamedTuple):
@@ -55,19 +55,19 @@ class Searcher:
     def encoder(self) -> "Encoder":
         return self._loaded[0]
 
-    def sentences(self, sentences: Sequence[str], *, among: Kind = "photos") -> "Tensor":
+    def embed_sentences(self, sentences: Sequence[str], *, among: Kind = "photos") -> "Tensor":
         """Sentences as queries, (Q, F). Raises ValueError for an empty one."""
         for number, sentence in enumerate(sentences, start=1):
             if not sentence.strip():
                 raise ValueError(f"sentence {number} is empty" if len(sentences) > 1 else "the sentence is empty")
-        return self._as_query(self.encoder.captions(sentences, "sentences"), among != "captions")
+        return self._as_query(self.encoder.encode_captions(sentences, "sentences"), among != "captions")
 
-    def too_long(self, sentence: str) -> str | None:
+    def describe_truncation(self, sentence: str) -> str | None:
         """A line about what the model leaves unread, where a sentence is longer than it can read."""
         tokens, most = len(self.encoder.tokenizer(sentence, verbose=False)["input_ids"]), self.encoder.max_tokens
         return None if tokens <= most else f"the model reads {most} of the sentence's {tokens} tokens: {sentence[:60]}…"
 
-    def photos(self, paths: Sequence[Path], *, among: Kind = "photos") -> "Tensor":
+    def embed_images(self, paths: Sequence[Path], *, among: Kind = "photos") -> "Tensor":
         """Photos as queries, (Q, F). Raises OSError with the reason for one that cannot be read."""
         return self._as_query(self._embed(paths), among != "photos")
 
@@ -75,14 +75,14 @@ class Searcher:
         """The bank says which photos are near to too many captions; that is no fault in a photo like another photo."""
         from retrieval.csls import query
 
-        return emb if self.encoder.bank is None else query(emb, float(of_other_kind))
+        return emb if self.encoder.query_bank is None else query(emb, float(of_other_kind))
 
     def _embed(self, paths):
         """Embeddings (Q, D) of photos, unit rows."""
         import torch
 
         rows, here = [], replace(self.encoder, num_workers=0)  # a process of its own takes longer than a photo
-        for batch, reasons in here.image_batches(paths, "photos"):
+        for batch, reasons in here.encode_image_batches(paths, "photos"):
             if any(reasons):
                 raise OSError(next(filter(None, reasons)))
             rows.append(batch)
@@ -96,25 +96,25 @@ class Searcher:
         (chances,) = probabilities(photo_emb, class_embeddings(self.encoder, labels), temperature).tolist()
         return sorted(map(Match, chances, labels), key=lambda match: -match.score)
 
-    def gallery(self, photos: Photos) -> Gallery:
+    def gallery(self, photos: ImageList) -> Gallery:
         """The gallery of these photos; those that it does not hold yet are encoded."""
         store, notes = self.store / self._name(photos.name, str(photos.root.resolve())), []
         gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, notes))
         if notes:
             print(*notes, file=sys.stderr)
         if gallery.broken:
-            from data.loading import few, left_out
+            from runtime.text import format_examples, format_skipped
 
-            said = few([f"{name}: {reason}" for name, reason in gallery.broken.items()])
-            print(f"{left_out(len(gallery.broken))}: {said}", file=sys.stderr)
+            said = format_examples([f"{name}: {reason}" for name, reason in gallery.broken.items()])
+            print(f"{format_skipped(len(gallery.broken))}: {said}", file=sys.stderr)
         return gallery
 
-    def captions(self, captions: Sequence[str]) -> np.ndarray:
+    def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
         """Many captions as rows (M, F) to search in, kept on disk."""
         path = self.store / f"{self._name('captions', *captions)}.npy"
         if not path.is_file():
-            rows, bank = self.encoder.captions(captions, "captions"), self.encoder.bank
-            rows = (rows if bank is None else bank.captions(rows)).numpy()
+            rows, query_bank = self.encoder.encode_captions(captions, "captions"), self.encoder.query_bank
+            rows = (rows if query_bank is None else query_bank.captions(rows)).numpy()
             with writable(self.store):
                 replace_file(path, lambda unfinished: write_embeddings(unfinished, rows))
         return open_embeddings(path)
@@ -124,19 +124,19 @@ class Searcher:
         # Photos of a camera take as long to unpack as to encode.
         workers = max(self.encoder.num_workers, (os.cpu_count() or 1) // 2)
         encoder = replace(self.encoder, num_workers=workers)
-        for rows, reasons in encoder.image_batches([root / name for name in names], "photos"):
-            named = zip(reasons, left, strict=False)
-            rows = rows if self.encoder.bank is None or not len(rows) else self.encoder.bank.photos(rows)
-            yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in named]
+        for rows, reasons in encoder.encode_image_batches([root / name for name in names], "photos"):
+            has_flag = zip(reasons, left, strict=False)
+            rows = rows if self.encoder.query_bank is None or not len(rows) else self.encoder.query_bank.photos(rows)
+            yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in has_flag]
         seconds = time.perf_counter() - started
         notes.append(f"{len(names):,} photos encoded in {seconds:.0f} s, {len(names) / seconds:.0f} a second")
 
     def _name(self, name, *parts):
         """A file name that differs for other weights and other parts."""
-        return f"{slug(name) or 'photos'}-{_digest([self.key, *parts])[:16]}"
+        return f"{slug(name, max_length=SLUG_LENGTH) or 'photos'}-{digest([self.key, *parts])[:16]}"
 
 
-def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
+def combine_queries(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
     """The query of a sentence, a photo or both, (Q, F): "this photo, but in snow" is the sum of the two."""
     import torch.nn.functional as F
 
@@ -145,14 +145,14 @@ def combine(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tenso
     return F.normalize(sentence_emb + photo_emb, dim=-1)
 
 
-def nearest_captions(queries: "Tensor", rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
+def search_captions(queries: "Tensor", rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
     """For each query (Q, F) the k captions with the nearest rows (M, F), best first."""
     from retrieval.metrics import top_k
 
     return _matches(*top_k(queries, rows, k), captions)
 
 
-def nearest_photos(queries: "Tensor", gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
+def search_images(queries: "Tensor", gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
     """For each query (Q, F) the k nearest photos of the gallery, best first; every one is compared, unless an index
     (index.py) is named."""
     if index is not None:
@@ -169,7 +169,7 @@ def _matches(scores, indices, items):
     return [[Match(score, items[row]) for score, row in zip(*pair, strict=True)] for pair in found]
 
 
-def search_with_run(folder: Path, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
+def searcher_for_run(folder: Path, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
     """The Searcher of a run's best weights. cache_dir None is where the run keeps its own things."""
 
     def load():
@@ -180,74 +180,27 @@ def search_with_run(folder: Path, *, device: str, precision: str, cache_dir: Pat
     return Searcher(weights_key(folder), load, cache_dir=Path(cache_dir or read_config(folder).cache_dir))
 
 
-def search_with_pair(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
+def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
     """The Searcher of a pretrained pair as it is, by its folder or its name on the hub (pairs.py)."""
     from models.hf_hub import local_or_name
 
     cache_dir, source = Path(cache_dir or Config.cache_dir), local_or_name(name)
 
     def load():
-        from models.factory import pretrained_encoder
+        from retrieval.encoder import load_pretrained_encoder
 
-        return pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
+        return load_pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
 
     if Path(source).is_dir():
-        return Searcher(pair_key(Path(source)), load, cache_dir=cache_dir)
+        return Searcher(dual_encoder_key(Path(source)), load, cache_dir=cache_dir)
     loaded = load()  # downloads it: only then is it known which state of it the hub holds
     from huggingface_hub import try_to_load_from_cache
 
     state = str(try_to_load_from_cache(name, "config.json"))  # .../snapshots/COMMIT/config.json
-    return Searcher(_digest([name, Path(state).parent.name]), lambda: loaded, cache_dir=cache_dir)
-
-
-def pair_key(folder: Path) -> str:
-    """A name for a pretrained pair in a folder: it changes with any of its files."""
-    import mmap
-
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in PAIR_FILES and path.stat().st_size):
-        digest.update(path.name.encode())
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            digest.update(content)
-    return digest.hexdigest()
-
-
-def weights_key(folder: Path) -> str:
-    """A name for what a run's best checkpoint makes of photos and sentences: it changes with weights and settings.
-
-    A checkpoint is a zip archive, and its directory holds a checksum of each tensor: the tensors need not be read.
-    """
-    config, digest = read_config(folder), hashlib.sha256()
-    digest.update(repr([getattr(config, field) for field in (*MODEL_FIELDS, "max_tokens")]).encode())
-    if not (folder / BEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {BEST}: its training did not finish an epoch; start it anew")
-    for path in (folder / BEST, folder / FROZEN):
-        if path.is_file():
-            digest.update(repr(_checksums(path)).encode())
-    for path in sorted((folder / TOWERS).rglob("*")):
-        if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()
-
-
-def _digest(parts):
-    return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _checksums(checkpoint):
-    try:
-        with zipfile.ZipFile(checkpoint) as archive:
-            return [(entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in archive.infolist()]
-    except zipfile.BadZipFile:
-        raise ValueError(f"{checkpoint} cannot be used as a checkpoint: it is cut off or damaged") from None
+    return Searcher(digest([name, Path(state).parent.name]), lambda: loaded, cache_dir=cache_dir)
 
 
 def check_index(name: str) -> None:
     """Raise ValueError for what no index (index.py) is called."""
     if not re.fullmatch(r"faiss|milvus|.+\.db|https?://.+", name):
         raise ValueError(f"--index must be faiss, milvus, a file FILE.db or an http address, got {name}")
-
-
-def slug(text: str) -> str:
-    """The words of a text as a part of a file's name."""
-    return re.sub(r"\W+", "-", text)[:SLUG_LENGTH].strip("-")

@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.records import PHOTO_SUFFIXES
+from data.records import IMAGE_SUFFIXES
 from retrieval.encoder import Encoder
+from runtime.text import HAN
 
 TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "there is a {} in the photo")
 CHINESE_TEMPLATES = ("{}", "一张{}的照片", "照片里有{}")
-CHINESE = re.compile("[\u3400-\u9fff]")
+CHINESE = re.compile(f"[{HAN}]")
 ARTICLE_TWICE = re.compile(r"\b(?:an?|the) (?=(?:an?|the|some|one|two|three) )", re.IGNORECASE)
 ARTICLE_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])", re.IGNORECASE)
 
@@ -26,7 +27,7 @@ def classify(
     Raises ValueError for labels or templates that make no choice.
     """
     class_emb = class_embeddings(encoder, labels, templates)
-    image_emb, readable = encoder.images(paths, "photos")
+    image_emb, readable = encoder.encode_images(paths, "photos")
     return probabilities(image_emb.view(-1, class_emb.shape[1]), class_emb, temperature), readable
 
 
@@ -39,7 +40,7 @@ def class_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequenc
     """A unit row per label, (K, D): the mean of its prompts' embeddings (arXiv 2103.00020, §3.1.4)."""
     _require_choice(labels)
     said = [prompts(label, templates) for label in labels]
-    rows = encoder.captions([prompt for sentences in said for prompt in sentences], "labels")
+    rows = encoder.encode_captions([prompt for sentences in said for prompt in sentences], "labels")
     return F.normalize(torch.stack([part.mean(0) for part in rows.split([len(part) for part in said])]), dim=1)
 
 
@@ -58,7 +59,7 @@ def class_folders(folder: Path) -> tuple[list[str], list[Path], Tensor]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder} (--zero-shot)")
     classes = {
-        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in PHOTO_SUFFIXES)
+        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     }

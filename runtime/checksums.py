@@ -8,7 +8,8 @@ import hashlib
 import re
 from pathlib import Path
 
-from runtime.run_dir import CHECKSUMS, write_text
+from runtime.atomic_io import write_text
+from runtime.run_dir import CHECKSUMS
 
 BLOCK = 2**20  # bytes
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -33,19 +34,19 @@ class HashingFile:
         self.file.flush()
 
 
-def note(path: Path, checksum: str) -> None:
+def add_checksum(path: Path, checksum: str) -> None:
     """Add a checksum to those under which `path` may be found."""
     if (entry := (checksum, path.name)) not in (entries := _read(path.parent)):
         _write(path.parent, [*entries, entry])
 
 
-def settle(path: Path, checksum: str) -> None:
+def keep_checksum(path: Path, checksum: str) -> None:
     """Let `path` be found under this checksum alone."""
     others = [entry for entry in _read(path.parent) if entry[1] != path.name]
     _write(path.parent, [*others, (checksum, path.name)])
 
 
-def verify(path: Path) -> None:
+def verify_checksum(path: Path) -> None:
     """ValueError where `path` is not the file that was noted; one that was never noted passes."""
     before = _sums_of(path)
     if not before:

@@ -3,22 +3,19 @@
 import contextlib
 import dataclasses
 import difflib
+import inspect
 import io
 import itertools
 import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import tyro
-
-from config import Config
-
-if TYPE_CHECKING:
-    from data.loading import CaptionData
 
 T = TypeVar("T")
 
@@ -49,7 +46,7 @@ def _one_line_errors(kind):
         raise
 
 
-def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
+def peek_flag(flag: str, argv: Sequence[str] | None = None) -> str | None:
     """The value of one flag, read ahead of all others, or None; of several the last, as they all are read later."""
     argv = sys.argv[1:] if argv is None else argv
     value = None
@@ -59,9 +56,69 @@ def given(flag: str, argv: Sequence[str] | None = None) -> str | None:
     return value
 
 
-def named(flag: str) -> bool:
+def has_flag(flag: str) -> bool:
     """Whether the command line names a flag, with or without a value."""
     return any(_flag(word) == flag for word in sys.argv[1:])
+
+
+def rename_flags(renamed: Mapping[str, str]) -> None:
+    """Replace flags of an older version in sys.argv by their new names, and say so on stderr.
+
+    renamed: old field name -> new field name, with underscores.
+    """
+    for place, word in enumerate(sys.argv[1:], start=1):
+        flag, value = _flag(word), "=" + word.partition("=")[2] if "=" in word else ""
+        no = "no-" if flag.startswith("--no-") else ""
+        new = renamed.get(flag.removeprefix(f"--{no}").replace("-", "_")) if flag.startswith("--") else None
+        if new is not None:
+            sys.argv[place] = f"--{no}{new.replace('_', '-')}{value}"
+            if _process() == 0:
+                print(f"{flag} is now {sys.argv[place].partition('=')[0]}", file=sys.stderr)
+
+
+def wants_help() -> bool:
+    """Whether the command line asks for help."""
+    return any(word in ("-h", "--help") for word in sys.argv[1:])
+
+
+def print_help(kind: type, default: object, *, first: Sequence[str], note: str) -> None:
+    """Print the flags of a dataclass in the groups of its source, those named in `first` before all others.
+
+    A group is a comment line between the fields, a field's help the comment behind it. tyro knows no groups within one
+    dataclass.
+    """
+    groups = _documented_fields(kind)
+    known = {name: text for fields in groups.values() for name, text in fields.items()}
+    groups = {"Most used": {name: known.pop(name) for name in first}} | {
+        title: {name: text for name, text in fields.items() if name in known} for title, fields in groups.items()
+    }
+    print(f"usage: python {Path(sys.argv[0]).name} [--flag value ...]\n\n{kind.__doc__}\n{note}")
+    for title, fields in groups.items():
+        print(f"\n{title}:" if fields else "", end="\n" if fields else "")
+        for name, text in fields.items():
+            print(_help_line(name, getattr(default, name), text))
+
+
+def _documented_fields(kind):
+    """Group -> field -> help text of a dataclass and its bases, read from their source."""
+    groups, title = {}, "Options"
+    for base in reversed(kind.__mro__[:-1]):
+        for line in inspect.getsource(base).splitlines():
+            if heading := re.fullmatch(r"    # (\w[\w ]*)\b.*", line):
+                title = heading[1]
+            elif field := re.fullmatch(r"    (\w+): .*?  # (.*)", line):
+                groups.setdefault(title, {})[field[1]] = field[2]
+    return groups
+
+
+def _help_line(name, default, text):
+    flag = f"--{name.replace('_', '-')}"
+    if isinstance(default, bool):
+        flag = f"{flag}, --no-{name.replace('_', '-')}"
+    shown = f"{default:.4g}" if isinstance(default, float) else default
+    lines = textwrap.wrap(f"{text} [{shown}]", width=68)
+    head = f"  {flag:<28}" if len(flag) <= 27 else f"  {flag}\n{'':30}"
+    return head + f"\n{'':30}".join(lines)
 
 
 def _flag(word: str) -> str:
@@ -99,19 +156,6 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def open_data(config: Config, data_dir: Path | None = None) -> "CaptionData":
-    """The data set that the configuration names, or its copy in `data_dir`."""
-    from data.loading import open_dataset  # pandas; after the flags are known to be right
-
-    return open_dataset(
-        config.dataset,
-        data_dir=data_dir or config.data_dir,
-        cache_dir=config.cache_dir,
-        split_seed=config.split_seed,
-        allow_bad_rows=config.allow_bad_rows,
-    )
-
-
 def existing_folder(path: str | Path, what: str) -> Path:
     """The path, if it is a folder; else an error that says what was looked for."""
     path = Path(path).expanduser()
@@ -132,9 +176,12 @@ def _one_line(message: str, flags: Sequence[str]) -> str:
     parts = [part for part in parts if part.strip()]
     text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(parts[0].split()))
     if unknown := re.match(r"Unrecognized options: (--[\w-]+)", text):
+        begins = [flag for flag in flags if flag.startswith(f"{unknown[1]}-")]
         meant = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0.5)
         if meant == [unknown[1]]:  # a field of the name, but one without a flag
             text += "; give what stands behind it alone, without the flag"
+        elif begins:
+            text += f"; did you mean {', '.join(sorted(begins))}?"
         elif meant:
             text += f"; did you mean {meant[0]}?"
     return text

@@ -56,6 +56,19 @@ def pick_workers(num_workers: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // processes))
 
 
+def memory_advice(error: Exception, images: int) -> str | None:
+    """What to do about a lack of memory with so many images at a time; None where the error is another one."""
+    # torch.OutOfMemoryError is that of a GPU; the CPU allocator raises a plain RuntimeError.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+        return (
+            f"out of memory with {images} images at a time: lower --micro-batch-size (the loss stays that of "
+            f"--batch-size) to {max(1, images // 2)} or less"
+        )
+    if "DataLoader worker" in str(error):
+        return "a process that loads photos was killed, as a lack of memory does: lower --num-workers"
+    return None
+
+
 def _cpu_computes_bfloat16():
     # Without these instructions bfloat16 is emulated and slower than float32.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}

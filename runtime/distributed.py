@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def join(device: torch.device) -> None:
+def init(device: torch.device) -> None:
     """Connect the processes that a launcher started, each with a GPU of its own; nothing without a launcher."""
     from accelerate import PartialState
 
     PartialState(cpu=device.type == "cpu")
 
 
-def leave() -> None:
+def cleanup() -> None:
     """Part from the other processes, when all have finished: one that goes early would break the others' line."""
     if _many():
         dist.barrier()
@@ -30,14 +30,14 @@ def rank() -> int:
     return dist.get_rank() if _many() else 0
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if _many() else 1
 
 
-def share(items: int) -> slice:
+def shard_slice(items: int) -> slice:
     """This process's contiguous part of a range of items."""
-    return slice(items * rank() // count(), items * (rank() + 1) // count())
+    return slice(items * rank() // world_size(), items * (rank() + 1) // world_size())
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
@@ -60,7 +60,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     return gathered.to(rows.device), sum(length for length, _ in shapes[: rank()])
 
 
-def gather_lists(items: list) -> list:
+def all_gather_list(items: list) -> list:
     """The items of all processes, in their order."""
     if not _many():
         return items
@@ -69,7 +69,7 @@ def gather_lists(items: list) -> list:
     return gather_object(items)
 
 
-def from_first(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """What process 0 passes; the others' values are ignored."""
     if not _many():
         return value
@@ -78,41 +78,41 @@ def from_first(value: Any) -> Any:
     return broadcast_object_list([value])[0]
 
 
-def equalise(model: nn.Module) -> None:
+def broadcast_parameters(model: nn.Module) -> None:
     """Give every process the weights of process 0."""
     if _many():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up what the processes found, parameter by parameter."""
     if _many():
         _wait([dist.all_reduce(_gradient(parameter), async_op=True) for parameter in parameters])
 
 
-def highest(value: Tensor) -> Tensor:
+def all_reduce_max(value: Tensor) -> Tensor:
     """The largest value of all processes, in place."""
     if _many():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
-def gather_statistics(model: nn.Module) -> list[dict[str, Tensor]]:
+def gather_batch_norm_stats(model: nn.Module) -> list[dict[str, Tensor]]:
     """Every process's own running statistics, on the CPU; nothing from a single one, whose model holds them."""
     if not _many():
         return []
-    return gather_lists([{name: buffer.cpu() for name, buffer in _statistics(model).items()}])
+    return all_gather_list([{name: buffer.cpu() for name, buffer in _statistics(model).items()}])
 
 
-def spread_statistics(model: nn.Module, statistics: list[dict[str, Tensor]]) -> None:
+def restore_batch_norm_stats(model: nn.Module, statistics: list[dict[str, Tensor]]) -> None:
     """Give every process its own of gather_statistics again, or the average where there were more or fewer of them.
 
     Raises ValueError where they are not those of the model.
     """
     if not statistics:
         return
-    own = [statistics[rank()]] if len(statistics) == count() else statistics
+    own = [statistics[rank()]] if len(statistics) == world_size() else statistics
     for name, buffer in _statistics(model).items():
         found = [some.get(name) for some in own]
         if not all(isinstance(tensor, Tensor) and tensor.shape == buffer.shape for tensor in found):
@@ -120,11 +120,11 @@ def spread_statistics(model: nn.Module, statistics: list[dict[str, Tensor]]) -> 
         buffer.copy_(torch.stack([tensor.to(buffer.device) for tensor in found]).mean(0))
 
 
-def average_statistics(model: nn.Module) -> None:
+def average_batch_norm_stats(model: nn.Module) -> None:
     """Average the batch norms' running statistics, which every process took from its own part of the batches."""
     if _many():
         statistics = _statistics(model).values()
-        _wait([dist.all_reduce(buffer.div_(count()), async_op=True) for buffer in statistics])
+        _wait([dist.all_reduce(buffer.div_(world_size()), async_op=True) for buffer in statistics])
 
 
 def _many():

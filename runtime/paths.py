@@ -1,5 +1,6 @@
 """Paths built from names that a file holds: they never lead out of the folder they belong to."""
 
+import os
 from pathlib import Path
 
 
@@ -16,3 +17,12 @@ def path_below(root: Path, name: str) -> Path:
     if base not in resolved.parents:
         raise ValueError(f"the name {name!r:.80} leads out of {root}: nothing was written there")
     return path
+
+
+def file_stamp(path: str | Path) -> tuple[int, int] | None:
+    """What changes with a file: its bytes and its time of change in nanoseconds; None where there is none."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return stat.st_size, stat.st_mtime_ns

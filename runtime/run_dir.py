@@ -3,14 +3,13 @@
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from config import Config
+from config import OWN_PHOTOS, RENAMED, Config
+from runtime.atomic_io import write_text
 
 LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
@@ -19,6 +18,9 @@ TOWERS = "towers"
 BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # beside TOWERS all that a run without one can hold
 LOCK = "lock"
 STARTS = "starts"  # beside the settings in config.json: what each start of the run was made with
+
+# What a run did before config.json had the field: the defaults of that time.
+BEFORE_THEIR_FIELDS = {name: value for name, (_, value) in OWN_PHOTOS.items()}
 
 
 def create_run(config: Config) -> Path:
@@ -30,15 +32,15 @@ def create_run(config: Config) -> Path:
     if left - {TOWERS, *BEFORE_CHECKPOINTS} or not all(_is_ours(folder / name) for name in left):
         raise ValueError(f"{folder} exists already: choose another --name, or go on with it by --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
-    with hold(folder):
+    with lock_run(folder):
         shutil.rmtree(folder / TOWERS, ignore_errors=True)  # left by a start that ended before its first checkpoint
         for name in BEFORE_CHECKPOINTS:
             (folder / name).unlink(missing_ok=True)
-        remove_unfinished(folder)
+        remove_partial_files(folder)
     return folder
 
 
-def hold(folder: Path) -> contextlib.AbstractContextManager:
+def lock_run(folder: Path) -> contextlib.AbstractContextManager:
     """While entered, no other process trains in a run's folder; ValueError where one does already."""
     from filelock import FileLock, Timeout
 
@@ -53,13 +55,13 @@ def hold(folder: Path) -> contextlib.AbstractContextManager:
 def _is_ours(path):
     """Whether what a run's folder holds by that name was written by this program."""
     if path.name == CONFIG:
-        return bool(read_starts(path.parent))
+        return bool(read_launches(path.parent))
     return path.name != TOWERS or (path / "image.json").is_file()
 
 
 def write_config(folder: Path, config: Config, start: dict | None = None) -> None:
     """Write the settings, and add what the run is started with to the record of its starts."""
-    starts = read_starts(folder)
+    starts = read_launches(folder)
     if start is not None and start not in starts[-1:]:
         starts.append(start)
     write_text(folder / CONFIG, json.dumps(dataclasses.asdict(config) | {STARTS: starts}, indent=2) + "\n")
@@ -73,6 +75,7 @@ def read_config(folder: Path) -> Config:
     try:
         settings = json.loads(path.read_text("utf-8"))
         settings.pop(STARTS, None)
+        settings = BEFORE_THEIR_FIELDS | {RENAMED.get(name, name): value for name, value in settings.items()}
         for name, value in settings.items():
             _require_kind(name, value)
         return Config(**settings)
@@ -91,7 +94,7 @@ def _require_kind(name, value):
         raise ValueError(f"{name} cannot be {value!r:.60}")
 
 
-def read_starts(folder: Path) -> list[dict]:
+def read_launches(folder: Path) -> list[dict]:
     """What each start of the run was made with: command, versions, data; [] where that is not known."""
     try:
         starts = json.loads((folder / CONFIG).read_text("utf-8"))[STARTS]
@@ -148,31 +151,7 @@ def _has_finished(folder):
         return False  # a damaged run must not hide the others
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    replace_file(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour, then put it in the place of `path`: at any moment, power cuts included,
-    there is the old file or the new one, whole. OSError says what could not be written.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        kept = "; the one from before is kept" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Delete what a killed training process left half written."""
     for name in _unfinished(folder):
         (folder / name).unlink(missing_ok=True)
@@ -181,13 +160,3 @@ def remove_unfinished(folder: Path) -> None:
 def _unfinished(folder):
     names = (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES, BAD_BATCH)
     return [path.name for name in names for path in folder.glob(f".{name}.*")]
-
-
-def _sync_folder(folder):
-    """Put the new name on disk too; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -23,8 +23,8 @@ class StopSignals:
     Outside of the main thread, which alone gets signals, nothing is changed.
     """
 
-    def __init__(self, *, speaks: bool):
-        self.received, self.speaks, self._at_once, self._previous = 0, speaks, False, {}
+    def __init__(self, *, verbose: bool):
+        self.received, self.verbose, self._immediately, self._previous = 0, verbose, False, {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
@@ -36,14 +36,14 @@ class StopSignals:
             signal.signal(signum, handler)
 
     @contextmanager
-    def at_once(self) -> Iterator[None]:
+    def immediately(self) -> Iterator[None]:
         """For work that can be thrown away: within, a signal raises Stopped where it finds the program."""
-        self._at_once = True
+        self._immediately = True
         try:
             self.check()
             yield
         finally:
-            self._at_once = False
+            self._immediately = False
 
     def check(self) -> None:
         """Raise Stopped if a signal came."""
@@ -54,7 +54,24 @@ class StopSignals:
         self.received = signum
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
-        if self.speaks:  # print is not safe in here
+        if self.verbose:  # print is not safe in here
             os.write(2, b"\nstopping as soon as training can go on from there (once more: at once)\n")
-        if self._at_once:
+        if self._immediately:
             raise Stopped(signum)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C, and a SIGTERM to all that belongs to a run, reach loader processes too; only the main one should answer.
+
+    Where the system tells who sent a signal, a worker ends by its parent's alone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_by_parent, daemon=True).start()
+
+
+def _end_by_parent():
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

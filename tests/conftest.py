@@ -59,9 +59,9 @@ def text_tower(tmp_path_factory):
 @pytest.fixture
 def tiny(photos, image_tower, text_tower, tmp_path):
     """Makes a Config that trains in a second; keywords go to Config."""
-    from config import Config
+    from config import OWN_PHOTOS, Config
 
-    settings = {
+    settings = {name: value for name, (_, value) in OWN_PHOTOS.items()} | {
         "dataset": str(photos),
         "image_encoder": str(image_tower),
         "text_encoder": str(text_tower),

@@ -76,7 +76,9 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
 
 def read(config):
     """The data set of a Config."""
-    return cli.open_data(config)
+    from data.loading import open_data
+
+    return open_data(config)
 
 
 def program(*words, cwd, check=True, **environment):

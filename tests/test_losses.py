@@ -7,19 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from losses import (
-    Objective,
     contrastive_loss,
     cosine_margin_loss,
     hardest_triplet,
     info_nce,
     mined_triplet,
-    objective_loss,
     positive_mask,
     resembling,
     sigmoid_loss,
     soft_cross_entropy,
     soft_info_nce,
 )
+from training.objectives import Objective, objective_loss
 
 MARGIN = 0.3
 
@@ -383,7 +382,7 @@ def test_mined_triplets_have_the_gradient_of_their_loops(negatives):
 def test_each_main_term_falls_as_pairs_come_together(main):
     image_emb, _, image_ids, captions = ragged_batch()
     own = image_emb[positive_mask(image_ids, captions).int().argmax(0)]
-    settings = dict(objective=Objective(main=main), temperature=0.1, bias=-10.0, alpha=0.0)
+    settings = dict(objective=Objective(main), temperature=0.1, bias=-10.0, alpha=0.0)
     apart, near, together = (
         objective_loss(image_emb, F.normalize(own + noise * unit(9, 8, seed=5), dim=1), image_ids, captions, **settings)
         for noise in (3.0, 0.5, 0.0)

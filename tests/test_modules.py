@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from helpers import tiny_model
 from torch import nn
 
-from modules import MAX_LOGIT_SCALE, SAME_LENGTH, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
+from models.trunk_split import split_trunk
+from modules import LENGTH_BUCKET, MAX_LOGIT_SCALE, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
 
 
 def generator(seed=0):
@@ -59,7 +60,7 @@ def test_training_and_search_share_one_path():
 def test_stored_features_give_the_embeddings_of_the_photos_and_captions():
     model = tiny_model()[0].eval()
     model.image_encoder.freeze(True)
-    model.image_encoder.cut()
+    split_trunk(model.image_encoder)
     features = {"image_features": model.image_encoder(pixels()), "text_features": model.text_encoder(*captions())}
     image_emb, text_emb = model(features)
     assert torch.equal(image_emb, model.encode_image(pixels()))
@@ -121,7 +122,8 @@ def test_the_projection_head_is_a_residual_block_and_a_layer_norm():
 
 @pytest.mark.parametrize(("dropout", "feature_dropout"), [(0.5, 0.0), (0.0, 0.5)])
 def test_dropout_acts_in_training_only(dropout, feature_dropout):
-    head = ProjectionHead(6, 4, dropout=dropout, feature_dropout=feature_dropout)
+    head = ProjectionHead(6, 4, dropout=dropout)
+    head.feature_dropout.p = feature_dropout
     x = torch.randn(50, 6, generator=generator())
     assert not torch.equal(head.train()(x), head(x))
     assert torch.equal(head.eval()(x), head(x))
@@ -192,7 +194,7 @@ def test_mean_and_std_are_no_weights():
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "gpo"])
 def test_captions_read_in_groups_of_similar_length_come_back_in_their_order(pooling):
     tower = tiny_model(pooling=pooling)[0].text_encoder.eval()
-    lengths = torch.randint(1, 12, (2 * SAME_LENGTH + 5,), generator=generator()).tolist()
+    lengths = torch.randint(1, 12, (2 * LENGTH_BUCKET + 5,), generator=generator()).tolist()
     input_ids, attention_mask = captions(lengths, 12)
     with torch.no_grad():
         alone = [
@@ -210,7 +212,7 @@ def test_words_are_dropped_in_training_but_never_the_first_token_nor_the_last(mo
     monkeypatch.setattr(
         tower.backbone, "forward", lambda **batch: seen.append(batch["attention_mask"]) or forward(**batch)
     )
-    monkeypatch.setattr("modules.SAME_LENGTH", len(lengths))
+    monkeypatch.setattr("modules.LENGTH_BUCKET", len(lengths))
 
     def read(mode):
         tower.train(mode)(input_ids, attention_mask)
@@ -229,7 +231,7 @@ def test_words_are_dropped_in_training_but_never_the_first_token_nor_the_last(mo
 
 def test_captions_read_in_groups_are_padded_to_the_longest_of_their_group(monkeypatch):
     tower = tiny_model()[0].text_encoder.eval()
-    seen, read = [], tower._read
-    monkeypatch.setattr(tower, "_read", lambda ids, mask: seen.append(tuple(ids.shape)) or read(ids, mask))
-    tower(*captions([3] * SAME_LENGTH + [9] * SAME_LENGTH + [5], 12))
-    assert seen == [(SAME_LENGTH, 9), (SAME_LENGTH, 5), (1, 3)]
+    seen, read = [], tower._encode
+    monkeypatch.setattr(tower, "_encode", lambda ids, mask: seen.append(tuple(ids.shape)) or read(ids, mask))
+    tower(*captions([3] * LENGTH_BUCKET + [9] * LENGTH_BUCKET + [5], 12))
+    assert seen == [(LENGTH_BUCKET, 9), (LENGTH_BUCKET, 5), (1, 3)]

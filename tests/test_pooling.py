@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
-from models.pooling import HIDDEN, POSITIONS, GeneralisedPooling, pool, regions
+from modules import GPO_HIDDEN, GPO_POSITIONS, POOLINGS, GeneralizedPooling, ImageEncoder
 
 
 def ragged(lengths=(5, 1, 3), dim=4):
@@ -20,7 +20,7 @@ def ragged(lengths=(5, 1, 3), dim=4):
 @pytest.mark.parametrize("kind", ["mean", "max", "cls"])
 def test_plain_poolings_against_loops(kind):
     features, mask = ragged()
-    found = pool(features, mask, kind)
+    found = POOLINGS[kind](4)(features, mask)
     for row, tokens, kept in zip(found, features.tolist(), mask.tolist(), strict=True):
         tokens = [token for token, keep in zip(tokens, kept, strict=True) if keep]
         columns = list(zip(*tokens, strict=True))
@@ -31,13 +31,13 @@ def test_plain_poolings_against_loops(kind):
 def gpo_by_loops(module, tokens):
     """One caption's pooling, (L, dim): sort each dimension, weigh each rank by the GRU's score of its position code."""
     length = len(tokens)
-    codes = torch.zeros(1, length, POSITIONS)
+    codes = torch.zeros(1, length, GPO_POSITIONS)
     for rank in range(length):
-        for k in range(0, POSITIONS, 2):
-            angle = rank / 10000 ** (k / POSITIONS)
+        for k in range(0, GPO_POSITIONS, 2):
+            angle = rank / 10000 ** (k / GPO_POSITIONS)
             codes[0, rank, k], codes[0, rank, k + 1] = math.sin(angle), math.cos(angle)
     hidden = module.gru(codes)[0]
-    both = (hidden[0, :, :HIDDEN] + hidden[0, :, HIDDEN:]) / 2
+    both = (hidden[0, :, :GPO_HIDDEN] + hidden[0, :, GPO_HIDDEN:]) / 2
     weights = module.score(both).flatten().softmax(0)
     columns = [sorted(column, reverse=True) for column in tokens.T.tolist()]
     return [sum(w * v for w, v in zip(weights.tolist(), column, strict=True)) for column in columns]
@@ -45,7 +45,7 @@ def gpo_by_loops(module, tokens):
 
 def test_generalised_pooling_against_loops_and_padding_never_counts():
     torch.manual_seed(1)
-    module = GeneralisedPooling(4)
+    module = GeneralizedPooling(4)
     features, mask = ragged(lengths=(5, 1, 3, 5))
     found = module(features, mask)
     for row, tokens, length in zip(found, features, mask.sum(1), strict=True):
@@ -56,7 +56,7 @@ def test_generalised_pooling_against_loops_and_padding_never_counts():
 
 def test_generalised_pooling_can_learn_the_maximum():
     torch.manual_seed(0)
-    module = GeneralisedPooling(8)
+    module = GeneralizedPooling(8)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     generator = torch.Generator().manual_seed(1)
     losses = []
@@ -70,10 +70,14 @@ def test_generalised_pooling_can_learn_the_maximum():
     assert losses[-1] < 0.05 * losses[0]
 
 
-def test_regions_of_a_map_in_either_order_and_tokens_behind_a_prefix():
+def test_regions_of_a_map_in_either_order_and_tokens_behind_a_prefix_are_pooled():
+    def pooled(features, *, prefix_tokens=0):
+        backbone = nn.Identity()
+        backbone.num_prefix_tokens = prefix_tokens
+        return ImageEncoder(backbone, dim=3, mean=(0.0,) * 3, std=(1.0,) * 3, pooling="mean")._pooled(features)
+
     maps = torch.arange(2 * 3 * 4 * 5).float().view(2, 3, 4, 5)  # (B, dim, H, W)
-    rows = regions(maps, dim=3, prefix_tokens=0)
-    assert rows.shape == (2, 20, 3) and rows[1, 7].tolist() == maps[1, :, 1, 2].tolist()
-    assert torch.equal(regions(maps.permute(0, 2, 3, 1), dim=3, prefix_tokens=0), rows)
-    tokens = pad_sequence([torch.randn(6, 3), torch.randn(6, 3)], batch_first=True)
-    assert torch.equal(regions(tokens, dim=3, prefix_tokens=2), tokens[:, 2:])
+    torch.testing.assert_close(pooled(maps), maps.mean((2, 3)))
+    torch.testing.assert_close(pooled(maps.permute(0, 2, 3, 1)), maps.mean((2, 3)))
+    tokens = torch.randn(2, 6, 3)
+    torch.testing.assert_close(pooled(tokens, prefix_tokens=2), tokens[:, 2:].mean(1))

@@ -1,93 +1,103 @@
-"""The objectives without their matrix: over B images and M captions, never B×M entries at a time."""
+"""The objectives without their matrix: over B images and M captions, never B×M entries at a time.
+
+Each function equals its namesake in losses.py, values and gradients to rounding. Memory O((B + M) * D + B * chunk_size)
+instead of O(B * M); the backward pass computes each chunk a second time.
+"""
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from losses import (
-    LossTerms,
-    Objective,
-    cosine_margin_loss,
-    sigmoid_loss,
-    soft_cross_entropy,
-    triplet_from_cosines,
-    violations,
-)
+from losses import cosine_margin_loss, sigmoid_loss, soft_cross_entropy, triplet_from_cosines, violations
 
 
-def chunked_objective_loss(
-    image_emb: Tensor,
-    text_emb: Tensor,
-    image_ids: Tensor,
-    caption_image_ids: Tensor,
-    objective: Objective,
-    *,
-    temperature: float | Tensor,
-    bias: float | Tensor = 0.0,
-    alpha: float,
-    chunk_size: int,
-) -> LossTerms:
-    """losses.objective_loss, its values and gradients to rounding, from `chunk_size` captions at a time.
+class ChunkedPairs:
+    """A batch whose captions are scored `chunk_size` at a time; what several terms need is computed once.
 
-    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; the ids and the result as there.
-    Memory O((B + M) * D + B * chunk_size) instead of O(B * M); the backward pass computes each chunk a second time.
+    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; image_ids (B,), caption_image_ids (M,): equal ids are
+    positives.
     """
-    rows = image_emb, text_emb, image_ids, caption_image_ids
-    settings = {"margin": objective.margin, "distance": objective.distance, "chunk_size": chunk_size}
-    with torch.autocast(image_emb.device.type, enabled=False):
-        # A term that is left out of the total costs no backward pass.
-        hardest = objective.negatives == "hardest"
-        terms = chunked_contrastive_loss(*rows, temperature=temperature, alpha=alpha if hardest else 0.0, **settings)
-        main, triplet = terms.main, terms.triplet
-        if objective.main in ("sigmoid", "cosine"):
-            main = _by_captions(rows, objective, temperature, bias, chunk_size)
-        elif objective.main == "soft":
-            main = _soft(rows, objective.softness, temperature, chunk_size)
-        if not hardest:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
-                triplet = _mined(rows, objective, chunk_size)
-        return LossTerms(main + alpha * triplet, main, triplet)
 
+    def __init__(self, image_emb, text_emb, image_ids, caption_image_ids, temperature, chunk_size: int):
+        self.image_emb, self.text_emb, self.chunk_size = image_emb, text_emb, chunk_size
+        self.image_ids, self.caption_image_ids = image_ids, caption_image_ids
+        self.scale = 1 / torch.as_tensor(temperature, dtype=image_emb.dtype, device=image_emb.device)
 
-def chunked_contrastive_loss(
-    image_emb: Tensor,
-    text_emb: Tensor,
-    image_ids: Tensor,
-    caption_image_ids: Tensor,
-    *,
-    temperature: float | Tensor,
-    alpha: float,
-    margin: float,
-    distance: str = "euclidean",
-    chunk_size: int,
-) -> LossTerms:
-    """InfoNCE and the hardest triplets, to rounding those of losses.py, from `chunk_size` captions at a time.
+    @cached_property
+    def positives(self) -> tuple[Tensor, Tensor]:
+        """Row and column of every positive pair, (P,) each."""
+        return _positive_pairs(self.image_ids, self.caption_image_ids, self.chunk_size)
 
-    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; the ids and the result as there.
-    Memory O((B + M) * D + B * chunk_size) instead of O(B * M); the backward pass computes each chunk a second time.
-    """
-    with torch.autocast(image_emb.device.type, enabled=False):
-        scale = 1 / torch.as_tensor(temperature, dtype=image_emb.dtype, device=image_emb.device)
-        image, caption = _positive_pairs(image_ids, caption_image_ids, chunk_size)  # (P,), (P,)
-        row_lse, column_lse, hardest_caption, hardest_image = _ChunkedRows.apply(
-            image_emb, text_emb, scale, image_ids, caption_image_ids, chunk_size
+    @cached_property
+    def scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One pass over the chunks: what _ChunkedScan returns."""
+        return _ChunkedScan.apply(
+            self.image_emb, self.text_emb, self.scale, self.image_ids, self.caption_image_ids, self.chunk_size
         )
-        positive = _pair_cosines(image_emb, text_emb, image, caption, chunk_size)  # (P,)
-        by_image = row_lse - scale * _group_mean(positive, image, len(image_emb))
-        by_caption = column_lse - scale * _group_mean(positive, caption, len(text_emb))
-        info_nce = (by_image.mean() + by_caption.mean()) / 2
-        with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
-            images, captions = (torch.arange(len(emb), device=emb.device) for emb in (image_emb, text_emb))
-            negative_caption = _pair_cosines(image_emb, text_emb, images, hardest_caption, chunk_size)  # (B,)
-            negative_image = _pair_cosines(image_emb, text_emb, hardest_image, captions, chunk_size)  # (M,)
-            negatives = negative_caption[image], negative_image[caption]
-            triplet = triplet_from_cosines(positive, *negatives, margin, distance=distance)
-        return LossTerms(info_nce + alpha * triplet, info_nce, triplet)
+
+    def cosines(self, image: Tensor, caption: Tensor) -> Tensor:
+        """Cosines of pairs (image, caption), (P,), (P,) -> (P,); -inf where either is -1."""
+        return _pair_cosines(self.image_emb, self.text_emb, image, caption, self.chunk_size)
 
 
-class _ChunkedRows(torch.autograd.Function):
-    """Log-sum-exps of each row and column of scale * image_emb @ text_emb.T, and the places of the hardest negatives.
+def chunked_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
+    """losses.info_nce by chunks of the captions -> ()."""
+    image, caption = pairs.positives
+    row_lse, column_lse, _, _ = pairs.scan
+    positive = pairs.cosines(image, caption)  # (P,)
+    by_image = row_lse - pairs.scale * _group_mean(positive, image, len(pairs.image_emb))
+    by_caption = column_lse - pairs.scale * _group_mean(positive, caption, len(pairs.text_emb))
+    return (by_image.mean() + by_caption.mean()) / 2
+
+
+def chunked_sigmoid(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
+    """losses.sigmoid_loss by chunks of the captions -> ()."""
+    return _mean_over_captions(pairs, sigmoid_loss, temperature, bias)
+
+
+def chunked_cosine_margin(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
+    """losses.cosine_margin_loss by chunks of the captions -> ()."""
+    return _mean_over_captions(pairs, cosine_margin_loss, objective.cosine_margin)
+
+
+def chunked_soft_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
+    """losses.soft_info_nce: rows of images, then rows of captions, as many at a time as keep B * chunk_size -> ()."""
+    resemblance_image, resemblance_text = _resemblance(pairs)
+
+    def rows(anchors, ids, own, others, other_ids, others_own, temperature):
+        sim, positives = anchors @ others.T, ids[:, None] == other_ids
+        return soft_cross_entropy(sim, positives, own @ others_own.T, temperature, objective.softness)
+
+    def direction(anchors, others):
+        size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others[0]))
+        chunks = zip(*(tensor.split(size) for tensor in anchors), strict=True)
+        return torch.cat([checkpoint(rows, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks])
+
+    images = pairs.image_emb, pairs.image_ids, resemblance_image
+    texts = pairs.text_emb, pairs.caption_image_ids, resemblance_text
+    return (direction(images, texts).mean() + direction(texts, images).mean()) / 2
+
+
+def chunked_triplet(pairs: ChunkedPairs, objective) -> Tensor:
+    """The triplet term of an objective by chunks -> ()."""
+    if objective.negatives != "hardest":
+        return _mined_triplet(pairs, objective)
+    image, caption = pairs.positives
+    _, _, hardest_caption, hardest_image = pairs.scan
+    images, captions = (torch.arange(len(emb), device=emb.device) for emb in (pairs.image_emb, pairs.text_emb))
+    negative_caption = pairs.cosines(images, hardest_caption)[image]  # (P,)
+    negative_image = pairs.cosines(hardest_image, captions)[caption]  # (P,)
+    positive = pairs.cosines(image, caption)
+    return triplet_from_cosines(
+        positive, negative_caption, negative_image, objective.margin, distance=objective.distance
+    )
+
+
+class _ChunkedScan(torch.autograd.Function):
+    """Log-sum-exps of each row and column of scale * image_emb @ text_emb.T, and the indices of the hardest negatives.
 
     Returns row_lse (B,), column_lse (M,), hardest_caption (B,), hardest_image (M,), the last two -1 where a row or
     column has no negative.
@@ -132,55 +142,32 @@ class _ChunkedRows(torch.autograd.Function):
         return scale * image_grad, scale * text_grad, scale_grad, None, None, None
 
 
-def _by_captions(rows, objective, temperature, bias, chunk_size):
-    """The sigmoid or the cosine loss: a mean over captions, whose chunks add up."""
-    image_emb, text_emb, image_ids, caption_image_ids = rows
+def _mean_over_captions(pairs, loss, *settings):
+    """A loss that is a mean over captions, so that its chunks add up."""
 
-    def part(image_emb, texts, ids, temperature, bias):
-        sim, positives = image_emb @ texts.T, image_ids[:, None] == ids
-        if objective.main == "sigmoid":
-            return len(texts) * sigmoid_loss(sim, positives, temperature, bias)
-        return len(texts) * cosine_margin_loss(sim, positives, objective.cosine_margin)
+    def chunk_sum(image_emb, text_emb, ids, *settings):
+        return len(text_emb) * loss(image_emb @ text_emb.T, pairs.image_ids[:, None] == ids, *settings)
 
-    chunks = zip(text_emb.split(chunk_size), caption_image_ids.split(chunk_size), strict=True)
-    parts = [checkpoint(part, image_emb, *chunk, temperature, bias, use_reentrant=False) for chunk in chunks]
-    return torch.stack(parts).sum() / len(text_emb)
+    chunks = zip(pairs.text_emb.split(pairs.chunk_size), pairs.caption_image_ids.split(pairs.chunk_size), strict=True)
+    sums = [checkpoint(chunk_sum, pairs.image_emb, *chunk, *settings, use_reentrant=False) for chunk in chunks]
+    return torch.stack(sums).sum() / len(pairs.text_emb)
 
 
-def _soft(rows, softness, temperature, chunk_size):
-    """The soft targets' loss: rows of images, then rows of captions, as many at a time as keep B * chunk_size."""
-    image_emb, text_emb, image_ids, caption_image_ids = rows
-    of_image, of_text = _resembling(rows, chunk_size)
-
-    def part(anchors, ids, own, others, other_ids, others_own, temperature):
-        sim, positives = anchors @ others.T, ids[:, None] == other_ids
-        return soft_cross_entropy(sim, positives, own @ others_own.T, temperature, softness)
-
-    def direction(anchors, others):
-        size = max(1, chunk_size * len(image_emb) // len(others[0]))
-        chunks = zip(*(tensor.split(size) for tensor in anchors), strict=True)
-        return torch.cat([checkpoint(part, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks])
-
-    images, texts = (image_emb, image_ids, of_image), (text_emb, caption_image_ids, of_text)
-    return (direction(images, texts).mean() + direction(texts, images).mean()) / 2
-
-
-def _resembling(rows, chunk_size):
+def _resemblance(pairs):
     """losses.resembling, the mask of positives a chunk of captions at a time."""
-    image_emb, text_emb, image_ids, caption_image_ids = (tensor.detach() for tensor in rows)
-    image, caption = _positive_pairs(image_ids, caption_image_ids, chunk_size)
+    image_emb, text_emb = pairs.image_emb.detach(), pairs.text_emb.detach()
+    image, caption = pairs.positives
     counts = image.bincount(minlength=len(image_emb)).clamp(min=1)[:, None]
     captions = torch.zeros_like(image_emb).index_add(0, image, text_emb[caption]) / counts
     images = torch.zeros_like(text_emb).index_add(0, caption, image_emb[image])
     return torch.cat([image_emb, captions], 1) / 2**0.5, torch.cat([images, text_emb], 1) / 2**0.5
 
 
-def _mined(rows, objective, chunk_size):
-    """The triplet term of all or of semi-hard negatives, as many positive pairs at a time as keep B * chunk_size."""
-    image_emb, text_emb, image_ids, caption_image_ids = rows
-    image, caption = _positive_pairs(image_ids, caption_image_ids, chunk_size)
+def _mined_triplet(pairs, objective):
+    """losses.mined_triplet, as many positive pairs at a time as keep B * chunk_size."""
+    image, caption = pairs.positives
 
-    def part(anchors, anchor_ids, anchor, others, other_ids, other):
+    def chunk_sum(anchors, anchor_ids, anchor, others, other_ids, other):
         sim = anchors[anchor] @ others.T
         positive = sim.gather(1, other[:, None]).squeeze(1)  # rounded as the negatives are: a tie stays one
         is_negative = anchor_ids[anchor][:, None] != other_ids
@@ -188,16 +175,15 @@ def _mined(rows, objective, chunk_size):
         return violations(sim, positive, is_negative, objective.margin, **kinds).sum()
 
     def direction(anchors, anchor_ids, anchor, others, other_ids, other):
-        size = max(1, chunk_size * len(image_emb) // len(others))
-        parts = [
-            checkpoint(part, anchors, anchor_ids, *pairs[:1], others, other_ids, *pairs[1:], use_reentrant=False)
-            for pairs in zip(anchor.split(size), other.split(size), strict=True)
+        size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others))
+        sums = [
+            checkpoint(chunk_sum, anchors, anchor_ids, own, others, other_ids, theirs, use_reentrant=False)
+            for own, theirs in zip(anchor.split(size), other.split(size), strict=True)
         ]
-        return torch.stack(parts).sum()
+        return torch.stack(sums).sum()
 
-    by_image = direction(image_emb, image_ids, image, text_emb, caption_image_ids, caption)
-    by_caption = direction(text_emb, caption_image_ids, caption, image_emb, image_ids, image)
-    return (by_image + by_caption) / (2 * len(image))
+    images, texts = (pairs.image_emb, pairs.image_ids, image), (pairs.text_emb, pairs.caption_image_ids, caption)
+    return (direction(*images, *texts) + direction(*texts, *images)) / (2 * len(image))
 
 
 def _positive_pairs(image_ids, caption_image_ids, chunk_size):

@@ -1,8 +1,5 @@
 """Items to batches: in which order they come, in how many pieces, and from how many loader processes."""
 
-import os
-import signal
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -13,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from data.tokenizer import pad
 from dataset import CLIPDataset
+from runtime.signals import leave_signals_to_parent
 
 HELD_BYTES = 2**28  # of a batch's photos, decoded; a batch with more is read twice instead of held
 
@@ -33,10 +31,10 @@ def collate(items: Sequence[dict], pad_id: int) -> dict:
     return batch
 
 
-Passes = tuple[Iterable[dict], Iterable[dict] | None]
+MicroBatchPasses = tuple[Iterable[dict], Iterable[dict] | None]
 
 
-class TrainingBatches:
+class ImageCaptionLoader:
     """The batches of an epoch: `batches.epoch(e)` iterates over them, len(batches) counts them.
 
     A batch comes as two passes over its micro-batches, or as one and None where it is a single one. A batch whose
@@ -46,12 +44,12 @@ class TrainingBatches:
     def __init__(
         self, dataset: CLIPDataset, sampler: "EpochSampler", *, pad_id: int, num_workers: int, pin_memory: bool
     ):
-        pixels = 3 * dataset.view.size**2 * sampler.own_images  # bytes of a batch
+        pixels = 3 * dataset.preprocess.size**2 * sampler.own_images  # bytes of a batch
         self.sampler, self.reread = sampler, sampler.micro_batches > 1 and pixels > HELD_BYTES
         self.paths = dataset.paths
         self.loader = DataLoader(
             dataset,
-            batch_sampler=MicroBatches(sampler, repeat=2 if self.reread else 1),
+            batch_sampler=MicroBatchSampler(sampler, repeat=2 if self.reread else 1),
             collate_fn=partial(collate, pad_id=pad_id),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -62,7 +60,7 @@ class TrainingBatches:
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[Passes]:
+    def epoch(self, epoch: int, first: int = 0) -> Iterator[MicroBatchPasses]:
         """The batches of an epoch from number `first` on."""
         self.sampler.go_to(epoch, first)
         parts, micro_batches = iter(self.loader), self.sampler.micro_batches
@@ -108,7 +106,7 @@ class EpochSampler:
             yield [[(self.epoch_number, int(index)) for index in part] for part in own]
 
 
-class MicroBatches:
+class MicroBatchSampler:
     """The micro-batches of an EpochSampler one after another, those of each batch `repeat` times."""
 
     def __init__(self, sampler: EpochSampler, repeat: int):
@@ -121,20 +119,3 @@ class MicroBatches:
         for parts in self.sampler:
             for _ in range(self.repeat):
                 yield from parts
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C, and a SIGTERM to all that belongs to a run, reach loader processes too; only the main one should answer.
-
-    Where the system tells who sent a signal, a worker ends by its parent's alone.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
-
-
-def _end_by_parent():
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from data.loading import CaptionData
-from runtime.distributed import count
+from runtime.distributed import world_size
 
 PACKAGES = (
     *("torch", "torchvision", "timm", "transformers", "tokenizers", "accelerate", "albumentations"),
@@ -19,20 +19,20 @@ PACKAGES = (
 )
 
 
-def describe_start(data: CaptionData, device: torch.device) -> dict:
+def describe_launch(data: CaptionData, device: torch.device) -> dict:
     """What decides how a run goes beside its settings, for config.json."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(Path(__file__).parents[1]),
         "data": fingerprint(data),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "processes": count(),
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
     }
 
 
-def changes(starts: list[dict], now: dict) -> str | None:
+def describe_changes(starts: list[dict], now: dict) -> str | None:
     """What is not as it was at the last start and may change results, for the terminal; None without any."""
     if not starts:
         return None

@@ -10,7 +10,7 @@ COUNTS = ("steps", "images", "pairs")
 
 
 @dataclass
-class Tally:
+class EpochMeters:
     """The finished steps of an epoch."""
 
     steps: int = 0
@@ -42,66 +42,66 @@ class Tally:
 
 
 @dataclass
-class Progress:
+class TrainState:
     """Where training stands, and what it has recorded."""
 
     epoch: int = 0  # finished epochs
     best_rsum: float = -1.0
     history: list[dict] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
-    tally: Tally = field(default_factory=Tally)
+    meters: EpochMeters = field(default_factory=EpochMeters)
 
     def finish_epoch(self, record: dict) -> None:
         """Keep an epoch's record and begin the next one."""
         self.epoch += 1
         self.history.append(record)
-        self.tally = Tally()
+        self.meters = EpochMeters()
 
-    def steps(self, steps_per_epoch: int) -> int:
+    def total_steps(self, steps_per_epoch: int) -> int:
         """Finished steps of all epochs; counted anew, as --batch-size may have changed."""
-        return self.epoch * steps_per_epoch + self.tally.steps
+        return self.epoch * steps_per_epoch + self.meters.steps
 
-    def place(self, steps_per_epoch: int) -> str:
+    def position(self, steps_per_epoch: int) -> str:
         """Where training stands, for a message."""
-        if not self.tally.steps:
+        if not self.meters.steps:
             return f"epoch {self.epoch}"
-        return f"epoch {self.epoch + 1}, step {self.tally.steps} of {steps_per_epoch},"
+        return f"epoch {self.epoch + 1}, step {self.meters.steps} of {steps_per_epoch},"
 
     def state(self, steps_per_epoch: int) -> dict:
         """Plain values for a checkpoint."""
-        tally = self.tally
+        meters = self.meters
         return {
             "epoch": self.epoch,
             "best_rsum": self.best_rsum,
             "history": self.history,
             "unreadable": sorted(self.unreadable),
-            "tally": {
-                **{name: getattr(tally, name) for name in (*COUNTS, "sums", "averaged")},
-                "seconds": tally.elapsed(),
+            "meters": {
+                **{name: getattr(meters, name) for name in (*COUNTS, "sums", "averaged")},
+                "seconds": meters.elapsed(),
                 "steps_per_epoch": steps_per_epoch,
             },
         }
 
     @classmethod
-    def from_state(cls, state: dict, steps_per_epoch: int) -> "Progress":
+    def from_state(cls, state: dict, steps_per_epoch: int) -> "TrainState":
         """What `state` gave; where an epoch has another number of steps now, the same share of it is taken as done.
 
         Raises ValueError where the values cannot be that.
         """
         try:
-            saved = state["tally"]
+            saved = state["meters"]
             if not isinstance(saved["sums"], dict):
                 raise TypeError
             counts = {name: saved[name] for name in COUNTS}
             counts["steps"] = counts["steps"] * steps_per_epoch // saved["steps_per_epoch"]
-            tally = Tally(**counts, seconds=saved["seconds"], sums=saved["sums"], averaged=saved["averaged"])
-            progress = cls(state["epoch"], state["best_rsum"], list(state["history"]), set(state["unreadable"]), tally)
-            numbers = [progress.epoch, progress.best_rsum, tally.seconds, *counts.values(), *tally.sums.values()]
-            sound = all(isinstance(number, Real) for number in numbers) and tally.sums.keys() == set(TERMS)
-            sound = sound and isinstance(progress.epoch + tally.steps, int) and 0 <= tally.steps <= steps_per_epoch
+            meters = EpochMeters(**counts, seconds=saved["seconds"], sums=saved["sums"], averaged=saved["averaged"])
+            progress = cls(state["epoch"], state["best_rsum"], list(state["history"]), set(state["unreadable"]), meters)
+            numbers = [progress.epoch, progress.best_rsum, meters.seconds, *counts.values(), *meters.sums.values()]
+            sound = all(isinstance(number, Real) for number in numbers) and meters.sums.keys() == set(TERMS)
+            sound = sound and isinstance(progress.epoch + meters.steps, int) and 0 <= meters.steps <= steps_per_epoch
             sound = sound and progress.epoch == len(progress.history)
         except (
-            KeyError,
+            LookupError,
             TypeError,
             ValueError,
             AttributeError,

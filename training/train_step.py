@@ -6,13 +6,13 @@ import torch
 from accelerate import Accelerator
 
 from config import Config
-from losses import LossTerms, Objective, objective_loss
+from losses import LossTerms
 from modules import CLIPModel
 from retrieval.encoder import Encoder
 from runtime import distributed
-from training.chunked_losses import chunked_objective_loss
-from training.dataloader import Passes
+from training.dataloader import MicroBatchPasses
 from training.gradcache import cached_backward
+from training.objectives import Objective, objective_loss
 from training.optim import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
@@ -20,7 +20,7 @@ TERMS = ("loss", "main", "triplet")
 LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
 
 
-class Outcome:
+class StepMetrics:
     """What a step found, on its way to the CPU: `read` waits for that step alone, not for what was queued after it."""
 
     def __init__(self, step: int, values: dict[str, torch.Tensor], image_ids: torch.Tensor, pairs: int):
@@ -38,14 +38,14 @@ class Outcome:
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
-class TrainingStep:
+class TrainStep:
     """Forward, backward and update over batches of this process, or of all processes together."""
 
     def __init__(self, config: Config, model: CLIPModel, encoder: Encoder, *, steps_per_epoch: int, micro_batches: int):
         self.config, self.device, self.unwrapped = config, encoder.device, model
         self.steps_per_epoch = steps_per_epoch
         self.objective = Objective(
-            main=config.objective,
+            name=config.objective,
             negatives=config.negatives,
             distance=config.distance,
             margin=config.margin,
@@ -75,15 +75,14 @@ class TrainingStep:
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
-    def __call__(self, passes: Passes, step: int, stop: int = 0) -> Outcome | None:
+    def __call__(self, passes: MicroBatchPasses, step: int, stop: int = 0) -> StepMetrics | None:
         """One update; dropout depends on (seed, step) alone. None where no process had a photo that could be read."""
         alpha, batch = self.alpha(step), {}
 
         def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
             batch.update(image_ids=image_ids, pairs=len(text_emb))
             chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
-            chunked = len(text_emb) > chunk_size
-            return (chunked_objective_loss if chunked else objective_loss)(
+            return objective_loss(
                 image_emb,
                 text_emb,
                 image_ids.to(self.device),
@@ -92,7 +91,7 @@ class TrainingStep:
                 temperature=self.unwrapped.temperature,
                 bias=self.unwrapped.bias,
                 alpha=alpha,
-                **({"chunk_size": chunk_size} if chunked else {}),
+                chunk_size=chunk_size if len(text_emb) > chunk_size else None,
             )
 
         terms = cached_backward(
@@ -107,10 +106,10 @@ class TrainingStep:
         if terms is None:
             return None
         values = dict(zip(TERMS, terms, strict=True)) | {"gradient": self._update()}
-        values["stop"] = distributed.highest(torch.tensor(float(stop), device=self.device))
-        return Outcome(step, values, **batch)
+        values["stop"] = distributed.all_reduce_max(torch.tensor(float(stop), device=self.device))
+        return StepMetrics(step, values, **batch)
 
-    def fault(self, found: dict[str, float]) -> str | None:
+    def find_nonfinite(self, found: dict[str, float]) -> str | None:
         """What is not finite in an Outcome's values, for a message. A gradient beyond float16's range is no fault: the
         scaler skips that step and lowers its factor, until even a factor of 1 does not help.
         """
@@ -131,8 +130,8 @@ class TrainingStep:
         for parameter in (self.unwrapped.logit_scale, self.unwrapped.logit_bias):
             if parameter is not None and parameter.grad is not None:
                 # Every process found all of it, not a share as of the other parameters.
-                parameter.grad /= distributed.count()
-        distributed.sum_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
+                parameter.grad /= distributed.world_size()
+        distributed.all_reduce_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
         length = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -171,8 +170,8 @@ class TrainingStep:
             raise ValueError("the optimizer's state in it is damaged") from None
         if saved_sizes != sizes:
             raise ValueError(
-                "other parts were trained: leave out flags that say what trains (--freeze-image, --image-stages, "
-                "--lora, --objective and so on)"
+                "other parts were trained: leave out flags that say what trains (--freeze-image, "
+                "--unfreeze-image-stages, --lora, --objective and so on)"
             )
         names = {parameter: name for name, parameter in self.unwrapped.named_parameters()}
         parameters = [parameter for group in groups for parameter in group["params"]]

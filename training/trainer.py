@@ -1,87 +1,112 @@
-"""How training begins: a new run's folder, or on from where a run stopped."""
+"""Training: a new run or a resumed one, its epochs with a validation after each, and its checkpoints."""
 
+import json
+import math
 import shutil
+import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from config import ARCHITECTURE, Config
 from data.loading import CaptionData
 from models.checkpoint import load_run, save_state, split_frozen
 from models.encoders import save_towers
-from models.factory import apply_settings, build_model, describe_model, training_encoder
-from runtime.device import pick_device
-from runtime.distributed import count, equalise, from_first, join, leave, rank
+from models.factory import apply_config, build_model, describe_model
+from modules import CLIPModel
+from reporting.plots import plot_curves
+from reporting.terminal import format_epoch
+from retrieval.csls import make_query_bank
+from retrieval.encoder import Encoder, build_training_encoder
+from retrieval.metrics import retrieval_metrics
+from runtime import distributed
+from runtime.atomic_io import write_text
+from runtime.device import memory_advice, pick_device
+from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
 from runtime.run_dir import (
+    BAD_BATCH,
     BEST,
+    CURVES,
     FROZEN,
     LAST,
+    LOG,
     TOWERS,
     create_run,
-    hold,
+    lock_run,
     read_config,
-    read_starts,
-    remove_unfinished,
+    read_launches,
+    remove_partial_files,
     write_config,
 )
-from training.loop import Trainer
-from training.run_metadata import changes, describe_start
+from runtime.signals import Stopped, StopSignals
+from runtime.text import format_examples, format_skipped
+from training.dataloader import MicroBatchPasses
+from training.dataloader_factory import build_batches
+from training.objectives import OBJECTIVES
+from training.run_metadata import describe_changes, describe_launch
+from training.train_state import TrainState
+from training.train_step import TERMS, StepMetrics, TrainStep
+
+PLOT_EVERY = 30  # seconds; short epochs should not spend their time on drawing
 
 
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
-    """Train on `data` as `config` says, in a new run's folder or on from where `resume` stopped; returns the folder."""
-    with ExitStack() as held:  # the folder, against another process that would train in it
-        return _train(config, data, resume, held)
+    """Train on `data`, in a new run's folder or from where the run in `resume` stopped; returns the run's folder."""
+    with ExitStack() as locks:  # on the run's folder, against other processes that would train in it
+        return _train(config, data, resume, locks)
 
 
-def _train(config, data, resume, held):
-    join(pick_device(config.device))
-    images = len(data.part("train").paths)
-    _check_sizes(config, images)  # a mistake should leave no run's folder behind
+def _train(config, data, resume, locks):
+    distributed.init(pick_device(config.device))
+    images = len(data.split("train").paths)
+    _check_batch_size(config, images)  # before anything is written
     torch.manual_seed(config.seed)
     if resume is None:
-        (folder, model, tokenizer), state = _start(config, data, held), None
+        (folder, model, tokenizer), state = _new_run(config, data, locks), None
     else:
         if rank() == 0:
-            held.enter_context(hold(resume))
-        folder, (model, tokenizer, state) = resume, _continue(config, resume, LAST)
-    encoder = training_encoder(config, model, tokenizer)
-    equalise(model)  # where it trains: NCCL knows no tensor of the CPU
+            locks.enter_context(lock_run(resume))
+        folder, (model, tokenizer, state) = resume, _load_checkpoint(config, resume, LAST)
+    encoder = build_training_encoder(config, model, tokenizer)
+    distributed.broadcast_parameters(model)  # after the move to the device: NCCL has no CPU tensors
     if images < config.batch_size:
         print(f"every step sees all {images} training images; --batch-size {config.batch_size} would take more")
-    print(
-        f"{describe_model(model)}; {encoder.device.type}, {str(encoder.precision).removeprefix('torch.')}; run {folder}"
-    )
+    precision = str(encoder.precision).removeprefix("torch.")
+    print(f"{describe_model(model)}; {encoder.device.type}, {precision}; run {folder}")
     if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
-        print(f"the heads alone will train: --freeze-epochs {config.freeze_epochs} holds the towers to the last epoch")
+        print(f"only the heads will train: --freeze-epochs {config.freeze_epochs} freezes the towers in every epoch")
     trainer = Trainer(config, folder, model, encoder, data, state)
-    if rank() == 0:  # not before all that the settings ask for has been found to fit the run
-        _record_start(folder, config, describe_start(data, pick_device(config.device)))
+    if rank() == 0:  # only once all settings have been checked against the run
+        _record_launch(folder, config, describe_launch(data, pick_device(config.device)))
     folder = trainer.fit()
-    leave()
+    distributed.cleanup()
     return folder
 
 
-def _check_sizes(config, images):
-    size, many = config.batch_size, count()
-    if images < (fewest := max(2, many)):  # one for each process, and one to tell it from
-        raise ValueError(f"training needs at least {fewest} images, the data set has {images} for it")
-    if size % many:
-        near = f"{size // many * many} or {(size // many + 1) * many}" if size > many else f"{many}"
-        raise ValueError(f"--batch-size {size} cannot be shared by {many} processes: make it a multiple, {near}")
+def _check_batch_size(config, images):
+    size, processes = config.batch_size, world_size()
+    if images < (least := max(2, processes)):  # one for each process, and one to compare it with
+        raise ValueError(f"training needs at least {least} images, the data set has {images} for it")
+    if size % processes:
+        near = f"{size // processes * processes} or {(size // processes + 1) * processes}"
+        near = near if size > processes else f"{processes}"
+        raise ValueError(
+            f"--batch-size {size} cannot be divided among {processes} processes: make it a multiple, {near}"
+        )
 
 
-def _start(config, data, held):
-    """A new run: its folder gets what never changes, the towers' settings and the weights of frozen ones."""
+def _new_run(config, data, locks):
+    """Create the run's folder with what never changes: the towers' settings, and the weights of frozen towers."""
     if config.start_from is None:
         model, tokenizer, specification = build_model(config, data)
     else:
-        model, tokenizer, _ = _continue(config, Path(config.start_from), BEST)
+        model, tokenizer, _ = _load_checkpoint(config, Path(config.start_from), BEST)
     folder = None
     if rank() == 0:
         folder = create_run(config)
-        held.enter_context(hold(folder))
+        locks.enter_context(lock_run(folder))
         if config.start_from is None:
             save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
         else:
@@ -89,18 +114,18 @@ def _start(config, data, held):
         _, frozen = split_frozen(model)
         if frozen:
             save_state(folder / FROZEN, frozen)
-    return from_first(folder), model, tokenizer
+    return broadcast_object(folder), model, tokenizer
 
 
-def _continue(config, folder, checkpoint):
-    """The model of a run's checkpoint, with `config`'s freezing and dropout, and what else the checkpoint holds."""
+def _load_checkpoint(config, folder, checkpoint):
+    """The model of a run's checkpoint with `config`'s freezing and dropout, and the rest of the checkpoint."""
     trained = read_config(folder)
     for name in ARCHITECTURE:
         if (ours := getattr(config, name)) != (theirs := getattr(trained, name)):
             ours, theirs = _as_flag(name, ours), _as_flag(name, theirs)
             raise ValueError(f"{ours}: the weights of {folder} were trained with {theirs}; leave the flag out")
     run = load_run(folder, checkpoint)
-    apply_settings(config, run.model)
+    apply_config(config, run.model)
     return run.model, run.tokenizer, run.state
 
 
@@ -109,8 +134,213 @@ def _as_flag(name, value):
     return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
 
 
-def _record_start(folder, config, start):
-    remove_unfinished(folder)
-    if changed := changes(read_starts(folder), start):
-        print(f"not as when this run was last started: {changed}; it goes on, but perhaps not bit for bit")
-    write_config(folder, config, start)
+def _record_launch(folder, config, launch):
+    remove_partial_files(folder)
+    if changed := describe_changes(read_launches(folder), launch):
+        print(f"changed since this run was last started: {changed}; it continues, but perhaps not bit for bit")
+    write_config(folder, config, launch)
+
+
+class Trainer:
+    """One run: its model, optimizer and batches, and its position.
+
+    No step depends on a running random state: order, crops and captions are drawn from (seed, epoch, image), dropout
+    from (seed, step). To continue exactly, a checkpoint needs the position, the weights and the optimizer.
+    """
+
+    def __init__(
+        self, config: Config, folder: Path, model: CLIPModel, encoder: Encoder, data: CaptionData, state: dict | None
+    ):
+        self.config, self.folder, self.encoder, self.model = config, folder, encoder, model
+        epoch = (state or {}).get("epoch")
+        first_epoch = epoch if isinstance(epoch, int) else 0  # a damaged state is reported when it is restored
+        self.batches, self.embed_validation = build_batches(config, model, encoder, data, first_epoch=first_epoch)
+        steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
+        self.step = TrainStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
+        self.state, self.last_plot = TrainState(), -math.inf
+        # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
+        self.lag, self.pending = int(encoder.device.type == "cuda"), []
+        self.signals, self.saved, self.query_bank = StopSignals(verbose=rank() == 0), None, None
+        if state is not None:
+            self._restore(state)
+
+    def fit(self) -> Path:
+        """Train the epochs that are left. SIGINT and SIGTERM raise Stopped, after a checkpoint at that step."""
+        config, state = self.config, self.state
+        with self.signals:
+            try:
+                while state.epoch < config.epochs:
+                    self._train_epoch()
+                    record = self._epoch_record() | self._validate()
+                    state.finish_epoch(record)
+                    self._save_epoch(record)
+                    main_term = config.objective, OBJECTIVES[config.objective].label
+                    print(format_epoch(record, config.epochs, main_term), flush=True)
+            except (RuntimeError, MemoryError) as error:
+                if not (advice := memory_advice(error, config.micro_batch_size or config.batch_size)):
+                    raise
+                raise ValueError(f"{advice}; {self._describe_saved()}") from None
+            except OSError as error:
+                raise OSError(f"{error}; {self._describe_saved()}") from None
+            except Stopped as stop:
+                raise Stopped(stop.signum, self._save_and_describe()) from None
+        self._plot()
+        return self.folder
+
+    def _train_epoch(self):
+        """Run the remaining steps of the current epoch."""
+        epoch, meters, steps = self.state.epoch, self.state.meters, len(self.batches)
+        self.model.freeze_towers_temporarily(epoch < self.config.freeze_epochs)
+        self.model.train()
+        every = self.config.save_every_steps
+        with tqdm(
+            total=steps, initial=meters.steps, desc=f"epoch {epoch + 1}", leave=False, disable=rank() > 0 or None
+        ) as bar:
+            meters.start_clock()
+            for number, passes in enumerate(self.batches.epoch(epoch, meters.steps), epoch * steps + meters.steps):
+                metrics = self.step(self._drop_unreadable(passes), number, stop=self.signals.received)
+                meters.steps += 1
+                self.pending += [metrics] if metrics else []
+                values = self._read_metrics(self.lag)
+                bar.set_postfix(
+                    {key: f"{values[key]:.3f}" for key in TERMS if values}
+                    | {"images/s": f"{meters.images / meters.elapsed():.1f}"}
+                )
+                bar.update()
+                if meters.steps == steps:
+                    break  # the epoch's own checkpoint follows
+                if values.get("stop"):
+                    raise Stopped(int(values["stop"]))
+                if every and (number + 1) % every == 0:
+                    self._save_last()
+            self._read_metrics(0)
+            meters.stop_clock()
+        if not meters.averaged:
+            distributed.average_batch_norm_stats(self.model)
+            meters.averaged = True
+        self._report_unreadable()
+
+    def _read_metrics(self, lag: int) -> dict[str, float]:
+        """Add the metrics of finished steps, all but the `lag` newest, to the meters; returns the last one's, or {}."""
+        values = {}
+        while len(self.pending) > lag:
+            metrics = self.pending.pop(0)
+            values = metrics.read()
+            if nonfinite := self.step.find_nonfinite(values):
+                raise ValueError(self._save_bad_batch(nonfinite, metrics))
+            self.state.meters.add({key: values[key] for key in TERMS}, len(metrics.image_ids), metrics.pairs)
+        return values
+
+    def _save_bad_batch(self, nonfinite: str, metrics: StepMetrics) -> str:
+        """Write the photos of a step with a non-finite loss or gradient to a file; returns the error message."""
+        step, epoch = metrics.step + 1, metrics.step // len(self.batches) + 1
+        photos = [str(self.batches.paths[row]) for row in metrics.image_ids.tolist()]
+        path = self.folder / BAD_BATCH
+        if rank() == 0:
+            text = json.dumps({"fault": nonfinite, "step": step, "epoch": epoch, "photos": photos}, indent=2)
+            write_text(path, text + "\n")
+        return (
+            f"{nonfinite} at step {step}, epoch {epoch}, with the photos {format_examples(photos)} (all: {path}): "
+            f"lower the learning rates, or try --precision float32; {self._describe_saved()}"
+        )
+
+    def _epoch_record(self) -> dict:
+        """The epoch's line in log.jsonl, without validation."""
+        state, meters = self.state, self.state.meters
+        return {
+            "epoch": state.epoch + 1,
+            **{self.config.objective if key == "main" else key: mean for key, mean in meters.means().items()},
+            "alpha": self.step.alpha((state.epoch + 1) * len(self.batches) - 1),
+            "temperature": self.model.temperature.item(),
+            "seconds": meters.seconds,
+            "images_per_s": meters.images / meters.seconds,
+            "pairs_per_s": meters.pairs / meters.seconds,
+        }
+
+    def _drop_unreadable(self, passes: MicroBatchPasses) -> MicroBatchPasses:
+        """Drop micro-batches without a single readable photo; remember the photos that could not be read."""
+
+        def readable(micro_batches, first_pass):
+            for micro_batch in micro_batches:
+                if first_pass and world_size() == 1:
+                    self.signals.check()  # nothing has changed yet: the step can be dropped
+                self.state.unreadable.update(micro_batch["unreadable"])
+                if "image_ids" in micro_batch:
+                    yield {key: micro_batch[key] for key in micro_batch if key != "unreadable"}
+
+        first, second = passes
+        return readable(first, True), None if second is None else readable(second, False)
+
+    @torch.inference_mode()
+    def _validate(self) -> dict:
+        """Retrieval metrics of the validation split over its full pool, for all processes; keeps its query bank."""
+        self.model.eval()
+        with self.signals.immediately():
+            embeddings = self.embed_validation()
+            self.query_bank = make_query_bank(*embeddings)
+            return broadcast_object(retrieval_metrics(*embeddings) if rank() == 0 else None)
+
+    def _report_unreadable(self):
+        unreadable = sorted(set(all_gather_list(sorted(self.state.unreadable))))
+        if not self.state.meters.images:
+            examples = format_examples(unreadable)
+            raise ValueError(f"none of the {len(unreadable):,} training photos could be read: {examples}")
+        if unreadable and self.state.epoch == 0:
+            print(f"train: {format_skipped(len(unreadable))}: {format_examples(unreadable)}")
+
+    def _save_epoch(self, record: dict):
+        """Write best.pt for the best epoch so far, then last.pt, then the log: a crash in between loses no epoch."""
+        folder, state = self.folder, self.state
+        if rank() > 0:
+            return
+        if record["rsum"] > state.best_rsum:
+            state.best_rsum = record["rsum"]
+            weights, _ = split_frozen(self.model)
+            save_state(folder / BEST, {"model": weights, "epoch": state.epoch, "query_bank": self.query_bank})
+        self._save_last()
+        write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in state.history))
+        if time.perf_counter() - self.last_plot > PLOT_EVERY:
+            self._plot()
+            self.last_plot = time.perf_counter()
+
+    def _plot(self):
+        if rank() == 0:
+            main_term = self.config.objective, OBJECTIVES[self.config.objective].label
+            plot_curves(self.state.history, self.folder / CURVES, main_term=main_term)
+
+    def _save_last(self):
+        """Write last.pt, from which training continues exactly here."""
+        self._read_metrics(0)  # nothing that is not finite is ever saved
+        meters = self.state.meters
+        within_epoch = meters.steps > 0 and not meters.averaged
+        statistics = distributed.gather_batch_norm_stats(self.model) if within_epoch else []
+        if rank() == 0:
+            checkpoint = {"model": split_frozen(self.model)[0], "statistics": statistics}
+            save_state(self.folder / LAST, checkpoint | self.step.state() | self.state.state(len(self.batches)))
+        self.saved = self.state.position(len(self.batches))
+
+    def _save_and_describe(self) -> str:
+        """Save where a stopped run stands, for the message about it."""
+        if self.state.meters.steps:
+            self._save_last()
+        described = self._describe_saved()
+        return described[0].upper() + described[1:]
+
+    def _describe_saved(self) -> str:
+        """What the last checkpoint holds and how to continue, for a message."""
+        if self.saved is None:
+            return "nothing was saved yet"
+        return f"{self.saved} is saved; continue with: python train.py --resume {self.folder}"
+
+    def _restore(self, state: dict):
+        try:
+            self.state = TrainState.from_state(state, len(self.batches))
+            self.saved = self.state.position(len(self.batches))
+            self.step.restore(state, self.state.total_steps(len(self.batches)))
+            distributed.restore_batch_norm_stats(self.model, state["statistics"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{self.folder / LAST} cannot be used as a checkpoint: {error!r} in it") from None
+        except ValueError as error:
+            raise ValueError(f"{self.folder} cannot continue: {error}, or --start-from it") from None
+        if self.state.epoch >= self.config.epochs:
+            raise ValueError(f"{self.folder} has trained its {self.state.epoch} epochs: to continue, raise --epochs")

@@ -5,15 +5,15 @@ from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
-from retrieval.embedding_store import Gallery, find_photos, split_photos
-from retrieval.searcher import Searcher, search_with_pair, search_with_run
+from retrieval.embedding_store import Gallery, list_images, list_split_images
+from retrieval.searcher import Searcher, searcher_for_pretrained, searcher_for_run
 from runtime import cli
 from runtime.run_dir import finished_runs, read_config
 
 OWN_PHOTOS = "the run's data set"
 
 
-class Shelf:
+class Catalog:
     """Runs and galleries by the names that visitors choose from; nothing else can be reached through it.
 
     run, or a pretrained pair's name: the one to start with; None for the newest finished run. options: the device,
@@ -39,7 +39,7 @@ class Shelf:
             if run is None and model is None:
                 raise
             others = []
-        pairs = {} if model is None else {without_way(model): None}  # has no folder of its own
+        pairs = {} if model is None else {display_name(model): None}  # has no folder of its own
         self.runs = _by_label([*first, *others], pairs)
         self.folders = _by_label([cli.existing_folder(folder, "--gallery") for folder in folders])
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
@@ -51,9 +51,9 @@ class Shelf:
 
     def captions(self, run: str) -> list[str]:
         """The captions of a run's data set."""
-        return self._data(run).part(self.split).captions
+        return self._data(run).split(self.split).captions
 
-    def told(self, message: object) -> str:
+    def public_error(self, message: object) -> str:
         """A message for visitors: on one line, with the labels of folders in place of their paths."""
         text = " ".join(str(message).split())
         places = [*self.runs.items(), *self.folders.items()]
@@ -62,7 +62,7 @@ class Shelf:
             text = text if folder is None else text.replace(str(folder), label)
         return text
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Notice photos that were added, changed or deleted, at the next search."""
         self.gallery.cache_clear()
 
@@ -74,19 +74,25 @@ class Shelf:
 
     def _searcher(self, run: str) -> Searcher:
         folder = self.runs[run]
-        return search_with_run(folder, **self.options) if folder else search_with_pair(self.model, **self.options)
+        return (
+            searcher_for_run(folder, **self.options) if folder else searcher_for_pretrained(self.model, **self.options)
+        )
 
     def _gallery(self, run: str, name: str) -> Gallery:
-        photos = split_photos(self._data(run), self.split) if name == OWN_PHOTOS else find_photos(self.folders[name])
+        photos = (
+            list_split_images(self._data(run), self.split) if name == OWN_PHOTOS else list_images(self.folders[name])
+        )
         return self.searcher(run).gallery(photos)
 
     def _data(self, run):
         if self.runs[run] is None:
             raise ValueError(f"{run} was not trained here and has no data set: choose other photos, or a run")
-        return cli.open_data(read_config(self.runs[run]), self.data_dir)
+        from data.loading import open_data
+
+        return open_data(read_config(self.runs[run]), self.data_dir)
 
 
-def without_way(path: str | Path) -> str:
+def display_name(path: str | Path) -> str:
     """What visitors see of a path, or of a name: itself, or without its way from the machine's root."""
     path = Path(path).expanduser()
     return path.name if path.is_absolute() else str(path)
@@ -96,7 +102,7 @@ def _by_label(folders, others=()):
     """Folders by what visitors see of them, numbered where that is the same; behind others that have labels already."""
     labels = dict(others)
     for folder in dict.fromkeys(folders):
-        own = without_way(folder)
+        own = display_name(folder)
         numbered = (f"{own} ({number})" for number in count(2))
         labels[next(label for label in chain([own], numbered) if label not in labels)] = folder
     return labels

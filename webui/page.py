@@ -6,32 +6,33 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
 
-from data.image_io import load_image, open_image, shown_name
+from data.image_io import load_image, open_image
 from runtime.run_dir import read_config, read_metrics
-from webui.catalog import Shelf, without_way
+from runtime.text import display_filename
+from webui.catalog import Catalog, display_name
 
 MOST_PIXELS = 50_000_000  # of an uploaded photo: 150 MB once it is unpacked
 SWEPT = (3600, 3600)  # seconds: every hour, uploads and copies older than an hour are deleted
 MOST_MATCHES, MOST_CAPTIONS, THUMBNAIL = 60, 10, 512
 
 
-def build_page(shelf: Shelf, index: str | None):
+def build_page(catalog: Catalog, index: str | None):
     """The page: a tab to search, by an index of index.py if one is named, one captions, labels, the model."""
     gr = gradio()
     with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False, delete_cache=SWEPT) as page:
         gr.Markdown("# Photo search")
         with gr.Row():
-            run = gr.Dropdown(list(shelf.runs), label="Run", value=next(iter(shelf.runs)))
-            gallery = gr.Dropdown(shelf.galleries, label="Photos", value=shelf.galleries[0])
-        _search_tab(gr, shelf, run, gallery, index)
-        _captions_tab(gr, shelf, run)
-        _labels_tab(gr, shelf, run)
-        _model_tab(gr, shelf, run, page)
-        page.load(shelf.look_again, api_name=False)
+            run = gr.Dropdown(list(catalog.runs), label="Run", value=next(iter(catalog.runs)))
+            gallery = gr.Dropdown(catalog.galleries, label="Photos", value=catalog.galleries[0])
+        _search_tab(gr, catalog, run, gallery, index)
+        _captions_tab(gr, catalog, run)
+        _labels_tab(gr, catalog, run)
+        _model_tab(gr, catalog, run, page)
+        page.load(catalog.refresh, api_name=False)
     return page
 
 
-def _search_tab(gr, shelf, run, gallery, index):
+def _search_tab(gr, catalog, run, gallery, index):
     with gr.Tab("Photos"):
         with gr.Row():
             with gr.Column():
@@ -42,20 +43,20 @@ def _search_tab(gr, shelf, run, gallery, index):
             with gr.Column(scale=3):
                 found = gr.Gallery(label="Found", columns=4, height="max-content", format="jpeg", elem_id="found")
 
-        @_told(gr, shelf)
+        @_public_errors(gr, catalog)
         def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
             """The photos that fit a sentence, resemble a photo, or both: (photo, score and name), best first."""
-            from retrieval.searcher import combine, nearest_photos
+            from retrieval.searcher import combine_queries, search_images
 
-            searcher, sentence = shelf.searcher(run), (sentence or "").strip()
+            searcher, sentence = catalog.searcher(run), (sentence or "").strip()
             if not sentence and photo is None:
                 raise ValueError("write a sentence or choose a photo")
-            if sentence and (cut := searcher.too_long(sentence)):
+            if sentence and (cut := searcher.describe_truncation(sentence)):
                 gr.Warning(cut)
-            asked = searcher.photos([checked(photo)]) if photo else None
-            query = combine(searcher.sentences([sentence]) if sentence else None, asked)
+            asked = searcher.embed_images([checked(photo)]) if photo else None
+            query = combine_queries(searcher.embed_sentences([sentence]) if sentence else None, asked)
             count = min(int(count), MOST_MATCHES)
-            (matches,) = nearest_photos(query, shelf.gallery(run, gallery), count, index)
+            (matches,) = search_images(query, catalog.gallery(run, gallery), count, index)
             return thumbnails(matches)
 
         inputs = [sentence, photo, run, gallery, count]
@@ -63,7 +64,7 @@ def _search_tab(gr, shelf, run, gallery, index):
         gr.on(asked, search_photos, inputs, found, concurrency_id="model", api_name="search_photos")
 
 
-def _captions_tab(gr, shelf, run):
+def _captions_tab(gr, catalog, run):
     with gr.Tab("Captions"), gr.Row():
         with gr.Column():
             photo = _photo_input(gr, "A photo", "captions-photo")
@@ -72,20 +73,20 @@ def _captions_tab(gr, shelf, run):
             headers=["score", "caption"], label="Captions of the run's data set", scale=3, elem_id="captions"
         )
 
-    @_told(gr, shelf)
+    @_public_errors(gr, catalog)
     def find_captions(photo: str | None, run: str):
         """The captions of the run's data set that fit a photo: (score, caption), best first."""
-        from retrieval.searcher import nearest_captions
+        from retrieval.searcher import search_captions
 
-        searcher, captions = shelf.searcher(run), shelf.captions(run)
-        query = searcher.photos([checked(photo)], among="captions")
-        (matches,) = nearest_captions(query, searcher.captions(captions), captions, MOST_CAPTIONS)
+        searcher, captions = catalog.searcher(run), catalog.captions(run)
+        query = searcher.embed_images([checked(photo)], among="captions")
+        (matches,) = search_captions(query, searcher.embed_captions(captions), captions, MOST_CAPTIONS)
         return [[round(match.score, 3), match.item] for match in matches]
 
     button.click(find_captions, [photo, run], found, concurrency_id="model", api_name="find_captions")
 
 
-def _labels_tab(gr, shelf, run):
+def _labels_tab(gr, catalog, run):
     with gr.Tab("Labels"), gr.Row():
         with gr.Column():
             photo = _photo_input(gr, "A photo", "labels-photo")
@@ -93,28 +94,28 @@ def _labels_tab(gr, shelf, run):
             button = gr.Button("Choose", variant="primary", elem_id="choose")
         chosen = gr.Label(label="Which fits", num_top_classes=10, scale=2, elem_id="chosen")
 
-    @_told(gr, shelf)
+    @_public_errors(gr, catalog)
     def choose_label(photo: str | None, labels: str, run: str):
         """Which of the labels (one per line) fits a photo: their probabilities."""
         lines = [line.strip() for line in (labels or "").splitlines() if line.strip()]
-        matches = shelf.searcher(run).classify(checked(photo), lines)
+        matches = catalog.searcher(run).classify(checked(photo), lines)
         return {match.item: match.score for match in matches}
 
     button.click(choose_label, [photo, labels, run], chosen, concurrency_id="model", api_name="choose_label")
 
 
-def _model_tab(gr, shelf, run, page):
+def _model_tab(gr, catalog, run, page):
     with gr.Tab("Model"):
         metrics = gr.Dataframe(label="Recall and mAP in percent, median ranks, as `python evaluate.py` measured them")
         curves = gr.Image(label="Training", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
         settings = gr.JSON(label="Settings", elem_id="settings")
 
-    @_told(gr, shelf)
+    @_public_errors(gr, catalog)
     def about(run: str):
         """A run's metrics by split, its curves, and its settings."""
         from PIL import Image
 
-        folder = shelf.runs[run]
+        folder = catalog.runs[run]
         if folder is None:
             return {"headers": ["split"], "data": []}, None, {"model": run}
         config = vars(read_config(folder))
@@ -126,7 +127,7 @@ def _model_tab(gr, shelf, run, page):
         ]
         drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
         shown = {
-            name: without_way(value) if isinstance(value, str) else value
+            name: display_name(value) if isinstance(value, str) else value
             for name, value in config.items()
             if not name.endswith("_dir")
         }
@@ -150,7 +151,7 @@ def _photo_input(gr, label, elem_id):
     return photo
 
 
-def _told(gr, shelf) -> Callable:
+def _public_errors(gr, catalog) -> Callable:
     """A visitor's mistake becomes a message in the page."""
 
     def decorate(function):
@@ -161,7 +162,7 @@ def _told(gr, shelf) -> Callable:
             except KeyError as error:
                 raise gr.Error(f"the page does not offer {error}", print_exception=False) from None
             except (ValueError, OSError) as error:
-                raise gr.Error(shelf.told(error), print_exception=False) from None
+                raise gr.Error(catalog.public_error(error), print_exception=False) from None
 
         return wrapped
 
@@ -189,7 +190,7 @@ def thumbnails(matches: list) -> list:
     with ThreadPoolExecutor() as pool:
         copies = list(pool.map(thumbnail, [match.item for match in matches]))
     pairs = zip(copies, matches, strict=True)
-    return [(copy, f"{match.score:.3f}  {shown_name(match.item)}") for copy, match in pairs if copy is not None]
+    return [(copy, f"{match.score:.3f}  {display_filename(match.item)}") for copy, match in pairs if copy is not None]
 
 
 def thumbnail(path: Path):

@@ -13,13 +13,13 @@ from helpers import write_photos
 from PIL import Image, ImageOps
 
 from data import tokenizer as tokenizer_module
-from data.image_io import image_transform, load_image
-from data.loading import Part
-from data.preprocess import View
+from data.image_io import load_image
+from data.loading import Split
+from data.preprocess import Preprocess, random_crop_transform
 from data.tokenizer import pad, tokenize, train_tokenizer
-from dataset import CLIPDataset, ImageFiles, choose_captions, mirror_caption
+from dataset import CLIPDataset, ImageFiles, flip_caption, sample_captions
 from training import dataloader as batches_module
-from training.dataloader import EpochSampler, TrainingBatches, collate
+from training.dataloader import EpochSampler, ImageCaptionLoader, collate
 
 SIZE = 32
 MIRROR_SHIFT = 1000  # in these tests a mirrored caption's ids are its own plus this
@@ -29,12 +29,12 @@ def tiny_part(paths, counts):
     """A part with counts[i] captions for image i; each caption's ids are (its number + 1), once per place it has."""
     owner = np.repeat(np.arange(len(paths)), counts)
     token_ids = [np.full(1 + m % 3, m + 1, dtype=np.int32) for m in range(len(owner))]
-    return Part(list(paths), [f"caption {m}" for m in range(len(owner))], owner), token_ids
+    return Split(list(paths), [f"caption {m}" for m in range(len(owner))], owner), token_ids
 
 
 def tiny_dataset(paths, counts=None, **changes):
     part, token_ids = tiny_part(paths, counts or [3] * len(paths))
-    settings = {"view": View(SIZE), "captions_per_image": 2, "augment": True, "min_crop": 0.5, "seed": 0}
+    settings = {"preprocess": Preprocess(SIZE), "captions_per_image": 2, "augment": True, "min_crop": 0.5, "seed": 0}
     return CLIPDataset(part, token_ids, [ids + MIRROR_SHIFT for ids in token_ids], **settings | changes)
 
 
@@ -45,7 +45,7 @@ def paths(photos):
 
 def epoch_of(dataset, epoch, *, batch_size=4, num_workers=0):
     sampler = EpochSampler(len(dataset), batch_size, dataset.seed, micro_batch_size=batch_size)
-    batches = TrainingBatches(dataset, sampler, pad_id=0, num_workers=num_workers, pin_memory=False)
+    batches = ImageCaptionLoader(dataset, sampler, pad_id=0, num_workers=num_workers, pin_memory=False)
     return [batch for first, second in batches.epoch(epoch) for batch in first]
 
 
@@ -75,12 +75,12 @@ def same(batch, other):
     ],
 )
 def test_left_and_right_change_places_as_whole_words(caption, mirrored):
-    assert mirror_caption(caption) == mirrored
-    assert mirror_caption(mirrored) == caption
+    assert flip_caption(caption) == mirrored
+    assert flip_caption(mirrored) == caption
 
 
 def test_left_and_right_change_places_in_capitals():
-    assert mirror_caption("Left of it, on the RIGHT").lower() == "right of it, on the left"
+    assert flip_caption("Left of it, on the RIGHT").lower() == "right of it, on the left"
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(30, 8), (30, 30), (31, 8), (7, 3), (5, 1), (100, 64)])
@@ -141,10 +141,10 @@ def test_a_batch_too_large_to_hold_is_read_again_and_comes_out_the_same(paths, m
     monkeypatch.setattr(batches_module, "HELD_BYTES", 1)
     photos = tiny_dataset(paths)
     sampler = EpochSampler(len(photos), 4, photos.seed, micro_batch_size=2)
-    batches = TrainingBatches(photos, sampler, pad_id=0, num_workers=1, pin_memory=False)
+    batches = ImageCaptionLoader(photos, sampler, pad_id=0, num_workers=1, pin_memory=False)
     read_again = [[list(first), list(second)] for first, second in batches.epoch(3)]
     monkeypatch.setattr(batches_module, "HELD_BYTES", 2**30)
-    held = TrainingBatches(photos, sampler, pad_id=0, num_workers=0, pin_memory=False)
+    held = ImageCaptionLoader(photos, sampler, pad_id=0, num_workers=0, pin_memory=False)
     assert batches.reread and not held.reread and len(read_again) == len(batches)
     for (first, second), (parts, again) in zip(read_again, held.epoch(3), strict=True):
         assert parts is again and len(first) == len(second) == len(parts) == 2
@@ -167,7 +167,7 @@ def test_an_epoch_has_its_own_crops_and_repeats_them(paths):
 
 def test_a_photo_is_cropped_and_mirrored_only_with_augment(paths):
     dataset = tiny_dataset(paths, augment=False)
-    still = image_transform(SIZE)(image=load_image(paths[3], SIZE))["image"].transpose(2, 0, 1)
+    still = random_crop_transform(SIZE)(image=load_image(paths[3], SIZE))["image"].transpose(2, 0, 1)
     for epoch in range(4):
         assert np.array_equal(dataset[epoch, 3]["pixels"], still)
         assert all(ids[0] < MIRROR_SHIFT for ids in dataset[epoch, 3]["captions"])
@@ -207,7 +207,7 @@ def test_every_caption_is_drawn_in_some_epoch(paths):
 def test_chosen_captions_are_distinct_and_ascending():
     rng = np.random.default_rng(0)
     for _ in range(20):
-        chosen = choose_captions(rng, np.array([0, 4, 12]), 1, 5)
+        chosen = sample_captions(rng, np.array([0, 4, 12]), 1, 5)
         assert chosen.tolist() == sorted(set(chosen.tolist())) and len(chosen) == 5
         assert set(chosen) <= set(range(4, 12))
 
@@ -301,7 +301,7 @@ def test_for_encoding_a_broken_photo_is_its_reason_and_the_others_keep_their_pla
     folder = write_photos(tmp_path / "photos", 10)
     names = sorted((folder / "Images").iterdir())
     broken = break_photos(folder)
-    files = ImageFiles(names, view=View(SIZE))
+    files = ImageFiles(names, preprocess=Preprocess(SIZE))
     assert {k for k in range(10) if isinstance(files[k], str) and names[k].name in files[k]} == broken
     assert files[0].shape == (3, SIZE, SIZE) and files[0].dtype == np.uint8
 
@@ -401,7 +401,7 @@ def test_a_large_jpeg_is_decoded_small_but_not_below_the_size_asked_for(tmp_path
 
 def test_transforms_give_the_size_asked_for():
     image = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
-    for transform in (image_transform(SIZE), image_transform(SIZE, min_crop=0.3)):
+    for transform in (random_crop_transform(SIZE), random_crop_transform(SIZE, min_crop=0.3)):
         assert transform(image=image)["image"].shape == (SIZE, SIZE, 3)
 
 
@@ -409,7 +409,7 @@ def test_a_crop_keeps_the_share_of_the_area_that_it_must():
     """A photo whose pixels hold their own place: the crop's corners tell how much of it was kept."""
     rows, columns = np.mgrid[0:250, 0:250].astype(np.uint8)
     image = np.stack([rows, columns, rows], -1)
-    transform = image_transform(100, min_crop=0.7)
+    transform = random_crop_transform(100, min_crop=0.7)
     areas = []
     for seed in range(50):
         transform.set_random_seed(seed)

@@ -36,7 +36,7 @@ def captions_of(data):
     """The captions by the path of their photo below the data set's folder; each photo must be there."""
     found = {}
     for split in ("train", "val", "test"):
-        part = data.part(split)
+        part = data.split(split)
         for row, caption in zip(part.caption_image_ids, part.captions, strict=True):
             assert part.paths[row].is_file()
             found.setdefault(part.paths[row].relative_to(data.image_root).as_posix(), []).append(caption)
@@ -44,7 +44,7 @@ def captions_of(data):
 
 
 def parts_of(data):
-    return {split: {path.name for path in data.part(split).paths} for split in ("train", "val", "test")}
+    return {split: {path.name for path in data.split(split).paths} for split in ("train", "val", "test")}
 
 
 def names(count):
@@ -117,8 +117,8 @@ def test_a_name_that_ends_in_jpg_1_is_the_photo_without_it(tmp_path):
 def test_a_file_may_be_named_instead_of_its_folder_and_its_photos_lie_beside_it(tmp_path):
     flickr8k_original(tmp_path)
     data = opened(tmp_path / "Flickr8k_text" / "Flickr8k.lemma.token.txt")
-    assert "A dog number 0 run ." in data.part("train").captions
-    assert len(data.part("train").paths) == 5  # the lists are found from there too
+    assert "A dog number 0 run ." in data.split("train").captions
+    assert len(data.split("train").paths) == 5  # the lists are found from there too
 
 
 def test_a_line_of_the_original_flickr8k_without_its_number_is_named(tmp_path):
@@ -223,13 +223,13 @@ def coco(folder, year, *, train=range(20), val=range(20, 26)):
     """Annotations and photos as they come from cocodataset.org."""
     for part, ids in (("train", train), ("val", val)):
         prefix = f"COCO_{part}2014_" if year == 2014 else ""
-        named = {k: f"{prefix}{k:012d}.jpg" for k in ids}
-        photos(folder / f"{part}{year}", named.values())
+        has_flag = {k: f"{prefix}{k:012d}.jpg" for k in ids}
+        photos(folder / f"{part}{year}", has_flag.values())
         content = {
             "info": {"description": f"COCO {year} Dataset"},
             "licenses": [{"id": 1, "name": "Attribution"}],
             "images": [
-                {"license": 1, "file_name": name, "height": 8, "width": 8, "id": k} for k, name in named.items()
+                {"license": 1, "file_name": name, "height": 8, "width": 8, "id": k} for k, name in has_flag.items()
             ],
             "annotations": [
                 {"image_id": k, "id": 10 * k + n, "caption": f"A dog, {part} {k}, {n}.\n"} for n in (1, 2) for k in ids
@@ -244,11 +244,11 @@ def test_coco_from_its_site(tmp_path, year):
     coco(tmp_path, year)
     data = opened(tmp_path)
     assert data.form == "COCO annotations" and len(data.files) == 2
-    assert {path.parent.name for path in data.part("test").paths} == {f"val{year}"} and "its val is the test" in (
+    assert {path.parent.name for path in data.split("test").paths} == {f"val{year}"} and "its val is the test" in (
         data.split_source
     )
-    assert len(data.part("train").paths) == 18 and len(data.part("val").paths) == 2
-    caption = data.part("test").captions[0]
+    assert len(data.split("train").paths) == 18 and len(data.split("val").paths) == 2
+    caption = data.split("test").captions[0]
     assert re.fullmatch(r"A dog, val \d+, 1\.", caption)
 
 
@@ -259,8 +259,8 @@ def test_karpathys_split_of_coco_serves_the_photos_of_both_years(tmp_path, year)
     of_2014 |= dict.fromkeys(list(of_2014)[-6:-3], "test") | dict.fromkeys(list(of_2014)[-3:], "val")
     write(tmp_path / "dataset_coco.json", json.dumps(karpathy(of_2014, filepath="val2014")))
     data = opened(tmp_path)
-    assert [len(data.part(split).paths) for split in ("train", "val", "test")] == [20, 3, 3]
-    assert {path.name[-6:] for path in data.part("test").paths} == {"20.jpg", "21.jpg", "22.jpg"}
+    assert [len(data.split(split).paths) for split in ("train", "val", "test")] == [20, 3, 3]
+    assert {path.name[-6:] for path in data.split("test").paths} == {"20.jpg", "21.jpg", "22.jpg"}
     assert data.split_source == "Karpathy split" and data.missing == []
 
 
@@ -346,8 +346,8 @@ def test_train_and_valid_folders(tmp_path, valid):
     data = opened(tmp_path)
     found = captions_of(data)
     assert len(found) == 15 and all(texts[0].startswith(path.split("/")[0]) for path, texts in found.items())
-    assert {path.parent.parent.name for path in data.part("test").paths} == {valid}
-    assert len(data.part("train").paths) == 11 and len(data.part("val").paths) == 1
+    assert {path.parent.parent.name for path in data.split("test").paths} == {valid}
+    assert len(data.split("train").paths) == 11 and len(data.split("val").paths) == 1
 
 
 OWN = {

@@ -51,15 +51,15 @@ def test_a_saved_data_set_with_parts(opened, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "saved").rglob("*")}
     data = opened(tmp_path / "saved")
     for split, count, first in (("train", 9, 0), ("val", 3, 100), ("test", 4, 200)):
-        check(data.part(split), count, first)
+        check(data.split(split), count, first)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "saved").rglob("*")} == before
 
 
 def test_photos_are_written_to_the_cache_once(opened, tmp_path):
     made(12).save_to_disk(tmp_path / "saved")
-    paths = opened(tmp_path / "saved").part("train").paths
+    paths = opened(tmp_path / "saved").split("train").paths
     times = [path.stat().st_mtime_ns for path in paths]
-    assert [path.stat().st_mtime_ns for path in opened(tmp_path / "saved").part("train").paths] == times
+    assert [path.stat().st_mtime_ns for path in opened(tmp_path / "saved").split("train").paths] == times
     assert all((tmp_path / "cache") in path.parents for path in paths)
 
 
@@ -68,13 +68,13 @@ def test_parquet_files_as_the_hub_keeps_them(opened, tmp_path):
         (tmp_path / "hub" / "data").mkdir(parents=True, exist_ok=True)
         made(count, first).to_parquet(tmp_path / "hub" / "data" / f"{part}-00000-of-00001.parquet")
     data = opened(tmp_path / "hub")
-    check(data.part("test"), 4, 200)
-    assert len(data.part("train").paths) + len(data.part("val").paths) == 9
+    check(data.split("test"), 4, 200)
+    assert len(data.split("train").paths) + len(data.split("val").paths) == 9
 
 
 def test_a_name_on_the_hub_goes_through_the_same_code(opened, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: datasets.DatasetDict({"train": made(12)}))
-    assert sum(len(opened("owner/name").part(split).paths) for split in ("train", "val", "test")) == 12
+    assert sum(len(opened("owner/name").split(split).paths) for split in ("train", "val", "test")) == 12
 
 
 def test_photos_that_have_files_are_left_where_they_are(opened, tmp_path, monkeypatch):
@@ -158,7 +158,7 @@ def test_no_name_in_a_data_set_decides_where_a_photo_is_written(opened, tmp_path
 def read_hub_data_with(loaded, split, source, cache_dir):
     """Read a data set whose only part has the name `split`, as a dataset_dict.json may give it."""
     with mock.patch.object(hf_reader, "_load", lambda *_: {split: loaded["0"]}):
-        return hf_reader.read_hub_data(source, cache_dir)
+        return hf_reader.read_hf_dataset(source, cache_dir)
 
 
 def test_a_dataset_dict_with_a_split_outside_writes_nothing_there(opened, tmp_path):

@@ -8,14 +8,14 @@ from helpers import write_photos
 from PIL import Image
 
 from data import image_cache
-from data.image_cache import PhotoCache
+from data.image_cache import ImageCache
 from data.image_io import load_image
-from data.loading import Part
-from data.preprocess import View
+from data.loading import Split
+from data.preprocess import Preprocess
 from dataset import CLIPDataset, ImageFiles
-from training.dataloader import EpochSampler, TrainingBatches
+from training.dataloader import EpochSampler, ImageCaptionLoader
 
-VIEW = View(32)
+VIEW = Preprocess(32)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def paths(tmp_path):
 
 @pytest.fixture
 def cache(paths, tmp_path):
-    return lambda view=VIEW: PhotoCache(paths, view, tmp_path / "cache")
+    return lambda view=VIEW: ImageCache(paths, view, tmp_path / "cache")
 
 
 def decoded(monkeypatch):
@@ -35,7 +35,7 @@ def decoded(monkeypatch):
     return names
 
 
-@pytest.mark.parametrize("view", [VIEW, View(24, shortest_edge=30, interpolation="bicubic")])
+@pytest.mark.parametrize("view", [VIEW, Preprocess(24, shortest_edge=30, interpolation="bicubic")])
 def test_kept_photos_are_those_of_the_view_and_decoded_once(paths, cache, monkeypatch, view):
     names = decoded(monkeypatch)
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_kept_photos_are_those_of_the_view_and_decoded_once(paths, cache, monkey
 
 
 def test_photos_for_encoding_are_the_same_with_and_without(paths, cache):
-    plain, kept = ImageFiles(paths, view=VIEW), ImageFiles(paths, view=VIEW, photo_cache=cache())
+    plain, kept = ImageFiles(paths, preprocess=VIEW), ImageFiles(paths, preprocess=VIEW, image_cache=cache())
     for _ in range(2):
         assert all(np.array_equal(plain[k], kept[k]) for k in range(10))
 
@@ -62,7 +62,7 @@ def test_a_photo_that_changed_is_decoded_again(paths, cache, monkeypatch):
 
 
 def test_another_size_or_another_list_has_its_own_file(paths, cache, tmp_path):
-    cache(), cache(View(40)), PhotoCache(paths[:5], VIEW, tmp_path / "cache")
+    cache(), cache(Preprocess(40)), ImageCache(paths[:5], VIEW, tmp_path / "cache")
     assert len(list((tmp_path / "cache" / "photos").glob("*.u8"))) == 3
 
 
@@ -112,12 +112,12 @@ def test_what_loader_processes_are_sent_holds_no_pixels(cache):
 
 def test_loader_processes_share_the_file_and_give_the_batches_of_none(paths, cache):
     def batches(num_workers):
-        part = Part(paths, ["a"] * 10, np.arange(10))
+        part = Split(paths, ["a"] * 10, np.arange(10))
         ids = [np.array([1, 2], dtype=np.int32)] * 10
-        settings = {"captions_per_image": 1, "augment": True, "min_crop": 0.5, "seed": 0, "photo_cache": cache()}
-        photos = CLIPDataset(part, ids, ids, view=VIEW, **settings)
+        settings = {"captions_per_image": 1, "augment": True, "min_crop": 0.5, "seed": 0, "image_cache": cache()}
+        photos = CLIPDataset(part, ids, ids, preprocess=VIEW, **settings)
         sampler = EpochSampler(10, 5, 0, micro_batch_size=5)
-        loader = TrainingBatches(photos, sampler, pad_id=0, num_workers=num_workers, pin_memory=False)
+        loader = ImageCaptionLoader(photos, sampler, pad_id=0, num_workers=num_workers, pin_memory=False)
         return [batch["pixels"] for epoch in (0, 1) for first, _ in loader.epoch(epoch) for batch in first]
 
     shared, alone = batches(2), batches(0)

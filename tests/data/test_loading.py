@@ -14,8 +14,9 @@ import pytest
 from helpers import write_photos
 
 from data.format_detection import read_layout
-from data.image_lookup import find_copies
-from data.loading import CaptionData, few, open_dataset, read_captions
+from data.image_lookup import find_duplicates
+from data.loading import CaptionData, open_dataset, read_captions
+from runtime.text import format_examples
 
 
 def rows_of(tmp_path, text):
@@ -178,7 +179,7 @@ def test_images_are_found_in_any_of_the_usual_places(tmp_path, place):
         (folder / place).mkdir(exist_ok=True)
         path.rename(folder / place / path.name)
     data = opened(folder)
-    assert all(path.is_file() for split in ("train", "val", "test") for path in data.part(split).paths)
+    assert all(path.is_file() for split in ("train", "val", "test") for path in data.split(split).paths)
 
 
 def test_images_in_subfolders_are_found(tmp_path):
@@ -214,7 +215,7 @@ def test_too_few_photos_for_three_parts_is_an_error(tmp_path):
 
 def test_the_fewest_photos_for_three_parts_are_three(tmp_path):
     data = opened(write_photos(tmp_path / "photos", 3))
-    assert [len(data.part(split).paths) for split in ("train", "val", "test")] == [1, 1, 1]
+    assert [len(data.split(split).paths) for split in ("train", "val", "test")] == [1, 1, 1]
 
 
 def write_lists(folder, **lists):
@@ -228,9 +229,9 @@ def test_official_lists_decide_the_split_and_unlisted_images_are_not_used(tmp_pa
     write_lists(folder, train=[1, 2, 3, 4], dev=[5, 6], test=[0, 9])
     (folder / "Images" / "photo_07.png").unlink()  # on no list, so not missed
     data = opened(folder)
-    assert image_names(data.part("train")) == {f"photo_0{k}.png" for k in (1, 2, 3, 4)}
-    assert image_names(data.part("val")) == {f"photo_0{k}.png" for k in (5, 6)}
-    assert image_names(data.part("test")) == {f"photo_0{k}.png" for k in (0, 9)}
+    assert image_names(data.split("train")) == {f"photo_0{k}.png" for k in (1, 2, 3, 4)}
+    assert image_names(data.split("val")) == {f"photo_0{k}.png" for k in (5, 6)}
+    assert image_names(data.split("test")) == {f"photo_0{k}.png" for k in (0, 9)}
     assert data.missing == [] and "official" in data.describe()
 
 
@@ -243,23 +244,23 @@ def test_unlisted_images_are_counted_for_the_terminal(tmp_path):
 def test_an_incomplete_set_of_lists_is_not_used(tmp_path):
     folder = write_photos(tmp_path / "photos", 20)
     write_lists(folder, train=range(18), test=[18])
-    assert len(opened(folder).part("test").paths) == 4
+    assert len(opened(folder).split("test").paths) == 4
 
 
 def test_the_split_is_four_to_one_by_image(tmp_path):
     data = opened(write_photos(tmp_path / "photos", 30))
-    sizes = {split: len(data.part(split).paths) for split in ("train", "val", "test")}
+    sizes = {split: len(data.split(split).paths) for split in ("train", "val", "test")}
     assert sizes == {"train": 22, "val": 2, "test": 6}
     assert "4:1" in data.describe() and "seed 0" in data.describe()
 
 
 def test_no_image_is_in_two_parts_and_none_is_lost(photos):
-    parts = [image_names(opened(photos).part(split)) for split in ("train", "val", "test")]
+    parts = [image_names(opened(photos).split(split)) for split in ("train", "val", "test")]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 30
 
 
 def test_the_split_follows_the_seed(photos):
-    first, again, other = (opened(photos, split_seed=seed).part("test").paths for seed in (0, 0, 1))
+    first, again, other = (opened(photos, split_seed=seed).split("test").paths for seed in (0, 0, 1))
     assert first == again
     assert set(first) != set(other)
 
@@ -268,14 +269,14 @@ def test_the_split_does_not_depend_on_the_order_of_rows(photos, tmp_path):
     shuffled = write_photos(tmp_path / "photos", 30)
     rewrite(shuffled, lambda lines: [lines[k] for k in np.random.RandomState(0).permutation(len(lines))])
     for split in ("train", "val", "test"):
-        assert image_names(opened(photos).part(split)) == image_names(opened(shuffled).part(split))
+        assert image_names(opened(photos).split(split)) == image_names(opened(shuffled).split(split))
 
 
 def test_captions_of_interleaved_rows_keep_to_their_image(tmp_path):
     rows = [("b", "b1"), ("a", "a1"), ("c", "c1"), ("a", "a2"), ("b", "b2"), ("a", "a3")]
     table = pd.DataFrame(rows, columns=["image", "caption"]).assign(split="train")
     table.loc[2, "split"] = "test"
-    part = CaptionData("x", tmp_path, table, "").part("train")
+    part = CaptionData("x", tmp_path, table, "").split("train")
     assert part.paths == [tmp_path / "b", tmp_path / "a"]
     assert part.captions == ["b1", "b2", "a1", "a2", "a3"]
     assert part.caption_image_ids.tolist() == [0, 0, 1, 1, 1]
@@ -284,7 +285,7 @@ def test_captions_of_interleaved_rows_keep_to_their_image(tmp_path):
 def test_every_caption_of_a_part_belongs_to_its_image(photos):
     table = read_captions(photos)
     written = set(zip(table.image, table.caption, strict=True))
-    part = opened(photos).part("train")
+    part = opened(photos).split("train")
     read = {(part.paths[row].name, text) for row, text in zip(part.caption_image_ids, part.captions, strict=True)}
     assert len(part.captions) == 2 * len(part.paths) and read <= written
 
@@ -292,7 +293,7 @@ def test_every_caption_of_a_part_belongs_to_its_image(photos):
 def test_the_sample_set_is_drawn_into_the_cache(tmp_path, monkeypatch):
     from data import sample_set
 
-    monkeypatch.setattr(sample_set, "write_sample", lambda folder: write_photos(folder, 10))
+    monkeypatch.setattr(sample_set, "write_sample_set", lambda folder: write_photos(folder, 10))
     data = open_dataset("sample", data_dir=None, cache_dir=str(tmp_path / "cache"), split_seed=0)
     assert data.image_root == tmp_path / "cache" / "sample"
 
@@ -319,7 +320,7 @@ def test_a_named_data_set_is_downloaded_with_its_published_split(monkeypatch, ph
     kaggle(monkeypatch, lambda handle, path=None: asked.append((handle, path)) or str(split if path else photos))
     data = opened("flickr8k")
     assert asked == [("adityajn105/flickr8k", None), ("shtvkumar/karpathy-splits", "dataset_flickr8k.json")]
-    assert image_names(data.part("test")) == set(names[2::3]) and "Karpathy" in data.describe()
+    assert image_names(data.split("test")) == set(names[2::3]) and "Karpathy" in data.describe()
     assert not any(caption.startswith("published") for caption in data.table.caption)
 
 
@@ -327,7 +328,7 @@ def test_a_published_split_beside_the_data_is_used_without_a_download(monkeypatc
     kaggle(monkeypatch, lambda *_, **__: pytest.fail("downloaded"))
     folder = write_photos(tmp_path / "photos", 10)
     karpathy(folder, [f"photo_{k:02d}.png" for k in range(10)])
-    assert image_names(opened("flickr8k", data_dir=folder).part("val")) == {f"photo_0{k}.png" for k in (1, 4, 7)}
+    assert image_names(opened("flickr8k", data_dir=folder).split("val")) == {f"photo_0{k}.png" for k in (1, 4, 7)}
 
 
 def test_another_data_sets_split_file_does_not_stand_in_for_the_published_one(monkeypatch, tmp_path):
@@ -370,7 +371,7 @@ def test_a_failed_download_is_one_error_that_says_what_to_do(monkeypatch):
 
 @pytest.mark.parametrize(("count", "text"), [(1, "0"), (5, "0, 1, 2, 3, 4"), (7, "0, 1, 2, 3, 4 and 2 more")])
 def test_a_message_shows_the_first_five_names(count, text):
-    assert few([str(k) for k in range(count)]) == text
+    assert format_examples([str(k) for k in range(count)]) == text
 
 
 def with_copies(tmp_path):
@@ -384,7 +385,7 @@ def with_copies(tmp_path):
 @pytest.mark.parametrize("seed", range(5))
 def test_a_photo_under_two_names_is_never_on_two_sides_of_a_random_split(tmp_path, seed):
     data = opened(with_copies(tmp_path), split_seed=seed)
-    seen = [{path.read_bytes() for path in data.part(split).paths} for split in ("train", "val", "test")]
+    seen = [{path.read_bytes() for path in data.split(split).paths} for split in ("train", "val", "test")]
     assert sum(map(len, seen)) == len(set.union(*seen)) == 15
     assert data.table.image.nunique() == 20  # and none is lost
 
@@ -393,9 +394,9 @@ def test_a_published_test_part_stays_whole_and_train_goes_without_its_copies(tmp
     folder = with_copies(tmp_path)
     write_lists(folder, train=range(12), dev=[12, 13, 14, 15], test=[16, 17, 18, 19])
     data = opened(folder)
-    assert image_names(data.part("test")) == {f"photo_{k}.png" for k in (16, 17, 18, 19)}
-    assert image_names(data.part("val")) == {f"photo_{k}.png" for k in (12, 13, 14, 15)}
-    assert image_names(data.part("train")) == {f"photo_{k:02d}.png" for k in range(5, 12)}
+    assert image_names(data.split("test")) == {f"photo_{k}.png" for k in (16, 17, 18, 19)}
+    assert image_names(data.split("val")) == {f"photo_{k}.png" for k in (12, 13, 14, 15)}
+    assert image_names(data.split("train")) == {f"photo_{k:02d}.png" for k in range(5, 12)}
     assert "5 images are left out, the same photo is held out: Images/photo_00.png" in data.describe()
     assert "on no list" not in data.describe()
 
@@ -405,7 +406,7 @@ def test_photos_of_one_size_but_other_bytes_are_no_copies(tmp_path):
     for k, data in enumerate([*same_ends, same_ends[2]]):
         (tmp_path / f"{k}.jpg").write_bytes(data)
     names = [str(tmp_path / f"{k}.jpg") for k in range(6)]
-    assert find_copies([*names, str(tmp_path / "gone.jpg")]) == {names[5]: names[2]}
+    assert find_duplicates([*names, str(tmp_path / "gone.jpg")]) == {names[5]: names[2]}
 
 
 def few_bad(tmp_path, bad, good):

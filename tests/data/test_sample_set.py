@@ -19,7 +19,7 @@ CAPTIONS = "2542e1ea0177ed2b01131a8b54bf9a4074c0c3e2c2bdb6c75cd2324d86e78ab2"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sample"
-    sample_set.write_sample(folder)
+    sample_set.write_sample_set(folder)
     return folder
 
 
@@ -57,8 +57,8 @@ def test_every_caption_names_both_shapes_with_their_colours():
     for scene in SCENES:
         assert len(set(scene.captions)) == 5
         for caption in scene.captions:
-            named = re.findall(rf"({'|'.join(sample_set.COLOURS)}) ({'|'.join(sample_set.SHAPES)})", caption)
-            assert sorted(named) == sorted(thing[1:3] for thing in (scene.first, scene.second)), caption
+            has_flag = re.findall(rf"({'|'.join(sample_set.COLOURS)}) ({'|'.join(sample_set.SHAPES)})", caption)
+            assert sorted(has_flag) == sorted(thing[1:3] for thing in (scene.first, scene.second)), caption
             assert not re.search(r"\ba [aeiou]|\ban [^aeiou]|[{}]|  ", caption), caption
 
 
@@ -89,8 +89,8 @@ def test_relation_in_the_caption_is_the_one_in_the_picture(one, other):
 
 def test_left_and_right_mean_a_place_only():
     for scene in SCENES:
-        named = {word for caption in scene.captions for word in caption.split()} & {"left", "right"}
-        assert not named or scene.sides == ("left", "right")
+        has_flag = {word for caption in scene.captions for word in caption.split()} & {"left", "right"}
+        assert not has_flag or scene.sides == ("left", "right")
     crossing = [caption for scene in SCENES for caption in scene.captions if re.search("left|right", caption)]
     assert all(re.search(r"(to the )?(left|right) of an? |on (its|the) (left|right)\b", c) for c in crossing)
 
@@ -131,7 +131,7 @@ def test_fewer_scenes_are_the_first_ones():
 
 def test_complete_folder_is_left_alone(folder):
     before = state(folder)
-    sample_set.write_sample(folder)
+    sample_set.write_sample_set(folder)
     assert state(folder) == before
 
 
@@ -146,9 +146,9 @@ def test_interrupted_write_leaves_nothing_behind_and_can_be_repeated(tmp_path, m
 
     monkeypatch.setattr(sample_set, "render", stop_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
-        sample_set.write_sample(folder, scenes=10)
+        sample_set.write_sample_set(folder, scenes=10)
     assert not folder.exists() and not list(folder.parent.iterdir())
-    sample_set.write_sample(folder, scenes=10)
+    sample_set.write_sample_set(folder, scenes=10)
     assert len(list((folder / "Images").iterdir())) == 10 and len(read_captions(folder)) == 50
     assert list(folder.parent.iterdir()) == [folder]
 
@@ -161,7 +161,7 @@ def test_folder_written_meanwhile_by_another_process_is_kept(tmp_path, monkeypat
         write(folder, drawn, table)
 
     monkeypatch.setattr(sample_set, "_write", write_after_another)
-    sample_set.write_sample(folder, scenes=3)
+    sample_set.write_sample_set(folder, scenes=3)
     assert list(tmp_path.iterdir()) == [folder] and len(read_captions(folder)) == 15
 
 
@@ -172,26 +172,26 @@ def test_folder_with_something_else_is_named_and_kept(tmp_path, spoil):
         folder.mkdir()
         (folder / "photo.jpg").write_bytes(b"mine")
     else:
-        sample_set.write_sample(folder, scenes=3)
+        sample_set.write_sample_set(folder, scenes=3)
     if spoil == "missing image":
         (folder / "Images" / "scene_001.png").unlink()
     if spoil == "other captions":
         (folder / "captions.txt").write_text("image,caption\n", encoding="utf-8")
     before = state(folder)
     with pytest.raises(ValueError, match="something other than the sample set"):
-        sample_set.write_sample(folder, scenes=3)
+        sample_set.write_sample_set(folder, scenes=3)
     assert state(folder) == before and list(tmp_path.iterdir()) == [folder]
 
 
 def test_empty_folder_is_filled(tmp_path):
-    sample_set.write_sample(tmp_path, scenes=3)
+    sample_set.write_sample_set(tmp_path, scenes=3)
     assert len(read_captions(tmp_path)) == 15
 
 
 @pytest.mark.parametrize("scenes", [0, sample_set.MOST + 1])
 def test_impossible_number_of_scenes_is_told(tmp_path, scenes):
     with pytest.raises(ValueError, match=f"scenes={scenes}"):
-        sample_set.write_sample(tmp_path / "sample", scenes=scenes)
+        sample_set.write_sample_set(tmp_path / "sample", scenes=scenes)
 
 
 def test_most_scenes_can_be_made():

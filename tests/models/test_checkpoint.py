@@ -16,15 +16,8 @@ from config import Config
 from models import checkpoint
 from models.checkpoint import load_run, load_state, load_weights, save_state, split_frozen
 from models.encoders import build_image_encoder, build_text_encoder, save_towers
-from runtime.run_dir import (
-    create_run,
-    newest_finished_run,
-    read_config,
-    read_log,
-    replace_file,
-    write_config,
-    write_text,
-)
+from runtime.atomic_io import replace_file, write_text
+from runtime.run_dir import create_run, newest_finished_run, read_config, read_log, write_config
 
 
 class Hostile:
@@ -149,11 +142,11 @@ def test_checksums_are_those_of_sha256sum_one_per_file(tmp_path):
     assert lines == sorted(expected)
 
 
-@pytest.mark.parametrize("moment", ["checksums.note", "os.replace", "checkpoint.settle"])
+@pytest.mark.parametrize("moment", ["checksums.add_checksum", "os.replace", "checkpoint.keep_checksum"])
 def test_at_every_moment_of_a_write_the_old_checkpoint_or_the_new_one_is_whole(tmp_path, monkeypatch, moment):
     path = tmp_path / "last.pt"
     save_state(path, {"epoch": 1})
-    module, _, name = moment.replace("checksums.note", "checkpoint.note").partition(".")
+    module, _, name = moment.replace("checksums.add_checksum", "checkpoint.add_checksum").partition(".")
     real, module = os.replace, {"os": os, "checkpoint": checkpoint}[module]
 
     def cut(*arguments):
@@ -164,7 +157,7 @@ def test_at_every_moment_of_a_write_the_old_checkpoint_or_the_new_one_is_whole(t
     with monkeypatch.context() as power, pytest.raises(KeyboardInterrupt):
         power.setattr(module, name, cut)
         save_state(path, {"epoch": 2})
-    assert load_state(path)["epoch"] == (2 if name == "settle" else 1)
+    assert load_state(path)["epoch"] == (2 if name == "keep_checksum" else 1)
     for epoch in (3, 4):
         save_state(path, {"epoch": epoch})
         assert load_state(path)["epoch"] == epoch
@@ -389,7 +382,10 @@ def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
     config = Config(name="x", runs_dir=str(tmp_path / "runs"))
     (create_run(config) / "towers").mkdir()
     (tmp_path / "runs/x/towers/image.json").write_text("{}")
-    script = "import sys, pathlib\nfrom runtime import run_dir\nwith run_dir.hold(pathlib.Path('runs/x')):\n print('held', flush=True)\n"
+    script = (
+        "import sys, pathlib\nfrom runtime import run_dir\n"
+        "with run_dir.lock_run(pathlib.Path('runs/x')):\n print('held', flush=True)\n"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", f"{script} sys.stdin.read()"],
         cwd=tmp_path,

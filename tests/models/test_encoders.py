@@ -13,7 +13,7 @@ from helpers import program, refused, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, DistilBertModel, RobertaConfig, RobertaModel
 
-from data.tokenizer import load_tokenizer, report_cut, tokenize
+from data.tokenizer import describe_truncation, load_tokenizer, tokenize
 from models import encoders
 from models.encoders import build_image_encoder, build_text_encoder, load_towers, save_towers
 
@@ -330,10 +330,10 @@ def test_captions_that_are_cut_are_counted():
     tokenizer = tiny_tokenizer()
     captions = ["red " * 20, "red blue", "red " * 8]
     ids = tokenize(tokenizer, captions, max_tokens=10)
-    line = report_cut(tokenizer, captions, ids, max_tokens=10)
+    line = describe_truncation(tokenizer, captions, ids, max_tokens=10)
     assert "1 captions are longer than 10 tokens" in line  # the third just fits
     short = captions[1:]
-    assert report_cut(tokenizer, short, tokenize(tokenizer, short, max_tokens=10), max_tokens=10) is None
+    assert describe_truncation(tokenizer, short, tokenize(tokenizer, short, max_tokens=10), max_tokens=10) is None
 
 
 def test_saved_towers_hold_no_weights(image_tower, text_tower, tmp_path):

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from tiny_dual_encoders import KINDS
 
 from models.checkpoint import load_run
-from models.factory import pretrained_encoder
-from models.pretrained import build_pair
-from retrieval.encoder import load_encoder
+from models.pretrained import load_dual_encoder
+from retrieval.encoder import load_encoder, load_pretrained_encoder
 from runtime.run_dir import read_config
 from training.trainer import train
 
@@ -57,7 +56,7 @@ def rows(features):
 
 
 def encoder_of(folder, **changes):
-    return pretrained_encoder(str(folder), **{"max_tokens": 64, "device": "cpu", "precision": "float32"} | changes)
+    return load_pretrained_encoder(str(folder), **{"max_tokens": 64, "device": "cpu", "precision": "float32"} | changes)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,11 +80,11 @@ def test_photos_and_sentences_become_what_transformers_makes_of_them(saved, pict
         images = processor(images=[Image.open(path) for path in pictures], return_tensors="pt")
         expected_images = rows(model.get_image_features(**images))
         expected_texts = rows(model.get_text_features(**inputs))
-    found, readable = encoder.images(pictures, "")
+    found, readable = encoder.encode_images(pictures, "")
     assert readable.all()
     assert (found * expected_images).sum(1).min() > 0.9995
     assert (expected_images @ expected_images.T).min() < 0.99 or len(pictures) == 1  # so that this says something
-    torch.testing.assert_close(encoder.captions(WORDS, ""), expected_texts, atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoder.encode_captions(WORDS, ""), expected_texts, atol=1e-4, rtol=0)
     assert (expected_texts @ expected_texts.T).min() < 0.99
 
 
@@ -96,14 +95,14 @@ def test_a_pair_is_trained_and_its_run_is_rebuilt_without_the_folder(saved, tiny
     run = train(config, read(config), None)
     shutil.rmtree(folder)
     assert read_config(run) == config
-    before = build_pair(str(saved / kind), image_size=None)
+    before = load_dual_encoder(str(saved / kind), image_size=None)
     after = load_run(run).model
     for tower in ("image_encoder", "text_encoder"):
         start, end = getattr(before, tower).state_dict(), getattr(after, tower).state_dict()
         assert start.keys() == end.keys() and any(not torch.equal(start[key], end[key]) for key in start)
     encoder, _ = load_encoder(run, device="cpu", precision="float32")
-    assert encoder.view == before.image_encoder.view
-    assert encoder.captions(WORDS, "").shape == (3, before.text_encoder.dim)
+    assert encoder.preprocess == before.image_encoder.preprocess
+    assert encoder.encode_captions(WORDS, "").shape == (3, before.text_encoder.dim)
 
 
 def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the_pair(saved, tiny):
@@ -117,20 +116,20 @@ def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the
         for head in (trained.image_head, trained.text_head):
             head.up.weight.zero_(), head.up.bias.zero_()
     features = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(trained.embed_image(features), F.normalize(features, dim=1))
+    torch.testing.assert_close(trained.project_image(features), F.normalize(features, dim=1))
 
 
 def test_temperature_and_scale_are_the_pairs_own(saved):
     model = transformers.AutoModel.from_pretrained(saved / "clip")
     _, ours = encoder_of(saved / "clip")
     assert 1 / ours.temperature.item() == pytest.approx(model.logit_scale.exp().item(), rel=1e-5)
-    assert build_pair(str(saved / "siglip"), image_size=None).bias is not None
+    assert load_dual_encoder(str(saved / "siglip"), image_size=None).bias is not None
 
 
 def test_the_longest_caption_a_pair_takes_is_its_own(saved):
     encoder, _ = encoder_of(saved / "siglip")
     assert encoder.max_tokens == 20
-    assert encoder.captions(["red blue " * 50], "").isfinite().all()
+    assert encoder.encode_captions(["red blue " * 50], "").isfinite().all()
     assert encoder_of(saved / "clip", max_tokens=8)[0].max_tokens == 8
 
 
@@ -152,18 +151,18 @@ def one_line(call, kind=ValueError):
     ],
 )
 def test_an_unknown_pair_is_answered_with_near_names(name, meant):
-    line = one_line(lambda: build_pair(name, image_size=None))
+    line = one_line(lambda: load_dual_encoder(name, image_size=None))
     assert repr(name) in line and meant in line
 
 
 def test_a_pair_that_is_not_in_the_cache_is_one_line(tmp_path, monkeypatch):
-    line = one_line(lambda: build_pair("openai/clip-vit-base-patch3", image_size=None), ConnectionError)
+    line = one_line(lambda: load_dual_encoder("openai/clip-vit-base-patch3", image_size=None), ConnectionError)
     assert "--model" in line and "openai/clip-vit-base-patch32" in line and "--no-pretrained" not in line
 
 
 def test_a_tower_alone_given_as_a_pair_is_named_as_such(text_tower, image_tower):
-    assert "--text-encoder" in one_line(lambda: build_pair(str(text_tower), image_size=None))
-    assert str(image_tower) in one_line(lambda: build_pair(str(image_tower), image_size=None))
+    assert "--text-encoder" in one_line(lambda: load_dual_encoder(str(text_tower), image_size=None))
+    assert str(image_tower) in one_line(lambda: load_dual_encoder(str(image_tower), image_size=None))
 
 
 def test_weights_that_lack_tensors_are_refused_and_named(saved, tmp_path):
@@ -171,12 +170,12 @@ def test_weights_that_lack_tensors_are_refused_and_named(saved, tmp_path):
     tensors = load_file(folder / "model.safetensors")
     kept = {key: tensor for key, tensor in tensors.items() if "layers.1" not in key} | {"strange": torch.zeros(1)}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
-    line = one_line(lambda: build_pair(str(folder), image_size=None))
+    line = one_line(lambda: load_dual_encoder(str(folder), image_size=None))
     assert "layers.1" in line and "strange" in line and str(folder) in line
 
 
 def test_an_image_size_that_the_tower_refuses_is_one_line_with_its_own(saved):
-    line = one_line(lambda: build_pair(str(saved / "clip"), image_size=48))
+    line = one_line(lambda: load_dual_encoder(str(saved / "clip"), image_size=48))
     assert "48" in line and "--image-size 32" in line
 
 

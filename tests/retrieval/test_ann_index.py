@@ -45,8 +45,12 @@ def test_milvus_follows_the_gallery(tmp_path, queries, capsys):
         gallery = gallery_of(tmp_path / "photos-00ff", seeds, max(1, version))
         _, found = search_index("milvus", gallery, queries, 99)
         assert torch.equal(found, top_k(queries, gallery.embeddings, 99)[1])
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and "50 photos added, 0 taken out" in told[0] and "5 photos added, 10 taken out" in told[1]
+    message = capsys.readouterr().err.splitlines()
+    assert (
+        len(message) == 2
+        and "50 photos added, 0 taken out" in message[0]
+        and "5 photos added, 10 taken out" in message[1]
+    )
 
 
 def test_a_collection_that_another_process_left_is_searched_and_follows(tmp_path, queries):
@@ -88,8 +92,8 @@ def test_faiss_finds_what_exact_search_finds_up_to_the_recall_it_prints(tmp_path
     gallery = gallery_of(tmp_path / "photos-00ff", range(photos), 1)
     exact_scores, exact = top_k(queries, gallery.embeddings, 10)
     scores, found = search_index("faiss", gallery, queries, 10)
-    told = capsys.readouterr().err
-    recall = float(told.partition("FAISS: ")[2].partition("%")[0])
+    message = capsys.readouterr().err
+    recall = float(message.partition("FAISS: ")[2].partition("%")[0])
     shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
     assert recall >= 99 and shared > 0.9 and found.shape == exact.shape
     torch.testing.assert_close(scores[:, 0], exact_scores[:, 0], atol=0.05, rtol=0)

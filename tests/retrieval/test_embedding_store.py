@@ -10,7 +10,7 @@ from helpers import write_photos
 
 from data.loading import open_dataset
 from retrieval import embedding_store as module
-from retrieval.embedding_store import find_photos, open_gallery, split_photos
+from retrieval.embedding_store import list_images, list_split_images, open_gallery
 from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings
 
 DIM = 6
@@ -49,8 +49,8 @@ def folder(tmp_path):
 def opened(folder, store, **stop):
     """The gallery after one opening, which must be right in every row, and the names that were encoded for it."""
     encoding = Encoding(folder, **stop)
-    gallery = open_gallery(store, find_photos(folder), encoding)
-    assert sorted(gallery.names + list(gallery.broken)) == sorted(find_photos(folder).stamps)
+    gallery = open_gallery(store, list_images(folder), encoding)
+    assert sorted(gallery.names + list(gallery.broken)) == sorted(list_images(folder).stamps)
     expected = np.array([encoding.row(name) for name in gallery.names], np.float16)
     np.testing.assert_array_equal(gallery.embeddings, expected)
     assert gallery.paths == [folder / name for name in gallery.names]
@@ -71,7 +71,7 @@ def test_folders_below_are_searched_and_hidden_ones_and_other_files_are_not(fold
     (folder / "notes.txt").write_text("no photo")
     (folder / "folder.jpg").mkdir()
     (folder / "round").symlink_to(folder, target_is_directory=True)
-    names = list(find_photos(folder).stamps)
+    names = list(list_images(folder).stamps)
     assert names == sorted(names) and len(names) == 11
     assert {"LOUD.PNG", "summer/photo_03.png", "winter/snow/photo_05.png"} <= set(names)
 
@@ -119,7 +119,7 @@ def test_broken_photos_are_listed_with_their_reason_and_tried_again_only_when_th
 
 
 def test_without_a_readable_photo_there_is_no_gallery(folder, tmp_path):
-    for name in find_photos(folder).stamps:
+    for name in list_images(folder).stamps:
         (folder / name).write_bytes(b"garbage")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"none of the 10 photos .* photo_00\.png: it is broken"):
@@ -150,7 +150,7 @@ def test_a_split_whose_photos_are_gone_is_an_error_that_names_it(tmp_path):
     data = open_dataset(str(write_photos(tmp_path / "mine", 10)), data_dir=None, cache_dir="unused", split_seed=0)
     shutil.rmtree(tmp_path / "mine" / "Images")
     with pytest.raises(FileNotFoundError, match=r"the photos of .*mine's val part are gone"):
-        split_photos(data, "val")
+        list_split_images(data, "val")
 
 
 def test_rows_without_a_line_are_written_over(folder, tmp_path):
@@ -188,10 +188,10 @@ def test_file_names_of_any_letters_are_kept(folder, tmp_path):
 def test_the_photos_of_a_split_are_a_gallery_too(tmp_path):
     folder = write_photos(tmp_path / "photos", 10)
     data = open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0)
-    gone = data.part("train").paths[0]
+    gone = data.split("train").paths[0]
     gone.unlink()
-    photos, everything = split_photos(data, "train"), find_photos(folder / "Images").stamps
-    paths = [path for path in data.part("train").paths if path != gone]
+    photos, everything = list_split_images(data, "train"), list_images(folder / "Images").stamps
+    paths = [path for path in data.split("train").paths if path != gone]
     assert [(photos.root / name).resolve() for name in photos.stamps] == [path.resolve() for path in paths]
     assert list(photos.stamps.values()) == [everything[path.name] for path in paths]
     assert photos.name == "photos-train"
@@ -206,7 +206,7 @@ def test_a_folder_without_photos_is_an_error_that_names_it(tmp_path, fault):
     elif fault == "a file":
         folder.write_text("")
     with pytest.raises(FileNotFoundError, match=r"holiday.*looked for \.jpg" if fault == "empty" else "no such folder"):
-        find_photos(folder)
+        list_images(folder)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(folder, tmp_path):

@@ -11,7 +11,7 @@ from helpers import tiny_model, write_photos
 from PIL import Image
 
 from data.loading import open_dataset
-from retrieval.encoder import CAPTION_BATCH, Encoded, build_encoder
+from retrieval.encoder import CAPTION_BATCH, EncodedSplit, build_encoder
 from runtime.device import pick_device, pick_precision, pick_workers
 
 
@@ -29,24 +29,25 @@ def model_and_tokenizer():
 def part(tmp_path):
     """The 7 training photos of a folder of their own, with 2 captions each."""
     folder = write_photos(tmp_path / "photos", 10)
-    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).part("train")
+    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 
 def same(encoded, other):
     return all(
-        torch.equal(getattr(encoded, field.name), getattr(other, field.name)) for field in dataclasses.fields(Encoded)
+        torch.equal(getattr(encoded, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(EncodedSplit)
     )
 
 
 def test_rows_keep_the_order_of_photos_and_captions(model_and_tokenizer, part):
     encoder = encoder_of(*model_and_tokenizer)
-    encoded = encoder.part(part, "train")
-    assert encoded.images.dtype == encoded.texts.dtype == torch.float32
+    encoded = encoder.encode_split(part, "train")
+    assert encoded.image_emb.dtype == encoded.text_emb.dtype == torch.float32
     for row, path in enumerate(part.paths):
-        alone, _ = encoder.images([path], "")
-        torch.testing.assert_close(encoded.images[row], alone[0], atol=1e-5, rtol=0)
+        alone, _ = encoder.encode_images([path], "")
+        torch.testing.assert_close(encoded.image_emb[row], alone[0], atol=1e-5, rtol=0)
     for row, caption in enumerate(part.captions):
-        torch.testing.assert_close(encoded.texts[row], encoder.captions([caption], "")[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(encoded.text_emb[row], encoder.encode_captions([caption], "")[0], atol=1e-5, rtol=0)
     assert encoded.caption_image_ids.tolist() == part.caption_image_ids.tolist()
     assert encoded.kept_images.tolist() == list(range(7)) and encoded.kept_captions.tolist() == list(range(14))
 
@@ -55,68 +56,68 @@ def test_captions_of_more_than_one_batch_keep_their_order(model_and_tokenizer):
     encoder = encoder_of(*model_and_tokenizer)
     words = ["red", "green", "blue", "yellow", "black"]
     captions = [" ".join(words[k % 5 :] * (1 + k % 3)) for k in range(CAPTION_BATCH + 17)]
-    rows = encoder.captions(captions, "")
+    rows = encoder.encode_captions(captions, "")
     for k in (0, 1, CAPTION_BATCH - 1, CAPTION_BATCH, CAPTION_BATCH + 16):
-        torch.testing.assert_close(rows[k], encoder.captions([captions[k]], "")[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(rows[k], encoder.encode_captions([captions[k]], "")[0], atol=1e-5, rtol=0)
 
 
 def test_a_mirrored_encoder_gives_a_photo_and_its_mirror_image_one_place(model_and_tokenizer, part):
     plain = encoder_of(*model_and_tokenizer)
-    both = dataclasses.replace(plain, mirrored=True)
+    both = dataclasses.replace(plain, tta_flip=True)
     photo, mirror_image = part.paths[0], part.paths[0].with_name("mirrored.png")
     Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirror_image)
-    one, other = plain.images([photo, mirror_image], "")[0]
+    one, other = plain.encode_images([photo, mirror_image], "")[0]
     assert not torch.allclose(one, other, atol=1e-3)
     expected = (one + other) / (one + other).norm()
-    for row in both.images([photo, mirror_image], "")[0]:
+    for row in both.encode_images([photo, mirror_image], "")[0]:
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
 def test_loader_processes_change_nothing(model_and_tokenizer, part):
-    alone, shared = (encoder_of(*model_and_tokenizer, num_workers=workers).part(part, "") for workers in (0, 1))
+    alone, shared = (encoder_of(*model_and_tokenizer, num_workers=workers).encode_split(part, "") for workers in (0, 1))
     assert same(alone, shared)
 
 
 def test_photos_that_cannot_be_read_are_named_and_left_out_with_their_captions(model_and_tokenizer, part, capsys):
     encoder = encoder_of(*model_and_tokenizer)
-    whole = encoder.part(part, "train")
+    whole = encoder.encode_split(part, "train")
     broken = [0, 3]
     part.paths[0].write_bytes(b"garbage")
     part.paths[3].unlink()
-    encoded = encoder.part(part, "train")
+    encoded = encoder.encode_split(part, "train")
     kept = [k for k in range(7) if k not in broken]
     assert encoded.kept_images.tolist() == kept
     assert encoded.kept_captions.tolist() == [m for m in range(14) if part.caption_image_ids[m] not in broken]
     assert encoded.caption_image_ids.tolist() == [row for row in range(5) for _ in range(2)]
-    torch.testing.assert_close(encoded.images, whole.images[kept], atol=1e-5, rtol=0)
-    torch.testing.assert_close(encoded.texts, whole.texts[encoded.kept_captions], atol=1e-5, rtol=0)
-    told = capsys.readouterr().out
-    assert "2 photos could not be read" in told and all(part.paths[k].name in told for k in broken)
+    torch.testing.assert_close(encoded.image_emb, whole.image_emb[kept], atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded.text_emb, whole.text_emb[encoded.kept_captions], atol=1e-5, rtol=0)
+    message = capsys.readouterr().out
+    assert "2 photos could not be read" in message and all(part.paths[k].name in message for k in broken)
 
 
 def test_no_readable_photo_at_all_is_an_error(model_and_tokenizer, part):
     for path in part.paths:
         path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"none of the 7 photos of val could be read: photo_\d\d\.png"):
-        encoder_of(*model_and_tokenizer).part(part, "val")
+        encoder_of(*model_and_tokenizer).encode_split(part, "val")
 
 
 def test_a_caption_longer_than_max_tokens_is_cut(model_and_tokenizer):
     long, longer = "red green " * 30, "red green " * 60
     encoder = encoder_of(*model_and_tokenizer)
-    assert torch.equal(encoder.captions([long], ""), encoder.captions([longer], ""))
+    assert torch.equal(encoder.encode_captions([long], ""), encoder.encode_captions([longer], ""))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u200b", "🐕", "zzz qqq"])
 def test_a_sentence_without_a_known_word_still_has_an_embedding(model_and_tokenizer, text):
-    rows = encoder_of(*model_and_tokenizer).captions([text], "")
+    rows = encoder_of(*model_and_tokenizer).encode_captions([text], "")
     assert rows.shape == (1, 16) and rows.isfinite().all()
 
 
 def test_bfloat16_encodes_to_float32_rows_near_those_of_float32(model_and_tokenizer, part):
-    full, half = (encoder_of(*model_and_tokenizer, precision=p).part(part, "") for p in ("float32", "bfloat16"))
-    assert half.images.dtype == half.texts.dtype == torch.float32
-    assert (full.images * half.images).sum(1).min() > 0.98 and (full.texts * half.texts).sum(1).min() > 0.98
+    full, half = (encoder_of(*model_and_tokenizer, precision=p).encode_split(part, "") for p in ("float32", "bfloat16"))
+    assert half.image_emb.dtype == half.text_emb.dtype == torch.float32
+    assert (full.image_emb * half.image_emb).sum(1).min() > 0.98 and (full.text_emb * half.text_emb).sum(1).min() > 0.98
 
 
 def test_device_and_precision_are_chosen_by_name():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from retrieval import exact_search
-from retrieval.bf16_prefilter import Screen
+from retrieval.bf16_prefilter import Bf16Prefilter
 from retrieval.metrics import retrieval_metrics, top_k
 from runtime.mmap_store import create_embeddings, open_embeddings
 
@@ -29,7 +29,7 @@ def normals(*shape, seed=0):
 @pytest.fixture(params=["plain", "screened"])
 def search(request, monkeypatch):
     """Every test of the search holds with the bfloat16 screen and without, whatever this machine is good at."""
-    monkeypatch.setattr(exact_search, "screening_pays", lambda *_: request.param == "screened")
+    monkeypatch.setattr(exact_search, "prefilter_pays", lambda *_: request.param == "screened")
     return request.param
 
 
@@ -168,7 +168,7 @@ def test_no_pair_that_could_enter_is_screened_out():
     queries, gallery = 3 * normals(50, 32), normals(500, 32, seed=1)
     exact = queries @ gallery.T
     for kth in (torch.full((50, 1), torch.nan), exact.topk(5).values[:, -1:], exact.amin(1, keepdim=True)):
-        query, row = Screen(queries, 5).candidates(gallery, 0, kth)
+        query, row = Bf16Prefilter(queries, 5).candidates(gallery, 0, kth)
         passed = torch.zeros_like(exact, dtype=torch.bool)
         passed[query, row] = True
         best = torch.zeros_like(passed).scatter(1, exact.topk(5).indices, True)
@@ -179,11 +179,11 @@ def test_no_pair_that_could_enter_is_screened_out():
 
 def test_screen_lets_few_pairs_pass_and_gives_up_where_all_are_alike():
     queries, gallery = F.normalize(normals(50, 64), dim=1), F.normalize(normals(5000, 64, seed=1), dim=1)
-    screen = Screen(queries, 5)
+    screen = Bf16Prefilter(queries, 5)
     screen.candidates(gallery, 0, torch.full((50, 1), torch.nan))
     assert not screen.is_useless()
     assert screen.passed < 50 * 5 * 3
-    screen = Screen(queries, 5)
+    screen = Bf16Prefilter(queries, 5)
     screen.candidates(gallery[:1].repeat(5000, 1), 0, torch.full((50, 1), torch.nan))
     assert screen.is_useless()
 

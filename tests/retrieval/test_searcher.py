@@ -15,15 +15,15 @@ from PIL import Image
 from tiny_dual_encoders import clip
 
 from models.checkpoint import load_state, save_state
-from models.factory import pretrained_encoder
 from retrieval import searcher
-from retrieval.embedding_store import find_photos
-from retrieval.encoder import load_encoder
-from retrieval.searcher import combine, nearest_captions, weights_key
+from retrieval.embedding_store import list_images
+from retrieval.encoder import load_encoder, load_pretrained_encoder
+from retrieval.model_key import weights_key
+from retrieval.searcher import combine_queries, search_captions
 from retrieval.zero_shot import classify
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
-PHOTO = "holiday/Images/photo_03.png"
+IMAGE_PATTERN = "holiday/Images/photo_03.png"
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +53,13 @@ def encoded(monkeypatch):
     """Counts the photos that are encoded."""
     from retrieval import encoder
 
-    counted, real = [], encoder.Encoder.image_batches
+    counted, real = [], encoder.Encoder.encode_image_batches
 
     def counting(encoder, paths, progress):
         counted.extend(paths)
         return real(encoder, paths, progress)
 
-    monkeypatch.setattr(encoder.Encoder, "image_batches", counting)
+    monkeypatch.setattr(encoder.Encoder, "encode_image_batches", counting)
     return counted
 
 
@@ -82,8 +82,8 @@ def found(*words):
 def exact(query, folder, run="runs/first"):
     """Every photo of a folder by its cosine with a query (D,), in plain steps: the oracle."""
     encoder, _ = load_encoder(searcher.Path(run), device="cpu", precision="float32")
-    paths = [folder / name for name in find_photos(folder).stamps]
-    rows, _ = encoder.images(paths, "")
+    paths = [folder / name for name in list_images(folder).stamps]
+    rows, _ = encoder.encode_images(paths, "")
     return sorted(((float(row @ query), str(path)) for row, path in zip(rows, paths, strict=True)), reverse=True)
 
 
@@ -100,45 +100,52 @@ def test_a_sentence_finds_photos_in_any_folder_and_the_second_time_encodes_nothi
     again = found("red on the left", "--gallery", "holiday", "--top-k", 100)
     assert len(encoded) == 12 and again == first
     encoder, _ = load_encoder(place / "runs" / "first", device="cpu", precision="float32")
-    expected = exact(encoder.captions(["red on the left"], "")[0], searcher.Path("holiday"))
+    expected = exact(encoder.encode_captions(["red on the left"], "")[0], searcher.Path("holiday"))
     same_order(first, expected)
 
 
 def test_a_photo_finds_itself_first_among_photos(place):
-    (best, *_) = found("--image", PHOTO, "--gallery", "holiday", "--top-k", 3)
-    assert best["photo"] == PHOTO and best["score"] == pytest.approx(1, abs=2e-3)
+    (best, *_) = found("--image", IMAGE_PATTERN, "--gallery", "holiday", "--top-k", 3)
+    assert best["photo"] == IMAGE_PATTERN and best["score"] == pytest.approx(1, abs=2e-3)
 
 
 def test_a_photo_finds_captions_and_other_photos_of_the_runs_data_set(place):
-    matches = found("--image", PHOTO, "--top-k", 50)
+    matches = found("--image", IMAGE_PATTERN, "--top-k", 50)
     assert len(matches) == 12 and all(" " in match["caption"] for match in matches)
-    assert matches == found("--image", PHOTO, "--top-k", 50)
-    assert all("my_photos" in match["photo"] for match in found("--image", PHOTO, "--find", "photos"))
+    assert matches == found("--image", IMAGE_PATTERN, "--top-k", 50)
+    assert all("my_photos" in match["photo"] for match in found("--image", IMAGE_PATTERN, "--find", "photos"))
 
 
 def test_a_sentence_finds_captions_and_first_the_one_it_is(place):
-    caption = found("--image", PHOTO, "--top-k", 1)[0]["caption"]
+    caption = found("--image", IMAGE_PATTERN, "--top-k", 1)[0]["caption"]
     (best, *_) = found(caption, "--find", "captions")
     assert best["caption"] == caption and best["score"] == pytest.approx(1, abs=2e-3)
 
 
 def test_a_photo_with_a_sentence_is_the_normalised_sum_of_both(place):
     encoder, _ = load_encoder(place / "runs" / "first", device="cpu", precision="float32")
-    photo, sentence = encoder.images([place / PHOTO], "")[0][0], encoder.captions(["in white"], "")[0]
+    photo, sentence = (
+        encoder.encode_images([place / IMAGE_PATTERN], "")[0][0],
+        encoder.encode_captions(["in white"], "")[0],
+    )
     expected = (photo + sentence) / (photo + sentence).norm()
-    matches = found("in white", "--image", PHOTO, "--gallery", "holiday", "--top-k", 100)
+    matches = found("in white", "--image", IMAGE_PATTERN, "--gallery", "holiday", "--top-k", 100)
     same_order(matches, exact(expected, searcher.Path("holiday")))
-    torch.testing.assert_close(combine(sentence[None], photo[None])[0], expected)
-    assert combine(None, photo[None])[0] is not None and torch.equal(combine(sentence[None], None)[0], sentence)
+    torch.testing.assert_close(combine_queries(sentence[None], photo[None])[0], expected)
+    assert combine_queries(None, photo[None])[0] is not None and torch.equal(
+        combine_queries(sentence[None], None)[0], sentence
+    )
 
 
 def test_labels_are_ranked_by_probability(place):
-    (answer,) = answers("--image", PHOTO, "--labels", "red and blue", "white", "green beside black")
+    (answer,) = answers("--image", IMAGE_PATTERN, "--labels", "red and blue", "white", "green beside black")
     chances = [match["score"] for match in answer["matches"]]
     assert sum(chances) == pytest.approx(1, abs=1e-5) and chances == sorted(chances, reverse=True)
     encoder, model = load_encoder(place / "runs" / "first", device="cpu", precision="float32")
-    expected, _ = classify(encoder, [place / PHOTO], ["white", "red and blue"], temperature=model.temperature.item())
-    (two,) = answers("--image", PHOTO, "--labels", "white", "red and blue")
+    expected, _ = classify(
+        encoder, [place / IMAGE_PATTERN], ["white", "red and blue"], temperature=model.temperature.item()
+    )
+    (two,) = answers("--image", IMAGE_PATTERN, "--labels", "white", "red and blue")
     assert {match["label"]: match["score"] for match in two["matches"]} == pytest.approx(
         {"white": expected[0, 0].item(), "red and blue": expected[0, 1].item()}, abs=1e-5
     )
@@ -171,7 +178,7 @@ def test_a_photo_whose_name_is_no_utf8_is_drawn(tmp_path):
 
 
 def test_a_photo_whose_name_is_no_utf8_is_asked_for(place):
-    shutil.copy(PHOTO, asked := os.fsdecode(b"caf\xe9.png"))
+    shutil.copy(IMAGE_PATTERN, asked := os.fsdecode(b"caf\xe9.png"))
     infer("--image", asked, "--gallery", "holiday", "--out", "found.png")
     assert (place / "found.png").is_file()
 
@@ -193,10 +200,10 @@ def test_json_is_all_that_is_printed_and_no_picture_is_drawn_unasked(place):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--image", PHOTO],
+        ["--image", IMAGE_PATTERN],
         ["red", "--find", "captions"],
-        ["red", "--image", PHOTO],
-        ["--image", PHOTO, "--labels", "a", "b"],
+        ["red", "--image", IMAGE_PATTERN],
+        ["--image", IMAGE_PATTERN, "--labels", "a", "b"],
     ],
 )
 def test_every_kind_of_answer_can_be_drawn(place, words):
@@ -212,8 +219,8 @@ def test_a_sentence_longer_than_the_model_reads_is_told_and_still_answered(place
 
 def test_broken_photos_of_a_folder_are_named_and_the_rest_is_searched(place):
     (place / "holiday" / "broken.jpg").write_bytes(b"garbage")
-    whole = (place / PHOTO).read_bytes()
-    (place / PHOTO).write_bytes(whole[: len(whole) // 2])
+    whole = (place / IMAGE_PATTERN).read_bytes()
+    (place / IMAGE_PATTERN).write_bytes(whole[: len(whole) // 2])
     done = infer("red", "--gallery", "holiday", "--top-k", 100)
     assert "2 photos could not be read" in done.stderr and "broken.jpg: not an image" in done.stderr
     assert len(done.stdout.splitlines()) == 1 + 11 + 1
@@ -264,11 +271,11 @@ def test_a_pretrained_pair_searches_without_a_run_and_has_galleries_of_its_own(p
     found(*words)
     matches = found(*words, "--model", folder, "--cache-dir", "cache")
     assert len(encoded) == 24 and matches == found(*words, "--model", folder) and len(encoded) == 24
-    encoder, _ = pretrained_encoder(str(folder), max_tokens=64, device="cpu", precision="float32")
-    rows, _ = encoder.images([searcher.Path(match["photo"]) for match in matches], "")
-    scores = rows @ encoder.captions(["red on the left"], "")[0]
+    encoder, _ = load_pretrained_encoder(str(folder), max_tokens=64, device="cpu", precision="float32")
+    rows, _ = encoder.encode_images([searcher.Path(match["photo"]) for match in matches], "")
+    scores = rows @ encoder.encode_captions(["red on the left"], "")[0]
     assert [match["score"] for match in matches] == pytest.approx(scores.tolist(), abs=2e-3)
-    assert len(found("--image", PHOTO, "--model", folder, "--labels", "a", "b")) == 2
+    assert len(found("--image", IMAGE_PATTERN, "--model", folder, "--labels", "a", "b")) == 2
     infer(*words, "--model", folder)
     assert (place / "cache" / "matches" / "red-on-the-left.png").is_file()
     before = len(encoded)
@@ -286,7 +293,7 @@ def test_a_run_that_was_copied_finds_its_galleries(place, encoded):
 
 def test_ties_and_k_beyond_the_gallery_are_the_searchs_own(place):
     rows = np.eye(3, dtype=np.float16)[[0, 1, 0]]
-    (matches,) = nearest_captions(torch.eye(3)[:1], rows, ["a", "b", "c"], 9)
+    (matches,) = search_captions(torch.eye(3)[:1], rows, ["a", "b", "c"], 9)
     assert [match.item for match in matches] == ["a", "c", "b"]
 
 

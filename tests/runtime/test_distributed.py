@@ -58,17 +58,17 @@ def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tm
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_they_can(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.trainer.count", lambda: 4)
+    monkeypatch.setattr("training.trainer.world_size", lambda: 4)
     monkeypatch.chdir(tmp_path)
     line = refused(within("train.py", *flags, "--batch-size", 18))
-    assert "--batch-size 18 cannot be shared by 4 processes" in line and "16 or 20" in line
+    assert "--batch-size 18 cannot be divided among 4 processes" in line and "16 or 20" in line
     assert not (tmp_path / "runs").exists()
 
 
 EXCHANGE = """
 import torch
 from runtime import distributed
-distributed.join(torch.device("cpu"))
+distributed.init(torch.device("cpu"))
 rank = distributed.rank()
 rows = [torch.arange(6.0).view(3, 2), torch.empty(0)][rank]  # the second has none, and does not know their width
 gathered, start = distributed.gather_rows(rows)
@@ -77,19 +77,20 @@ gathered, start = distributed.gather_rows(torch.arange(1 + rank, dtype=torch.int
 assert gathered.tolist() == [0, 0, 1] and start == rank
 gathered, _ = distributed.gather_rows(torch.empty(0, dtype=torch.bool))
 assert len(gathered) == 0 and gathered.dtype == torch.bool
-assert [distributed.share(5), distributed.share(0)] == [[slice(0, 2), slice(0, 0)], [slice(2, 5), slice(0, 0)]][rank]
-assert distributed.gather_lists([rank]) == [0, 1] and distributed.from_first(f"of {rank}") == "of 0"
+slices = [[slice(0, 2), slice(0, 0)], [slice(2, 5), slice(0, 0)]][rank]
+assert [distributed.shard_slice(5), distributed.shard_slice(0)] == slices
+assert distributed.all_gather_list([rank]) == [0, 1] and distributed.broadcast_object(f"of {rank}") == "of 0"
 layer = torch.nn.BatchNorm1d(2)
 torch.nn.init.constant_(layer.weight, rank)
-distributed.equalise(layer)
+distributed.broadcast_parameters(layer)
 assert not layer.weight.any()
 layer.running_mean.fill_(rank)
-distributed.average_statistics(layer)
+distributed.average_batch_norm_stats(layer)
 assert layer.running_mean.tolist() == [0.5, 0.5]
 layer.weight.grad = torch.full((2,), 2.0) if rank else None  # nothing could be read here
-distributed.sum_gradients([layer.weight])
+distributed.all_reduce_gradients([layer.weight])
 assert layer.weight.grad.tolist() == [2.0, 2.0]
-distributed.leave()
+distributed.cleanup()
 """
 
 
@@ -100,9 +101,9 @@ def test_what_two_processes_exchange_arrives_in_their_order_and_from_empty_hands
 
 def test_one_process_exchanges_nothing_and_gets_back_what_it_gave():
     rows = torch.ones(3, 2, requires_grad=True)
-    assert distributed.gather_rows(rows) == (rows, 0) and distributed.share(7) == slice(0, 7)
-    assert distributed.gather_lists([1]) == [1] and distributed.from_first("x") == "x"
-    assert (distributed.rank(), distributed.count()) == (0, 1)
+    assert distributed.gather_rows(rows) == (rows, 0) and distributed.shard_slice(7) == slice(0, 7)
+    assert distributed.all_gather_list([1]) == [1] and distributed.broadcast_object("x") == "x"
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
 STOPPED = """
@@ -110,25 +111,25 @@ import dataclasses, signal, sys
 from pathlib import Path
 import torch
 import train
-from runtime import cli
+from data.loading import open_data
 from training import train_step, trainer
 from models.checkpoint import load_state
 from runtime.distributed import rank
 from runtime.signals import Stopped
 
-trainer.leave = lambda: None  # the processes train three times
+trainer.distributed.cleanup = lambda: None  # the processes train three times
 whole, _ = train.parse_flags()
-data = cli.open_data(whole)
+data = open_data(whole)
 trainer.train(whole, data, None)
 parts = dataclasses.replace(whole, name="parts")
-real = train_step.TrainingStep.__call__
+real = train_step.TrainStep.__call__
 
 def call(self, passes, number, **options):
     if number == 4 and rank() == 1:
         signal.raise_signal(signal.SIGTERM)  # one of them is told, between two checkpoints
     return real(self, passes, number, **options)
 
-train_step.TrainingStep.__call__ = call
+train_step.TrainStep.__call__ = call
 try:
     trainer.train(parts, data, None)
     sys.exit("not stopped")
@@ -137,9 +138,9 @@ except Stopped as stop:
 folder = Path("runs/parts")
 torch.distributed.barrier()
 state = load_state(folder / "last.pt")
-assert (state["epoch"], len(state["statistics"])) == (1, 2) and state["tally"]["steps"] in (2, 3), state["tally"]
+assert (state["epoch"], len(state["statistics"])) == (1, 2) and state["meters"]["steps"] in (2, 3), state["meters"]
 assert not all(torch.equal(state["statistics"][0][k], v) for k, v in state["statistics"][1].items())
-train_step.TrainingStep.__call__ = real
+train_step.TrainStep.__call__ = real
 trainer.train(parts, data, folder)
 torch.distributed.barrier()
 ends = [load_state(Path("runs") / name / "last.pt")["model"] for name in ("whole", "parts")]

@@ -23,8 +23,8 @@ def test_plain_recipe_has_a_row_for_each_caption_padded_to_the_longest(tiny):
     from models.factory import build_model
 
     _, tokenizer, _ = build_model(config, data)
-    pixels, tokens = next(plain_batches(config, data.part("train"), tokenizer))
-    longest = max(len(ids) for ids in tokenizer(list(data.part("train").captions))["input_ids"])
+    pixels, tokens = next(plain_batches(config, data.split("train"), tokenizer))
+    longest = max(len(ids) for ids in tokenizer(list(data.split("train").captions))["input_ids"])
     assert pixels.shape == (32, 3, 32, 32)
     assert tokens["input_ids"].shape == (32, longest)
     assert next(plain_loop(config, data)) == 32

@@ -4,19 +4,23 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import typing
 
 import pytest
-from helpers import program, refused
+from helpers import ROOT, program, refused
 
+import config as defaults
 import evaluate
 import train
-from config import FLAGS_WITHOUT_RECIPE, PRESETS, RECIPES, Config, default_config
+from config import FLAGS_WITHOUT_RECIPE, OWN_PHOTOS, SAMPLE, Config, default_config
 from runtime import cli
+
+OWN = default_config("my_photos")
 
 
 def flags(*argv, kind=train.Flags, default=None):
-    default = default or train.Flags(**dataclasses.asdict(Config()))
+    default = default or train.Flags(**dataclasses.asdict(OWN))
     return cli.parse_flags(kind, default=default, argv=list(argv))
 
 
@@ -33,12 +37,12 @@ def test_the_defaults_are_a_valid_configuration():
     assert Config() == Config(**dataclasses.asdict(Config()))
 
 
-NEEDS = {"stored_views": {"freeze_image": True}}  # flags that make sense beside others only
+NEEDS = {"cached_views": {"freeze_image": True}}  # flags that make sense beside others only
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
 def test_every_field_is_a_flag_of_its_name(field):
-    flag, default = f"--{field.name.replace('_', '-')}", field.default
+    flag, default = f"--{field.name.replace('_', '-')}", getattr(OWN, field.name)
     if isinstance(default, bool):
         words, value = [flag if not default else f"--no-{flag[2:]}"], not default
     elif isinstance(default, float):
@@ -50,7 +54,7 @@ def test_every_field_is_a_flag_of_its_name(field):
         words = [flag, value]
     beside = NEEDS.get(field.name, {})
     parsed = flags(*words, *(f"--{name.replace('_', '-')}" for name in beside))
-    expected = dataclasses.asdict(Config()) | {field.name: value, "resume": None} | beside
+    expected = dataclasses.asdict(OWN) | {field.name: value, "resume": None} | beside
     assert dataclasses.asdict(parsed) == expected
 
 
@@ -62,8 +66,8 @@ def test_every_field_is_a_flag_of_its_name(field):
         ("captions_per_image", 0),
         ("embed_dim", 0),
         ("image_size", 15),
-        ("search_scale", 0.4),
-        ("search_scale", math.nan),
+        ("eval_image_scale", 0.4),
+        ("eval_image_scale", math.nan),
         ("max_tokens", 2),
         ("num_workers", -2),
         ("seed", -1),
@@ -100,17 +104,88 @@ def test_a_value_out_of_range_is_refused_with_its_flag_and_the_value(name, value
 
 
 def test_the_preset_of_a_data_set_replaces_defaults():
-    assert default_config("my_photos") == Config(dataset="my_photos")
-    sample = default_config("sample")
-    assert not sample.pretrained and sample.image_encoder == PRESETS["sample"]["image_encoder"] != Config.image_encoder
+    own, sample = default_config("my_photos"), default_config("sample")
+    assert own.text_encoder == OWN_PHOTOS["text_encoder"][1] != Config.text_encoder
+    assert not sample.pretrained and sample.image_encoder == SAMPLE["image_encoder"][1] != Config.image_encoder
+
+
+@pytest.mark.parametrize("name", ["OWN_PHOTOS", "SAMPLE", "PRETRAINED_DUAL_ENCODER"])
+def test_a_preset_knows_the_defaults_that_it_replaces(name):
+    """Else an entry would take its default for an edited one, and never apply."""
+    assert {field: shipped for field, (shipped, _) in getattr(defaults, name).items()} == {
+        field: getattr(Config, field) for field in getattr(defaults, name)
+    }
+
+
+DATA_SETS = {"sample": "sample", "flickr8k": "flickr8k", "own photos": "my_photos", "pretrained": "my_photos"}
+
+
+@pytest.mark.parametrize("dataset", DATA_SETS)
+@pytest.mark.parametrize(("field", "edited"), [("alpha", 0.5), ("batch_size", 64), ("epochs", 7), ("tta_flip", "x")])
+def test_an_edited_default_is_what_every_data_set_trains_with(tmp_path, dataset, field, edited):
+    """A copy of the program in whose config.py one default was edited, as people do."""
+    edited = {"x": not Config.tta_flip}.get(edited, edited)
+    for name in ("train.py", "config.py", "losses.py", "runtime", "data"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    text, count = re.subn(
+        rf"(    {field}: \w+ = )\S+", rf"\g<1>{edited}", (ROOT / "config.py").read_text("utf-8"), count=1
+    )
+    assert count == 1
+    (tmp_path / "config.py").write_text(text, "utf-8")
+    flags = ["--dataset", DATA_SETS[dataset], *(["--model", "openai/clip"] if dataset == "pretrained" else [])]
+    code = f"import sys, train; sys.argv = ['train.py', *{flags!r}]; print(train.parse_flags()[0].{field})"
+    done = program("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.stdout.strip() == str(edited)
+
+
+def test_a_run_says_which_defaults_the_preset_replaced(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--batch-size", "16"])
+    line = train.describe_preset(train.parse_flags()[0])
+    assert line.startswith("sample: ") and "epochs 40" in line and "image_encoder resnet10t" in line
+    assert "batch_size" not in line and "edit SAMPLE in config.py, or pass flags" in line
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k"])
+    assert train.describe_preset(train.parse_flags()[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "value"),
+    [
+        (["--image-stages", "2"], "unfreeze_image_stages", 2),
+        (["--text_layers=3"], "unfreeze_text_layers", 3),
+        (["--stored-views", "0"], "cached_views", 0),
+        (["--search-scale", "2"], "eval_image_scale", 2.0),
+        (["--no-search-mirrored"], "tta_flip", False),
+        (["--search-mirrored"], "tta_flip", True),
+    ],
+)
+def test_flags_of_version_1_work_and_name_the_new_ones(monkeypatch, capsys, words, name, value):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", *words])
+    assert getattr(train.parse_flags()[0], name) == value
+    said = capsys.readouterr().err
+    assert f"is now --{'no-' if value is False else ''}{name.replace('_', '-')}\n" in said and said.count("\n") == 1
+
+
+def test_help_shows_the_groups_of_config_the_most_used_flags_first_and_whose_defaults(tmp_path):
+    said = program("train.py", "--help", "--dataset", "flickr8k", cwd=tmp_path).stdout
+    order = ["--dataset flickr8k", "Most used:", "--alpha", "Data:", "Model:", "Evaluation", "Objective:"]
+    order += ["Optimisation:", "Run:"]
+    places = [said.index(words) for words in order]
+    assert places == sorted(places) and "[256]" in said
+    flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(train.Flags)}
+    assert flags == {flag for flag in re.findall(r"^  (--[\w-]+)", said, re.MULTILINE)}
+    assert all(re.search(rf"^  {flag}\b", said, re.MULTILINE) for flag in flags)
+
+
+def test_the_beginning_of_several_flags_is_answered_with_all_of_them(capsys):
+    line = error_line(capsys, "--lr", "1e-3")
+    assert "did you mean --lr-heads, --lr-image, --lr-text?" in line
 
 
 @pytest.mark.parametrize("words", [["--dataset", "flickr8k"], ["--dataset=flickr8k"]])
 def test_the_data_set_named_by_a_flag_decides_the_defaults(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["train.py", *words])
     config, _ = train.parse_flags()
-    assert config == default_config("flickr8k") != Config(dataset="flickr8k")
-    assert config.text_encoder == RECIPES["flickr8k"]["text_encoder"]
+    assert config == default_config("flickr8k") == Config(dataset="flickr8k")
 
 
 def test_the_flags_that_leave_a_recipe_out_are_flags():
@@ -132,9 +207,11 @@ def test_the_flags_that_leave_a_recipe_out_are_flags():
 def test_flags_that_say_what_trains_leave_the_recipe_of_the_data_set_out(monkeypatch, words):
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--alpha", "0.7", *words])
     config, _ = train.parse_flags()
-    told = {"freeze_text": "text" in words[0], "freeze_image": "--freeze-image" in words}
-    told |= {"pretrained": "--no-pretrained" not in words, "lora": 4 if "lora" in " ".join(words) else 0}
-    assert config == Config(dataset="flickr8k", alpha=0.7, **told)
+    message = {"freeze_text": "text" in words[0], "freeze_image": "--freeze-image" in words}
+    message |= {"pretrained": "--no-pretrained" not in words, "lora": 4 if "lora" in " ".join(words) else 0}
+    own = default_config("flickr8k", recipe=False)
+    assert own.batch_size == OWN_PHOTOS["batch_size"][1]
+    assert config == dataclasses.replace(own, alpha=0.7, **message)
 
 
 def test_a_flag_wins_over_the_preset(monkeypatch):
@@ -217,7 +294,7 @@ def test_error_lines_hold_no_frame(capsys):
     ],
 )
 def test_given_reads_one_flag_ahead_of_the_others(words, value):
-    assert cli.given("--a", words) == value
+    assert cli.peek_flag("--a", words) == value
 
 
 def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path):
@@ -231,7 +308,7 @@ def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path)
 def test_of_a_repeated_data_set_the_last_decides_the_defaults_too(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "sample", "--dataset", "my_photos"])
     config, _ = train.parse_flags()
-    assert config == Config(dataset="my_photos")
+    assert config == default_config("my_photos")
 
 
 def test_a_typo_is_answered_without_importing_torch(tmp_path):
@@ -262,7 +339,7 @@ def test_help_names_the_flags_and_is_quick(script, tmp_path):
     [
         (ValueError("wrong\n  twice"), 2, "error: wrong twice"),
         (FileNotFoundError("no such folder: x"), 2, "error: no such folder: x"),
-        (KeyboardInterrupt("Epoch 1 is kept"), 130, "stopped. Epoch 1 is kept"),
+        (KeyboardInterrupt("Epoch 1 is saved"), 130, "stopped. Epoch 1 is saved"),
     ],
 )
 def test_a_script_ends_with_one_line_and_an_exit_code(capsys, error, code, line):

@@ -14,7 +14,7 @@ from helpers import read, refused, within
 
 from models.checkpoint import load_state, save_state
 from runtime.run_dir import read_log
-from training import loop
+from training import trainer
 from training.trainer import train
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
@@ -80,23 +80,23 @@ def test_a_disk_that_cannot_be_written_leaves_every_file_as_it_was(disk):
 
 
 def test_training_that_meets_a_full_disk_says_what_is_kept_and_goes_on_from_there(tiny, disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_, **__: None)
     whole = tiny(epochs=3, name="whole", embed_dim=8, freeze_image=True)
     expected = load_state(train(whole, read(whole), None) / "last.pt")["model"]
     config = dataclasses.replace(whole, runs_dir=str(disk / "runs"), name="parts")
-    real = loop.Trainer._save_epoch
+    real = trainer.Trainer._save_epoch
 
     def save(self, record):
-        if self.progress.epoch == 2:
+        if self.state.epoch == 2:
             fill(disk, 10_000)
         real(self, record)
 
     with monkeypatch.context() as full, pytest.raises(OSError) as error:
-        full.setattr(loop.Trainer, "_save_epoch", save)
+        full.setattr(trainer.Trainer, "_save_epoch", save)
         train(config, read(config), None)
     folder = disk / "runs" / "parts"
     line = str(error.value)
-    assert "No space left" in line and "epoch 1 is kept" in line and f"--resume {folder}" in line and "\n" not in line
+    assert "No space left" in line and "epoch 1 is saved" in line and f"--resume {folder}" in line and "\n" not in line
     assert len(read_log(folder)) == 1 and not list(folder.glob(".*"))
     (disk / "filler").unlink()
     train(config, read(config), folder)
@@ -136,7 +136,7 @@ def test_features_that_fill_the_disk_are_one_line_and_leave_nothing_behind(disk,
         shutil.rmtree(disk / "cache", ignore_errors=True)
         (disk / "filler").unlink(missing_ok=True)
         fill(disk, left)
-        views = ["--image-stages", 1, "--stored-views", 4]
+        views = ["--unfreeze-image-stages", 1, "--cached-views", 4]
         line = refused(within("train.py", *flags, *views, "--cache-dir", "disk/cache"))
         assert "space" in line or "where 0.0 GB are free" in line, (left, line)
         assert not list(disk.rglob("*.images"))

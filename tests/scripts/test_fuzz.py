@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from data.loading import open_dataset, read_captions
 from evaluate import save as save_metrics
 from models.checkpoint import load_run, load_state, save_state
 from runtime.run_dir import newest_finished_run, read_config, read_log
-from training.train_state import Progress
+from training.train_state import TrainState
 
 CASES = int(os.environ.get("FUZZ", 20))
 FUZZ = settings(
@@ -184,7 +185,7 @@ def test_a_folder_is_opened_or_refused_in_one_line(album, file, lists):
     cache = album.parent / "cache"
     data = works_or_is_refused(lambda: open_dataset(str(album), data_dir=None, cache_dir=str(cache), split_seed=0))
     if data is not None:
-        images = [set(data.part(split).paths) for split in ("train", "val", "test")]
+        images = [set(data.split(split).paths) for split in ("train", "val", "test")]
         assert all(images) and not images[0] & images[1] | images[0] & images[2] | images[1] & images[2]
         assert isinstance(data.describe(), str)
     assert sorted(album.rglob("*")) == before
@@ -228,12 +229,12 @@ def test_a_photo_is_read_or_refused_in_one_line(tmp_path_factory, kind, edits):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, image_tower, text_tower, photos):
     """The folder of a finished run, and the bytes of its files."""
-    from config import Config
+    from config import default_config
     from training.trainer import train
 
     place = tmp_path_factory.mktemp("fuzz-run")
-    config = Config(
-        dataset=str(photos),
+    config = replace(
+        default_config(str(photos)),
         image_encoder=str(image_tower),
         text_encoder=str(text_tower),
         image_size=32,
@@ -270,7 +271,7 @@ def use(folder):
     works_or_is_refused(lambda: load_run(folder))
     resumed = works_or_is_refused(lambda: load_run(folder, "last.pt"))
     if resumed is not None:
-        works_or_is_refused(lambda: Progress.from_state(resumed.state, 2))
+        works_or_is_refused(lambda: TrainState.from_state(resumed.state, 2))
 
 
 @FUZZ

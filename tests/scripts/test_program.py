@@ -162,7 +162,7 @@ def test_broken_photos_in_the_data_set_are_named_and_the_rest_is_used(place, tmp
     for path in sorted((photos / "Images").iterdir())[::2]:
         path.write_bytes(path.read_bytes()[:60])
     done = within("evaluate.py", "runs/first", "--data-dir", photos, "--split", "train")
-    assert re.search(r"train: \d+ photos could not be read and are left out: photo_\d\d\.png", done.stdout)
+    assert re.search(r"train: \d+ photos could not be read and are skipped: photo_\d\d\.png", done.stdout)
     assert "rsum" in done.stdout
 
 
@@ -274,7 +274,7 @@ def test_a_stopped_run_keeps_its_steps_and_resume_finishes(place, image_tower, t
     finally:
         training.kill()
     assert training.returncode == 128 + signum, errors
-    assert "is kept; go on with" in errors and f"--resume {signum.name}/x" in errors and "Traceback" not in errors
+    assert "is saved; continue with" in errors and f"--resume {signum.name}/x" in errors and "Traceback" not in errors
     run = folder / signum.name / "x"
     finished = len(read_log(run))
     assert finished >= 1 and (run / "last.pt").is_file() and not list(run.glob(".*"))

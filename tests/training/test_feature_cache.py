@@ -11,20 +11,21 @@ import pytest
 import torch
 from helpers import read, tiny_model, write_photos
 
-from data.loading import Part, open_dataset
-from data.preprocess import View
+from data.loading import Split, open_dataset
+from data.preprocess import Preprocess
 from data.tokenizer import Tokens
-from dataset import PhotoViews, is_mirrored
+from dataset import AugmentedViews, is_flipped
 from models.checkpoint import load_state
 from models.encoders import build_image_encoder
-from models.freezing import cut, last_parameters
+from models.freezing import last_stage_parameters
+from models.trunk_split import split_backbone, split_trunk
 from modules import ImageEncoder
 from retrieval import encoder
 from retrieval.encoder import build_encoder
 from runtime.run_dir import read_log
 from training.dataloader import EpochSampler
-from training.feature_cache import ImageFeatures, stored_images, stored_texts
-from training.feature_loader import StoredBatches, StoredPart, with_mirrored
+from training.feature_cache import CachedImageFeatures, cache_image_features, cache_text_features
+from training.feature_loader import CachedFeatureLoader, CachedSplit, add_flipped_captions
 from training.trainer import train
 
 
@@ -32,7 +33,7 @@ from training.trainer import train
 def part(tmp_path):
     """The 7 training photos of a folder of their own, with 2 captions each."""
     folder = write_photos(tmp_path / "photos", 10)
-    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).part("train")
+    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 
 def pixels(count=3, size=32):
@@ -45,28 +46,31 @@ def pixels(count=3, size=32):
 def test_both_halves_one_after_another_are_the_tower(image_tower, fold, stages, pooling):
     name = str(image_tower)
     tower, _ = build_image_encoder(name, pretrained=True, fold_batch_norm=fold, pooling=pooling)
-    tower.freeze(stages is None, trained=stages and last_parameters(tower.backbone, stages))
+    tower.freeze(stages is None, trainable=stages and last_stage_parameters(tower.backbone, stages))
     tensors = set(tower.state_dict())
-    tower.cut()
+    split_trunk(tower)
     with torch.no_grad():
         expected = tower.eval()(pixels())
-        assert torch.equal(tower.after(tower.before(pixels())), expected)
+        assert torch.equal(tower.forward_trainable(tower.forward_frozen(pixels())), expected)
     assert set(tower.state_dict()) == tensors  # the halves hold no weights of their own
 
 
 @pytest.mark.parametrize("stages", [1, 2])
 def test_gradients_through_the_second_half_are_those_of_the_tower(image_tower, stages):
     tower, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
-    tower.freeze(False, trained=last_parameters(tower.backbone, stages))
-    tower.cut()
+    tower.freeze(False, trainable=last_stage_parameters(tower.backbone, stages))
+    split_trunk(tower)
 
     def gradients(features):
         tower.zero_grad()
         features.square().sum().backward()
         return {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
 
-    whole, half = gradients(tower(pixels())), gradients(tower.after(tower.before(pixels()).detach()))
-    assert whole.keys() == half.keys() == {f"backbone.{name}" for name in tower.trained}
+    whole, half = (
+        gradients(tower(pixels())),
+        gradients(tower.forward_trainable(tower.forward_frozen(pixels()).detach())),
+    )
+    assert whole.keys() == half.keys() == {f"backbone.{name}" for name in tower.trainable}
     for name in whole:
         torch.testing.assert_close(half[name], whole[name])
 
@@ -78,7 +82,7 @@ def test_towers_of_other_kinds_can_be_cut_too(name):
     small = {"vit": {"img_size": 32, "depth": 3}, "swin": {"img_size": 56, "depths": (1, 1, 1, 1)}}
     arguments = next((small[kind] for kind in small if name.startswith(kind)), {"depths": (1, 1, 1, 1)})
     backbone = timm.create_model(name, num_classes=0, **arguments).eval()
-    before, after = cut(backbone, last_parameters(backbone, 1))
+    before, after = split_backbone(backbone, last_stage_parameters(backbone, 1))
     for count in (1, 3):
         photos = torch.randn(count, 3, *[arguments.get("img_size", 64)] * 2)
         with torch.no_grad():
@@ -103,8 +107,8 @@ class Branching(Skipping):
 
 @pytest.mark.parametrize("backbone, why", [(Skipping(), "2 tensors"), (Branching(), "control flow")])
 def test_a_tower_that_cannot_be_cut_says_so(backbone, why):
-    with pytest.raises(ValueError, match=f"cannot be cut into stages.*{why}"):
-        cut(backbone, {"second.weight", "second.bias"})
+    with pytest.raises(ValueError, match=f"cannot be split into stages.*{why}"):
+        split_backbone(backbone, {"second.weight", "second.bias"})
 
 
 class Store:
@@ -113,9 +117,9 @@ class Store:
     def __init__(self, cache_dir, monkeypatch):
         self.model, self.tokenizer = tiny_model()
         self.model.image_encoder.freeze(True)
-        self.model.image_encoder.cut()
+        split_trunk(self.model.image_encoder)
         self.cache_dir, self.images, self.captions = cache_dir, 0, 0
-        before, captions = ImageEncoder.before, encoder.Encoder.captions
+        before, captions = ImageEncoder.forward_frozen, encoder.Encoder.encode_captions
 
         def counted_before(tower, images):
             self.images += len(images)
@@ -125,8 +129,8 @@ class Store:
             self.captions += len(texts)
             return captions(encoder, texts, progress)
 
-        monkeypatch.setattr(ImageEncoder, "before", counted_before)
-        monkeypatch.setattr(encoder.Encoder, "captions", counted_captions)
+        monkeypatch.setattr(ImageEncoder, "forward_frozen", counted_before)
+        monkeypatch.setattr(encoder.Encoder, "encode_captions", counted_captions)
 
     def __call__(self, part, *, views=1, min_crop=0.5, **changes):
         settings = {"image_size": 32, "max_tokens": 16, "device": "cpu", "precision": "float32", "num_workers": 0}
@@ -134,8 +138,8 @@ class Store:
         encoder = dataclasses.replace(encoder, encode_text=self.model.text_encoder)
         cache_dir = str(self.cache_dir)
         tower = self.model.image_encoder
-        images = stored_images(encoder, tower, part, "x", views=views, min_crop=min_crop, cache_dir=cache_dir)
-        return images, stored_texts(encoder, self.model.text_encoder, part.captions, "x", cache_dir=cache_dir)
+        images = cache_image_features(encoder, tower, part, "x", views=views, min_crop=min_crop, cache_dir=cache_dir)
+        return images, cache_text_features(encoder, self.model.text_encoder, part.captions, "x", cache_dir=cache_dir)
 
     def computed(self):
         """How many photos and captions were encoded since this was last asked."""
@@ -163,7 +167,7 @@ def test_the_second_call_computes_nothing_and_gives_the_same(store, part):
 
 def test_rows_are_what_the_tower_says_of_each_photo(store, part):
     images, texts = store(part)
-    seen = [PhotoViews([path], view=View(32), views=1, min_crop=1.0)[0] for path in part.paths]
+    seen = [AugmentedViews([path], preprocess=Preprocess(32), views=1, min_crop=1.0)[0] for path in part.paths]
     with torch.inference_mode():
         expected = store.model.image_encoder(torch.from_numpy(np.concatenate(seen)))
     torch.testing.assert_close(images.rows, expected, atol=1e-5, rtol=0)
@@ -220,12 +224,12 @@ def test_other_batch_norm_statistics_and_colours_are_computed_anew(store, part):
 
 def test_what_trains_behind_the_cut_changes_nothing(store, part):
     tower = store.model.image_encoder
-    tower.freeze(False, trained=last_parameters(tower.backbone, 1))
-    tower.cut()
+    tower.freeze(False, trainable=last_stage_parameters(tower.backbone, 1))
+    split_trunk(tower)
     store(part)
     store.computed()
     with torch.no_grad():
-        dict(tower.backbone.named_parameters())[sorted(tower.trained)[0]].add_(0.5)
+        dict(tower.backbone.named_parameters())[sorted(tower.trainable)[0]].add_(0.5)
     store(part)
     assert store.computed() == (0, 0)
 
@@ -318,45 +322,45 @@ def test_an_error_leaves_nothing_unfinished(store, part, monkeypatch):
 
 def test_more_features_than_the_disk_has_room_for_are_refused(store, part, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match=r"the features need 0.0 GB.*lower --stored-views"):
+    with pytest.raises(ValueError, match=r"the features need 0.0 GB.*lower --cached-views"):
         store(part)
     assert not list(store.cache_dir.rglob("*.images"))
 
 
 def test_views_are_the_photo_its_mirror_image_and_crops_of_both(part):
-    views = PhotoViews(part.paths, view=View(32), views=4, min_crop=0.3)
+    views = AugmentedViews(part.paths, preprocess=Preprocess(32), views=4, min_crop=0.3)
     plain, mirrored, crop, mirrored_crop = views[0]
     assert np.array_equal(plain[:, :, ::-1], mirrored) and not np.array_equal(crop, plain)
     assert not np.array_equal(crop[:, :, ::-1], mirrored_crop)  # another crop
-    assert [is_mirrored(view) for view in range(4)] == [False, True, False, True]
+    assert [is_flipped(view) for view in range(4)] == [False, True, False, True]
     left, right = plain[:, :, :4].mean((1, 2)), plain[:, :, -4:].mean((1, 2))  # photos of two colours
     assert np.abs(mirrored_crop[:, :, :2].mean((1, 2)) - right).max() < 40
     assert np.abs(crop[:, :, :2].mean((1, 2)) - left).max() < 40
-    assert np.array_equal(views[0], PhotoViews(part.paths[:1], view=View(32), views=4, min_crop=0.3)[0])
+    assert np.array_equal(views[0], AugmentedViews(part.paths[:1], preprocess=Preprocess(32), views=4, min_crop=0.3)[0])
 
 
 def test_captions_that_change_in_a_mirror_get_a_row_of_their_own():
     captions = ["a dog", "red on the left", "a cat", "go right"]
-    everything, rows = with_mirrored(captions, mirror=True)
+    everything, rows = add_flipped_captions(captions, mirror=True)
     assert everything == [*captions, "red on the right", "go left"] and rows.tolist() == [0, 4, 2, 5]
-    everything, rows = with_mirrored(captions, mirror=False)
+    everything, rows = add_flipped_captions(captions, mirror=False)
     assert everything == captions and rows.tolist() == [0, 1, 2, 3]
 
 
-def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=None, held_epochs=0):
+def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=None, frozen_epochs=0):
     """Batches whose features say what they are of: of a photo (number, view), of a caption (photo, row)."""
     owner = np.arange(images).repeat(captions)
-    part = Part([Path(f"{number}.png") for number in range(images)], [f"c{m}" for m in range(len(owner))], owner)
+    part = Split([Path(f"{number}.png") for number in range(images)], [f"c{m}" for m in range(len(owner))], owner)
     rows = torch.tensor([[photo, view] for photo in range(images) for view in range(views)])
     kept = np.ones(images, bool) if kept is None else kept
     mirrored = np.arange(len(owner)) + len(owner)
     texts = torch.tensor([[number, row + turned * 1000] for turned in (0, 1) for row, number in enumerate(owner)])
     every = np.arange(2 * len(owner) + 1)
-    tokens = Tokens(every[1:].astype(np.int32), every, every[:-1]) if held_epochs else None  # row + 1
-    stored = StoredPart(part, ImageFeatures(rows, views, kept), mirrored, texts=texts, tokens=tokens)
+    tokens = Tokens(every[1:].astype(np.int32), every, every[:-1]) if frozen_epochs else None  # row + 1
+    stored = CachedSplit(part, CachedImageFeatures(rows, views, kept), mirrored, texts=texts, tokens=tokens)
     sampler = EpochSampler(int(kept.sum()), 4, seed=0, micro_batch_size=micro_batch_size)
-    return StoredBatches(
-        stored, sampler, captions_per_image=2, held_epochs=held_epochs, pad_id=0, device=torch.device("cpu")
+    return CachedFeatureLoader(
+        stored, sampler, captions_per_image=2, frozen_epochs=frozen_epochs, pad_id=0, device=torch.device("cpu")
     )
 
 
@@ -412,8 +416,8 @@ def test_batches_of_features_repeat_with_the_epoch_and_differ_between_epochs():
 
 
 def test_captions_are_features_while_the_text_tower_is_held_and_the_same_ones_tokens_after_it():
-    def captions(held_epochs):
-        batches = stored_batches(held_epochs=held_epochs)
+    def captions(frozen_epochs):
+        batches = stored_batches(frozen_epochs=frozen_epochs)
         return [list(whole_batches(batches, epoch)) for epoch in (0, 1)]
 
     (held, released), (_, features) = captions(1), captions(2)
@@ -424,10 +428,10 @@ def test_captions_are_features_while_the_text_tower_is_held_and_the_same_ones_to
 
 
 PARTS = {
-    "a stage and the text tower": {"image_stages": 1},
-    "a stage and the text tower, held at first": {"image_stages": 1, "freeze_epochs": 2},
+    "a stage and the text tower": {"unfreeze_image_stages": 1},
+    "a stage and the text tower, held at first": {"unfreeze_image_stages": 1, "freeze_epochs": 2},
     "the text tower": {"freeze_image": True},
-    "a stage": {"image_stages": 1, "freeze_text": True},
+    "a stage": {"unfreeze_image_stages": 1, "freeze_text": True},
     "a pooling": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo"},
     "two poolings": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo", "text_pooling": "gpo"},
 }
@@ -438,7 +442,7 @@ def test_training_on_stored_features_is_training_on_the_photos(tiny, what):
     """Without augmentation, and with all captions, nothing is left to chance but the order, which is the same."""
     settings = {"augment": False, "epochs": 3, "micro_batch_size": 3} | PARTS[what]
     photos = tiny(name="photos", **settings)
-    stored = tiny(name="stored", stored_views=1, **settings)
+    stored = tiny(name="stored", cached_views=1, **settings)
     if not photos.views:
         expected = read_log(train(photos, read(photos), None))
         found = read_log(train(stored, read(stored), None))
@@ -453,26 +457,26 @@ def test_training_on_stored_features_is_training_on_the_photos(tiny, what):
 def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny):
     from retrieval.encoder import load_encoder
 
-    config = tiny(image_stages=1, stored_views=4, epochs=4, lr_heads=1e-2)
+    config = tiny(unfreeze_image_stages=1, cached_views=4, epochs=4, lr_heads=1e-2)
     folder = train(config, read(config), None)
     log = read_log(folder)
     assert log[-1]["loss"] < log[0]["loss"]
     encoder, _ = load_encoder(folder, device="cpu", precision="float32")
-    encoded = encoder.part(read(config).part("val"), "val")
+    encoded = encoder.encode_split(read(config).split("val"), "val")
     from retrieval.metrics import retrieval_metrics
 
     best = load_state(folder / "best.pt")["epoch"] - 1
-    metrics = retrieval_metrics(encoded.images, encoded.texts, encoded.caption_image_ids)
+    metrics = retrieval_metrics(encoded.image_emb, encoded.text_emb, encoded.caption_image_ids)
     assert metrics["rsum"] == pytest.approx(log[best]["rsum"])
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"stored_views": 2}, "--stored-views keeps what frozen stages say"),
-        ({"stored_views": 2, "image_stages": 1, "augment": False}, "--no-augment leaves one view"),
-        ({"stored_views": -1}, "--stored-views must be at least 0"),
-        ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout is for a text tower that trains"),
+        ({"cached_views": 2}, "--cached-views caches activations of frozen stages"),
+        ({"cached_views": 2, "unfreeze_image_stages": 1, "augment": False}, "--no-augment leaves one view"),
+        ({"cached_views": -1}, "--cached-views must be at least 0"),
+        ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout needs a text tower that trains"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, settings, message):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from losses import LossTerms, Objective, contrastive_loss, objective_loss
-from training.chunked_losses import chunked_contrastive_loss, chunked_objective_loss
+from losses import LossTerms, contrastive_loss
 from training.gradcache import cached_backward
+from training.objectives import Objective, objective_loss
 
 ALPHA, MARGIN = 0.3, 0.2
 
@@ -180,6 +180,10 @@ def test_a_scaler_reaches_every_gradient_once():
     assert relative_difference(scaled, plain) < 1e-9
 
 
+def chunked_contrastive_loss(chunk_size, *batch, margin, **settings):
+    return objective_loss(*batch, Objective(margin=margin), chunk_size=chunk_size, **settings)
+
+
 @pytest.mark.parametrize("alpha", [0.0, ALPHA])
 @pytest.mark.parametrize("chunk_size", [1, 10, 64])  # 64 captions: 10 leaves a ragged last chunk
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -188,7 +192,7 @@ def test_chunked_objective_equals_the_plain_one(alpha, chunk_size, dtype, tolera
     owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
     embeddings = [nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=dtype)) for rows in (23, 64)]
     results = []
-    for objective in (contrastive_loss, partial(chunked_contrastive_loss, chunk_size=chunk_size)):
+    for objective in (contrastive_loss, partial(chunked_contrastive_loss, chunk_size)):
         leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, torch.tensor(0.07, dtype=dtype))]
         terms = objective(*leaves[:2], torch.arange(23), owner, temperature=leaves[2], alpha=alpha, margin=MARGIN)
         terms.total.backward()
@@ -200,7 +204,7 @@ def test_chunked_objective_equals_the_plain_one(alpha, chunk_size, dtype, tolera
 def test_chunked_objective_of_one_image_has_no_triplet():
     emb = nn.functional.normalize(torch.ones(3, 4))
     terms = chunked_contrastive_loss(
-        emb[:1], emb, torch.zeros(1), torch.zeros(3), temperature=0.1, alpha=1.0, margin=MARGIN, chunk_size=2
+        2, emb[:1], emb, torch.zeros(1), torch.zeros(3), temperature=0.1, alpha=1.0, margin=MARGIN
     )
     assert terms.triplet == 0 and terms.total.isfinite()
 
@@ -216,7 +220,7 @@ def test_chunked_objective_of_one_image_has_no_triplet():
         Objective("info_nce", negatives="semi-hard", distance="cosine"),
         Objective("info_nce", negatives="all"),
     ],
-    ids=lambda objective: f"{objective.main}-{objective.negatives}",
+    ids=lambda objective: f"{objective.name}-{objective.negatives}",
 )
 def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alpha):
     generator = torch.Generator().manual_seed(1)
@@ -226,7 +230,7 @@ def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alp
     ]
     embeddings[1][40] = embeddings[1][3]  # a tie
     results = []
-    for loss in (objective_loss, partial(chunked_objective_loss, chunk_size=chunk_size)):
+    for loss in (objective_loss, partial(objective_loss, chunk_size=chunk_size)):
         scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.07, -5.0)]
         leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, *scalars)]
         settings = {"temperature": leaves[2], "bias": leaves[3], "alpha": alpha}

@@ -10,7 +10,7 @@ from helpers import read
 
 from models.checkpoint import load_state
 from runtime.run_dir import read_log
-from training import loop, train_step
+from training import train_step, trainer
 from training.trainer import Path, train
 
 STEPS = 3
@@ -18,7 +18,7 @@ STEPS = 3
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_, **__: None)
 
 
 def spoil(monkeypatch, at_step, change):
@@ -63,13 +63,13 @@ def with_scaler(monkeypatch, scale):
 @pytest.mark.parametrize("lag", [0, 1])
 def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny, monkeypatch, lag):
     spoil(monkeypatch, STEPS + 1, endless_gradient)
-    real = loop.Trainer.__init__
+    real = trainer.Trainer.__init__
 
     def init(self, *arguments):
         real(self, *arguments)
         self.lag = lag  # on a GPU, results are looked at a step late
 
-    monkeypatch.setattr(loop.Trainer, "__init__", init)
+    monkeypatch.setattr(trainer.Trainer, "__init__", init)
     config = tiny(epochs=3, save_every_steps=1)
     with pytest.raises(
         ValueError, match=rf"the gradient is nan at step {STEPS + 2}, epoch 2, with the photos"
@@ -77,9 +77,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny, mo
         train(config, read(config), None)
     folder = Path(config.runs_dir) / "run"
     assert "\n" not in str(error.value) and f"--resume {folder}" in str(error.value)
-    assert "epoch 2, step 1 of 3, is kept" in str(error.value)
+    assert "epoch 2, step 1 of 3, is saved" in str(error.value)
     state = load_state(folder / "last.pt")
-    assert (state["epoch"], state["tally"]["steps"]) == (1, 1)
+    assert (state["epoch"], state["meters"]["steps"]) == (1, 1)
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     bad = json.loads((folder / "bad_batch.json").read_text())
     assert (bad["step"], bad["epoch"], len(bad["photos"])) == (STEPS + 2, 2, 7)
@@ -89,7 +89,7 @@ def test_a_signal_right_after_a_bad_step_saves_nothing_bad(tiny, monkeypatch):
     import signal
 
     spoil(monkeypatch, STEPS, lambda terms, _: terms._replace(total=terms.total * float("nan")))
-    real = train_step.TrainingStep.__call__
+    real = train_step.TrainStep.__call__
 
     def call(self, passes, number, **options):
         done = real(self, passes, number, **options)
@@ -97,7 +97,7 @@ def test_a_signal_right_after_a_bad_step_saves_nothing_bad(tiny, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
         return done
 
-    monkeypatch.setattr(train_step.TrainingStep, "__call__", call)
+    monkeypatch.setattr(train_step.TrainStep, "__call__", call)
     config = tiny(epochs=2)
     with pytest.raises(ValueError, match="the loss is nan at step 4"):
         train(config, read(config), None)
@@ -138,9 +138,9 @@ def test_a_scaler_goes_on_from_where_it_was(tiny, monkeypatch):
     reached = factors[-1]
     with_scaler(monkeypatch, scale=8.0)
     restored = []
-    real = loop.Trainer.fit
+    real = trainer.Trainer.fit
     monkeypatch.setattr(
-        loop.Trainer, "fit", lambda self: (restored.append(self.step.accelerator.scaler.get_scale()), real(self))[1]
+        trainer.Trainer, "fit", lambda self: (restored.append(self.step.accelerator.scaler.get_scale()), real(self))[1]
     )
     train(dataclasses.replace(config, epochs=2), read(config), folder)
     assert restored == [reached]

@@ -10,9 +10,9 @@ import torch
 from helpers import program, read
 
 from models.checkpoint import load_state, save_state
-from runtime.run_dir import read_config, read_log, read_starts
+from runtime.run_dir import read_config, read_launches, read_log
 from runtime.signals import Stopped, StopSignals
-from training import dataloader, loop, train_step
+from training import dataloader, train_step, trainer
 from training.trainer import Path, train
 
 STEPS = 3  # an epoch of the 22 training photos in batches of at most 8
@@ -26,8 +26,12 @@ SETTINGS = {
     "loader processes": {"num_workers": 2, **CACHED},
     "towers that join later": {"freeze_epochs": 1},
     "stored features": {"freeze_image": True, "freeze_text": True},
-    "stored views, and a text tower that joins later": {"image_stages": 1, "stored_views": 2, "freeze_epochs": 1},
-    "stored views": {"image_stages": 1, "stored_views": 3, "micro_batch_size": 3},
+    "stored views, and a text tower that joins later": {
+        "unfreeze_image_stages": 1,
+        "cached_views": 2,
+        "freeze_epochs": 1,
+    },
+    "stored views": {"unfreeze_image_stages": 1, "cached_views": 3, "micro_batch_size": 3},
     "bfloat16": {"precision": "bfloat16"},
 }
 
@@ -35,7 +39,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They cost more time than all the steps."""
-    monkeypatch.setattr(loop, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(trainer, "plot_curves", lambda *_, **__: None)
 
 
 def outcome(folder):
@@ -63,7 +67,7 @@ def assert_same(one, other):
 
 def stop_after(monkeypatch, steps, signum=signal.SIGTERM):
     """The process is told to stop when it has made this many more steps."""
-    real, made = train_step.TrainingStep.__call__, []
+    real, made = train_step.TrainStep.__call__, []
 
     def call(self, *arguments, **options):
         made.append(1)
@@ -72,7 +76,7 @@ def stop_after(monkeypatch, steps, signum=signal.SIGTERM):
             signal.raise_signal(signum)
         return done
 
-    monkeypatch.setattr(train_step.TrainingStep, "__call__", call)
+    monkeypatch.setattr(train_step.TrainStep, "__call__", call)
 
 
 def train_in_pieces(config, monkeypatch, pieces, signum=signal.SIGTERM):
@@ -139,13 +143,13 @@ def test_a_run_stopped_while_it_validates_does_not_train_that_epoch_again(tiny, 
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the signal was not heard")
 
-    with monkeypatch.context() as stopped, pytest.raises(Stopped, match="Epoch 1, step 3 of 3, is kept"):
-        stopped.setattr(loop, "retrieval_metrics", retrieval_metrics)
+    with monkeypatch.context() as stopped, pytest.raises(Stopped, match="Epoch 1, step 3 of 3, is saved"):
+        stopped.setattr(trainer, "retrieval_metrics", retrieval_metrics)
         train(parts, read(parts), None)
     folder, steps = Path(parts.runs_dir) / "parts", []
-    real = train_step.TrainingStep.__call__
+    real = train_step.TrainStep.__call__
     monkeypatch.setattr(
-        train_step.TrainingStep, "__call__", lambda self, *a, **o: steps.append(a[1]) or real(self, *a, **o)
+        train_step.TrainStep, "__call__", lambda self, *a, **o: steps.append(a[1]) or real(self, *a, **o)
     )
     assert_same(outcome(train(parts, read(parts), folder)), whole)
     assert steps == [3, 4, 5]
@@ -176,7 +180,7 @@ def test_checkpoints_within_an_epoch_are_written_every_so_many_steps(tiny, monke
     config = tiny(epochs=2, name="whole")
     whole = outcome(train(config, read(config), None))
     parts = dataclasses.replace(config, name="parts", save_every_steps=2)
-    real, made = train_step.TrainingStep.__call__, []
+    real, made = train_step.TrainStep.__call__, []
 
     def call(self, *arguments, **options):
         if len(made) == 5:
@@ -185,11 +189,11 @@ def test_checkpoints_within_an_epoch_are_written_every_so_many_steps(tiny, monke
         return real(self, *arguments, **options)
 
     with monkeypatch.context() as cut, pytest.raises(SystemError):
-        cut.setattr(train_step.TrainingStep, "__call__", call)
+        cut.setattr(train_step.TrainStep, "__call__", call)
         train(parts, read(parts), None)
     folder = Path(parts.runs_dir) / "parts"
     state = load_state(folder / "last.pt")
-    assert (state["epoch"], state["tally"]["steps"]) == (1, 1)  # the fourth of all steps
+    assert (state["epoch"], state["meters"]["steps"]) == (1, 1)  # the fourth of all steps
     assert_same(outcome(train(parts, read(parts), folder)), whole)
 
 
@@ -205,14 +209,14 @@ def test_the_number_of_loader_processes_changes_nothing(tiny):
 def test_no_running_random_state_matters(tiny, monkeypatch):
     config = tiny(name="whole", **CACHED)
     whole = outcome(train(config, read(config), None))
-    real = train_step.TrainingStep.__call__
+    real = train_step.TrainStep.__call__
 
     def call(self, *arguments, **options):
         for scramble in (random.seed, np.random.seed, torch.manual_seed):
             scramble(arguments[1] + 123)
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(train_step.TrainingStep, "__call__", call)
+    monkeypatch.setattr(train_step.TrainStep, "__call__", call)
     scrambled = dataclasses.replace(config, name="scrambled")
     assert_same(outcome(train(scrambled, read(config), None)), whole)
 
@@ -222,9 +226,9 @@ def test_another_batch_size_goes_on_at_the_same_share_of_the_epoch(tiny, monkeyp
     with monkeypatch.context() as stopped, pytest.raises(Stopped):
         stop_after(stopped, 2)
         train(config, read(config), None)
-    steps, real = [], train_step.TrainingStep.__call__
+    steps, real = [], train_step.TrainStep.__call__
     monkeypatch.setattr(
-        train_step.TrainingStep, "__call__", lambda self, *a, **o: steps.append(a[1]) or real(self, *a, **o)
+        train_step.TrainStep, "__call__", lambda self, *a, **o: steps.append(a[1]) or real(self, *a, **o)
     )
     train(dataclasses.replace(config, batch_size=4), read(config), Path(config.runs_dir) / "x")  # 6 steps, not 3
     assert steps == [4, 5]
@@ -249,7 +253,7 @@ def test_handlers_are_given_back_and_other_threads_are_left_alone():
     import threading
 
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
-    with StopSignals(speaks=False) as signals:
+    with StopSignals(verbose=False) as signals:
         signal.raise_signal(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # the next one ends the process at once
@@ -258,7 +262,7 @@ def test_handlers_are_given_back_and_other_threads_are_left_alone():
 
     def enter():
         try:
-            with StopSignals(speaks=False):
+            with StopSignals(verbose=False):
                 pass
         except ValueError as error:
             failed.append(error)
@@ -272,17 +276,17 @@ def test_handlers_are_given_back_and_other_threads_are_left_alone():
 def test_each_start_is_recorded_once_with_what_it_was_made_with(tiny, monkeypatch, capsys):
     config = tiny()
     folder = train(config, read(config), None)
-    (start,) = read_starts(folder)
+    (start,) = read_launches(folder)
     assert start["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
     assert start.keys() == {"command", "commit", "data", "device", "processes", "threads", "versions"}
     assert len(start["data"]) == 16 and start["device"] == "cpu" and start["processes"] == 1
     train(dataclasses.replace(config, epochs=2), read(config), folder)
-    assert read_starts(folder) == [start] and "not as when" not in capsys.readouterr().out
+    assert read_launches(folder) == [start] and "not as when" not in capsys.readouterr().out
     data = read(config)
     data.table.loc[0, "caption"] = "another caption"
     train(dataclasses.replace(config, epochs=3), data, folder)
-    assert "not as when this run was last started: data;" in capsys.readouterr().out
-    assert [begun["data"] == start["data"] for begun in read_starts(folder)] == [True, False]
+    assert "changed since this run was last started: data;" in capsys.readouterr().out
+    assert [begun["data"] == start["data"] for begun in read_launches(folder)] == [True, False]
     assert read_config(folder) == dataclasses.replace(config, epochs=3)
 
 
@@ -296,8 +300,8 @@ def test_half_written_files_of_a_killed_process_are_removed_on_resuming(tiny):
 
 
 NO_PARTS = [
-    ("tally", None),
-    ("tally", {}),
+    ("meters", None),
+    ("meters", {}),
     ("epoch", "one"),
     ("epoch", 7),
     ("history", 3),
@@ -339,13 +343,13 @@ def test_running_statistics_are_given_back_to_their_processes(size, expected, mo
 
     norm = torch.nn.BatchNorm1d(2)
     each = [{"running_mean": torch.full((2,), float(k)), "running_var": torch.ones(2)} for k in (1, 3)]
-    monkeypatch.setattr(distributed, "count", lambda: size)
+    monkeypatch.setattr(distributed, "world_size", lambda: size)
     monkeypatch.setattr(distributed, "rank", lambda: size - 1)
-    distributed.spread_statistics(norm, each)
+    distributed.restore_batch_norm_stats(norm, each)
     assert norm.running_mean.tolist() == ([3.0, 3.0] if size == 2 else [2.0, 2.0])  # the average for another number
     with pytest.raises(ValueError, match="running_mean"):
-        distributed.spread_statistics(norm, [{"running_mean": torch.ones(3)}])
-    distributed.spread_statistics(norm, [])
+        distributed.restore_batch_norm_stats(norm, [{"running_mean": torch.ones(3)}])
+    distributed.restore_batch_norm_stats(norm, [])
 
 
 def test_the_program_names_what_it_was_made_with_outside_of_git_too(tmp_path):

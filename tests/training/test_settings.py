@@ -7,13 +7,13 @@ import pytest
 import torch
 from helpers import read
 
-from config import RECIPES
+from config import OWN_PHOTOS, Config
 from models.checkpoint import load_run, load_state
 from models.factory import build_model
-from models.freezing import last_parameters
+from models.freezing import last_stage_parameters
 from modules import TextEncoder
 from retrieval.encoder import load_encoder
-from retrieval.searcher import weights_key
+from retrieval.model_key import weights_key
 from runtime.run_dir import read_log
 from training import train_step
 from training.trainer import train
@@ -28,7 +28,7 @@ def run_of(config):
 def searches(run):
     """The run can be loaded and used for search."""
     encoder, model = load_encoder(run, device="cpu", precision="float32")
-    emb = encoder.captions(["red on the left", "blue"], "")
+    emb = encoder.encode_captions(["red on the left", "blue"], "")
     torch.testing.assert_close(emb.norm(dim=1), torch.ones(2), atol=1e-5, rtol=0)
     return model
 
@@ -112,12 +112,12 @@ def test_a_learned_pooling_trains_on_frozen_towers(tiny):
 def test_each_kind_of_head_trains_and_keeps_its_space(tiny, heads, dims):
     run = run_of(tiny(**heads))
     encoder, model = load_encoder(run, device="cpu", precision="float32")
-    assert model.embed_dim == dims == encoder.captions(["red"], "").shape[1]
+    assert model.embed_dim == dims == encoder.encode_captions(["red"], "").shape[1]
 
 
 def test_two_towers_that_keep_unlike_spaces_are_one_line(tiny):
     config = tiny(image_head="none", text_head="none")
-    with pytest.raises(ValueError, match=r"keeps its tower's 96 dimensions, but the other side has 32"):
+    with pytest.raises(ValueError, match=r"keeps its tower's 96 dimensions, the other has 32"):
         run_of(config)
 
 
@@ -126,14 +126,14 @@ def test_two_towers_that_keep_unlike_spaces_are_one_line(tiny):
 def test_towers_of_every_kind_give_features_of_the_width_they_say(tiny, name, pooling):
     config = tiny(pretrained=False, image_encoder=name, image_pooling=pooling, image_size=None)
     encoder = build_model(config, read(config))[0].image_encoder
-    size = encoder.view.size
+    size = encoder.preprocess.size
     assert encoder(torch.rand(2, 3, size, size)).shape == (2, encoder.dim)
 
 
 def test_an_image_size_that_a_tower_refuses_is_one_line_with_its_own(tiny):
     config = tiny(pretrained=False, image_encoder="vit_tiny_patch16_224", image_size=96)
     with pytest.raises(
-        ValueError, match=r"vit_tiny_patch16_224 does not take photos of 96 pixels .*: try --image-size 224"
+        ValueError, match=r"vit_tiny_patch16_224 does not take images of 96 pixels .*: try --image-size 224"
     ):
         build_model(config, read(config))
 
@@ -147,7 +147,7 @@ def changed(config, run):
 
 
 def test_only_the_last_stages_and_layers_train(tiny):
-    config = tiny(image_stages=2, text_layers=1, fold_batch_norm=False)
+    config = tiny(unfreeze_image_stages=2, unfreeze_text_layers=1, fold_batch_norm=False)
     run = run_of(config)
     towers = {key.removeprefix("image_encoder.backbone.") for key in changed(config, run) if "image_encoder" in key}
     assert towers and all(key.startswith(("layer3.", "layer4.")) for key in towers)  # batch norm statistics included
@@ -157,7 +157,7 @@ def test_only_the_last_stages_and_layers_train(tiny):
 
 
 def test_stages_of_a_folded_tower_are_the_same(tiny):
-    run = run_of(config := tiny(image_stages=1, freeze_text=True))
+    run = run_of(config := tiny(unfreeze_image_stages=1, freeze_text=True))
     towers = {key for key in changed(config, run) if "backbone" in key}
     assert towers and all(".layer4." in key for key in towers)
 
@@ -169,7 +169,7 @@ def test_the_gradient_of_the_last_layers_goes_down_to_them_and_no_further():
     size = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     backbone = MPNetModel(MPNetConfig(vocab_size=50, **size), add_pooling_layer=False)
     tower = TextEncoder(backbone, pooling="mean")
-    tower.freeze(False, trained=last_parameters(backbone, 1))
+    tower.freeze(False, trainable=last_stage_parameters(backbone, 1))
     reached = []
     for number, layer in enumerate(backbone.encoder.layer):
         layer.register_forward_hook(lambda _, __, out, number=number: reached.append((number, out[0].requires_grad)))
@@ -180,8 +180,8 @@ def test_the_gradient_of_the_last_layers_goes_down_to_them_and_no_further():
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"image_stages": 9}, "--image-stages 9: it has 4 stages"),
-        ({"text_layers": 2}, "--text-layers 2: it has 1 stages or layers"),
+        ({"unfreeze_image_stages": 9}, "--unfreeze-image-stages 9: it has 4 stages"),
+        ({"unfreeze_text_layers": 2}, "--unfreeze-text-layers 2: it has 1 stages or layers"),
     ],
 )
 def test_more_stages_than_there_are_is_one_line(tiny, settings, line):
@@ -192,7 +192,7 @@ def test_more_stages_than_there_are_is_one_line(tiny, settings, line):
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"lora": 4, "image_stages": 1}, "--lora"),
+        ({"lora": 4, "unfreeze_image_stages": 1}, "--lora"),
         (FROZEN | {"lora": 4}, "--lora"),
         (FROZEN | {"model": "some/pair"}, "nothing is left to train"),
         ({"model": "some/pair", "text_pooling": "gpo"}, "--model brings its own pooling"),
@@ -233,11 +233,10 @@ def test_towers_are_frozen_at_first_and_released_later(tiny):
     assert any("text_encoder.backbone" in key for key in released)
 
 
-@pytest.mark.parametrize("dataset", RECIPES)
-def test_the_recipe_of_a_data_set_fits_together(tiny, dataset):
-    tower = {"text_layers": 1, "embed_dim": 16, "batch_size": 8, "epochs": 3, "freeze_epochs": 2}
-    recipe = {name: value for name, value in RECIPES[dataset].items() if name != "text_encoder"} | tower
-    config = tiny(**recipe)
+def test_the_defaults_fit_together(tiny):
+    tower = {"unfreeze_text_layers": 1, "embed_dim": 16, "batch_size": 8, "epochs": 3, "freeze_epochs": 2}
+    defaults = {name: getattr(Config, name) for name in OWN_PHOTOS if name != "text_encoder"}
+    config = tiny(**defaults | tower)
     run = run_of(config)
     moved = changed(config, run)
     assert any(".layer4." in key for key in moved) and not any(".layer3." in key for key in moved)
@@ -263,12 +262,12 @@ def test_released_towers_warm_up_from_their_release():
 
 
 def test_search_reads_photos_as_the_run_says_and_evaluation_as_trained_if_asked(tiny):
-    run = run_of(tiny(search_scale=1.5, search_mirrored=True, epochs=1))
+    run = run_of(tiny(eval_image_scale=1.5, tta_flip=True, epochs=1))
     found = [load_encoder(run, device="cpu", precision="float32", as_trained=trained)[0] for trained in (False, True)]
-    assert [(encoder.image_size, encoder.mirrored) for encoder in found] == [(48, True), (32, False)]
-    heir = run_of(tiny(start_from=str(run), epochs=1, name="heir", search_scale=1.5))
+    assert [(encoder.image_size, encoder.tta_flip) for encoder in found] == [(48, True), (32, False)]
+    heir = run_of(tiny(start_from=str(run), epochs=1, name="heir", eval_image_scale=1.5))
     assert load_encoder(heir, device="cpu", precision="float32")[0].image_size == 48
-    assert weights_key(run) != weights_key_of(run, search_mirrored=False)
+    assert weights_key(run) != weights_key_of(run, tta_flip=False)
 
 
 def weights_key_of(run, **changes):
@@ -279,8 +278,8 @@ def weights_key_of(run, **changes):
 
 
 def test_a_search_size_that_a_tower_refuses_is_one_line(tiny):
-    config = tiny(pretrained=False, image_encoder="vit_tiny_patch16_224", image_size=224, search_scale=8 / 7)
-    with pytest.raises(ValueError, match=r"does not take photos of 256 pixels .*: try --search-scale 1"):
+    config = tiny(pretrained=False, image_encoder="vit_tiny_patch16_224", image_size=224, eval_image_scale=8 / 7)
+    with pytest.raises(ValueError, match=r"does not take images of 256 pixels .*: try --eval-image-scale 1"):
         run_of(config)
 
 

@@ -19,7 +19,7 @@ def test_a_run_killed_at_random_moments_loses_no_saved_step_and_ends_as_one_left
 ENDLESS = """
 import os, signal, sys, time
 from runtime.signals import StopSignals
-with StopSignals(speaks=True) as signals:
+with StopSignals(verbose=True) as signals:
     os.kill(os.getpid(), signal.{first})
     assert signals.received == signal.{first}
     os.kill(os.getpid(), signal.{second})

@@ -37,7 +37,7 @@ def stop_after(monkeypatch, epochs, error=KeyboardInterrupt):
 
     def save(self, record):
         real(self, record)
-        if self.progress.epoch == epochs:
+        if self.state.epoch == epochs:
             raise error
 
     monkeypatch.setattr(trainer.Trainer, "_save_epoch", save)
@@ -47,7 +47,7 @@ def copy_with_a_broken_photo(config, tmp_path, split="train"):
     """The configuration on a copy of its data set, in which the first photo of a split cannot be read."""
     folder = shutil.copytree(config.dataset, tmp_path / "photos")
     config = dataclasses.replace(config, dataset=str(folder))
-    broken = read(config).part(split).paths[0]
+    broken = read(config).split(split).paths[0]
     broken.write_bytes(b"this is no image")
     return config, broken
 
@@ -174,10 +174,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_and_epoch(tiny, monke
     with pytest.raises(ValueError, match=rf"nan at step {STEPS + 2}, epoch 2") as error:
         train(config, read(config), None)
     folder = trainer.Path(config.runs_dir) / "run"
-    assert len(read_log(folder)) == 1 and "epoch 1 is kept" in str(error.value)
+    assert len(read_log(folder)) == 1 and "epoch 1 is saved" in str(error.value)
     bad = json.loads((folder / "bad_batch.json").read_text())
     assert (bad["step"], bad["epoch"], len(bad["photos"])) == (STEPS + 2, 2, 7)
-    assert set(bad["photos"]) <= {str(path) for path in read(config).part("train").paths}
+    assert set(bad["photos"]) <= {str(path) for path in read(config).split("train").paths}
     assert bad["photos"][0] in str(error.value)
     assert all(tensor.isfinite().all() for tensor in weights(folder).values() if tensor.is_floating_point())
 
@@ -311,31 +311,35 @@ def test_a_finished_run_is_not_gone_on_with_and_keeps_its_settings(tiny):
     folder = train(config, read(config), None)
     settings = (folder / "config.json").read_text()
     with pytest.raises(ValueError, match="has trained its 1 epochs"):
-        train(dataclasses.replace(config, search_scale=1.5), read(config), folder)
+        train(dataclasses.replace(config, eval_image_scale=1.5), read(config), folder)
     assert (folder / "config.json").read_text() == settings
 
 
 def test_another_architecture_than_that_of_the_run_to_start_from_is_refused(tiny):
     parent = train(tiny(name="first"), read(tiny()), None)
-    for changed, told in (({"text_pooling": "cls"}, "--text-pooling cls"), ({"embed_dim": 8}, "--embed-dim 8")):
-        with pytest.raises(ValueError, match=f"{told}: the weights of .*first were trained with .* leave the flag out"):
+    for changed, message in (({"text_pooling": "cls"}, "--text-pooling cls"), ({"embed_dim": 8}, "--embed-dim 8")):
+        with pytest.raises(
+            ValueError, match=f"{message}: the weights of .*first were trained with .* leave the flag out"
+        ):
             train(tiny(start_from=str(parent), name="second", **changed), read(tiny()), None)
     assert not (parent.parent / "second").exists()
 
 
 def test_processes_exchange_weights_where_the_model_trains(tiny, monkeypatch):
     seen = []
-    moved, equal = trainer.training_encoder, trainer.equalise
-    monkeypatch.setattr(trainer, "training_encoder", lambda *words: (seen.append("moved"), moved(*words))[1])
-    monkeypatch.setattr(trainer, "equalise", lambda model: (seen.append("equal"), equal(model))[1])
+    moved, equal = trainer.build_training_encoder, trainer.distributed.broadcast_parameters
+    monkeypatch.setattr(trainer, "build_training_encoder", lambda *words: (seen.append("moved"), moved(*words))[1])
+    monkeypatch.setattr(
+        trainer.distributed, "broadcast_parameters", lambda model: (seen.append("equal"), equal(model))[1]
+    )
     train(tiny(), read(tiny()), None)
     assert seen == ["moved", "equal"]
 
 
 def test_a_run_that_never_releases_its_towers_says_so(tiny, capsys):
-    for epochs, told in ((1, True), (2, False)):
+    for epochs, message in ((1, True), (2, False)):
         train(tiny(epochs=epochs, freeze_epochs=1, name=str(epochs)), read(tiny()), None)
-        assert ("the heads alone will train: --freeze-epochs 1" in capsys.readouterr().out) == told
+        assert ("only the heads will train: --freeze-epochs 1" in capsys.readouterr().out) == message
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -374,8 +378,8 @@ def test_a_training_photo_that_cannot_be_read_is_reported_and_training_goes_on(t
     config, broken = copy_with_a_broken_photo(tiny(epochs=2), tmp_path)
     folder = train(config, read(config), None)
     assert len(read_log(folder)) == 2
-    told = [line for line in capsys.readouterr().out.splitlines() if "could not be read" in line]
-    assert len(told) == 1 and "1 photo" in told[0] and str(broken) in told[0]
+    message = [line for line in capsys.readouterr().out.splitlines() if "could not be read" in line]
+    assert len(message) == 1 and "1 photo" in message[0] and str(broken) in message[0]
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -389,7 +393,7 @@ def test_no_readable_training_photo_at_all_ends_the_run(tiny, tmp_path):
     config = tiny()
     folder = shutil.copytree(config.dataset, tmp_path / "photos")
     config = dataclasses.replace(config, dataset=str(folder))
-    for path in read(config).part("train").paths:
+    for path in read(config).split("train").paths:
         path.write_bytes(b"this is no image")
     with pytest.raises(ValueError, match=r"none of the 2\d training photos could be read"):
         train(config, read(config), None)

@@ -21,7 +21,7 @@ from helpers import ROOT, refused, within, write_photos
 from PIL import Image
 
 from retrieval.searcher import Match
-from webui.catalog import OWN_PHOTOS, Shelf
+from webui.catalog import OWN_PHOTOS, Catalog
 from webui.page import MOST_PIXELS, checked, gradio, thumbnails
 
 SENTENCE, FOUND = "a yellow circle left of a red cross", "scene_164.png"
@@ -269,8 +269,8 @@ def test_a_large_upload_is_refused(page):
 
 def test_the_page_describes_its_api(page):
     status, body = fetch(f"{page}/gradio_api/info")
-    named = json.loads(body)["named_endpoints"]
-    assert status == 200 and set(named) == {"/search_photos", "/find_captions", "/choose_label", "/about"}
+    has_flag = json.loads(body)["named_endpoints"]
+    assert status == 200 and set(has_flag) == {"/search_photos", "/find_captions", "/choose_label", "/about"}
 
 
 def test_an_upload_is_looked_at_before_it_is_unpacked(tmp_path):
@@ -310,23 +310,26 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
     settings = {"split": "test", "data_dir": None, "options": {}}
     (tmp_path / "other" / "photos").mkdir(parents=True)
     folders = [tmp_path / "photos", tmp_path / "other" / "photos"]
-    shelf = Shelf(tmp_path / "first", folders, runs_dir=tmp_path / "runs", **settings)
-    assert shelf.runs == {"first": tmp_path / "first"}  # visitors see no way from the machine's root
-    assert shelf.galleries == ["photos", "photos (2)", OWN_PHOTOS]
-    assert list(shelf.folders.values()) == folders
+    catalog = Catalog(tmp_path / "first", folders, runs_dir=tmp_path / "runs", **settings)
+    assert catalog.runs == {"first": tmp_path / "first"}  # visitors see no way from the machine's root
+    assert catalog.galleries == ["photos", "photos (2)", OWN_PHOTOS]
+    assert list(catalog.folders.values()) == folders
     with pytest.raises(KeyError):
-        shelf.searcher("/etc")
+        catalog.searcher("/etc")
     with pytest.raises(FileNotFoundError, match=r"no runs in .*python train\.py"):
-        Shelf(None, [], runs_dir=tmp_path / "runs", **settings)
+        Catalog(None, [], runs_dir=tmp_path / "runs", **settings)
 
 
 def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_paths(tmp_path):
     (tmp_path / "runs" / "clip").mkdir(parents=True)
     settings = {"split": "test", "data_dir": None, "options": {}, "runs_dir": tmp_path / "none"}
     (tmp_path / "Pictures").mkdir()
-    shelf = Shelf(tmp_path / "runs" / "clip", [tmp_path / "Pictures"], model="/srv/models/clip", **settings)
-    assert shelf.runs == {"clip": None, "clip (2)": tmp_path / "runs" / "clip"}
-    assert shelf.told(f"no photos in {tmp_path}/Pictures:\nlooked for .jpg") == "no photos in Pictures: looked for .jpg"
+    catalog = Catalog(tmp_path / "runs" / "clip", [tmp_path / "Pictures"], model="/srv/models/clip", **settings)
+    assert catalog.runs == {"clip": None, "clip (2)": tmp_path / "runs" / "clip"}
+    assert (
+        catalog.public_error(f"no photos in {tmp_path}/Pictures:\nlooked for .jpg")
+        == "no photos in Pictures: looked for .jpg"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""The objectives that `--objective` names, in one table: a new one is a function and a line in OBJECTIVES."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from losses import (
+    LossTerms,
+    at_least_float32,
+    cosine_margin_loss,
+    hardest_triplet,
+    info_nce,
+    mined_triplet,
+    positive_mask,
+    sigmoid_loss,
+    soft_info_nce,
+)
+from training.chunked_losses import (
+    ChunkedPairs,
+    chunked_cosine_margin,
+    chunked_info_nce,
+    chunked_sigmoid,
+    chunked_soft_info_nce,
+    chunked_triplet,
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which loss is trained: a main term over all pairs of a batch, and alpha times a triplet term.
+
+    Raises ValueError for a name that is not in OBJECTIVES.
+    """
+
+    name: str = "info_nce"
+    negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # of the triplet term
+    distance: Literal["euclidean", "cosine"] = "euclidean"  # of unit vectors, or 1 - cosine
+    margin: float = 0.2  # in that distance
+    cosine_margin: float = 0.0  # of "cosine": negatives below this cosine cost nothing
+    softness: float = 0.2  # of "soft": share of the targets that follows similarity
+
+    def __post_init__(self):
+        if self.name not in OBJECTIVES:
+            raise ValueError(f"no objective {self.name!r}: choose one of {', '.join(OBJECTIVES)}")
+
+
+class Pairs(NamedTuple):
+    """A batch as a main term sees it: images in rows, captions in columns, at least float32."""
+
+    image_emb: Tensor  # (B, D) unit rows
+    text_emb: Tensor  # (M, D) unit rows
+    sim: Tensor  # (B, M) cosines
+    positives: Tensor  # (B, M) bool
+
+
+class MainTerm(NamedTuple):
+    """A main term: `plain(pairs, objective, temperature, bias) -> ()` over the whole matrix of cosines.
+
+    `chunked` computes the same from a ChunkedPairs, never B×M entries at a time; without it, large batches keep the
+    whole matrix. `label` stands in plots and log lines.
+    """
+
+    label: str
+    plain: Callable[[Pairs, Objective, float | Tensor, float | Tensor], Tensor]
+    chunked: Callable[[ChunkedPairs, Objective, float | Tensor, float | Tensor], Tensor] | None = None
+
+
+def _info_nce(pairs, objective, temperature, bias):
+    return info_nce(pairs.sim, pairs.positives, temperature)
+
+
+def _sigmoid(pairs, objective, temperature, bias):
+    return sigmoid_loss(pairs.sim, pairs.positives, temperature, bias)
+
+
+def _cosine(pairs, objective, temperature, bias):
+    return cosine_margin_loss(pairs.sim, pairs.positives, objective.cosine_margin)
+
+
+def _soft(pairs, objective, temperature, bias):
+    return soft_info_nce(pairs.image_emb, pairs.text_emb, pairs.positives, temperature, objective.softness)
+
+
+OBJECTIVES: dict[str, MainTerm] = {
+    "info_nce": MainTerm("InfoNCE", _info_nce, chunked_info_nce),
+    "sigmoid": MainTerm("sigmoid", _sigmoid, chunked_sigmoid),
+    "cosine": MainTerm("cosine margin", _cosine, chunked_cosine_margin),
+    "soft": MainTerm("soft InfoNCE", _soft, chunked_soft_info_nce),
+}
+
+
+def objective_loss(
+    image_emb: Tensor,
+    text_emb: Tensor,
+    image_ids: Tensor,
+    caption_image_ids: Tensor,
+    objective: Objective,
+    *,
+    temperature: float | Tensor,
+    bias: float | Tensor = 0.0,
+    alpha: float,
+    chunk_size: int | None = None,
+) -> LossTerms:
+    """Add the objective's main term and alpha times its triplet term, in float32 under autocast too.
+
+    image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives. With
+    alpha 0 the triplet term is reported, but has no gradient and costs no backward pass. chunk_size: captions scored at
+    a time, in memory O((B + M) * D + B * chunk_size) and with a second forward in the backward pass; None: all.
+    """
+    term = OBJECTIVES[objective.name]
+    with torch.autocast(image_emb.device.type, enabled=False):
+        image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
+        if chunk_size is not None and term.chunked is not None:
+            chunks = ChunkedPairs(image_emb, text_emb, image_ids, caption_image_ids, temperature, chunk_size)
+            main = term.chunked(chunks, objective, temperature, bias)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
+                triplet = chunked_triplet(chunks, objective)
+        else:
+            sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, caption_image_ids)  # (B, M)
+            main = term.plain(Pairs(image_emb, text_emb, sim, positives), objective, temperature, bias)
+            triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective)
+        return LossTerms(main + alpha * triplet, main, triplet)
+
+
+def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective) -> Tensor:
+    """The triplet term of an objective -> (); sim (B,M) cosines of unit vectors, positives (B,M) bool."""
+    margin, distance = objective.margin, objective.distance
+    if objective.negatives == "hardest":
+        return hardest_triplet(sim, positives, margin, distance=distance)
+    return mined_triplet(sim, positives, margin, negatives=objective.negatives, distance=distance)
