@@ -7,18 +7,34 @@ import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data.image_cache import ImageCache
 from data.image_io import load_image
-from data.loading import Split, read_captions
 from data.preprocess import Preprocess, random_crop_transform
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from data.loading import Split
 
 __all__ = ["CLIPDataset", "ImageFiles", "flip_caption", "read_captions", "sample_captions"]
 
 MIRRORED = {"left": "right", "right": "left", "左": "右", "右": "左"}
 MIRRORED_WORDS = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
+
+
+def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: str = "cache") -> "pd.DataFrame":
+    """Read a caption file, or those of a folder, into the columns image (forward slashes) and caption.
+
+    docs/data.md lists the forms. Raises FileNotFoundError without a file, and ValueError with file and line where it is
+    no caption file or more than 5 % of its rows cannot be used.
+    """
+    from data.loading import read_captions  # pandas takes half a second, which `python dataset.py --help` should not
+
+    return read_captions(path, allow_bad_rows=allow_bad_rows, cache_dir=cache_dir)
 
 
 def flip_caption(caption: str) -> str:
@@ -88,7 +104,7 @@ class CLIPDataset:
 
     def __init__(
         self,
-        part: Split,
+        part: "Split",
         token_ids: Sequence[np.ndarray],
         flipped_ids: Sequence[np.ndarray],
         *,

@@ -50,14 +50,12 @@ def main(flags: Flags) -> None:
 
 def search_both(folder: Path, rows: int, flags: Flags) -> None:
     """Both searches over one gallery: their times, and whether they found the same."""
-    from runtime.mmap_store import create_embeddings
+    from runtime.mmap_store import write_embeddings
 
     rng = np.random.default_rng(0)
     np.save(folder / "queries.npy", unit_rows(rng, flags.queries, DIM))
-    gallery = create_embeddings(folder / "gallery.npy", rows, DIM)
-    for start in range(0, rows, 10_000):
-        gallery[start : start + 10_000] = unit_rows(rng, min(10_000, rows - start), DIM)
-    gallery.flush()
+    blocks = (unit_rows(rng, min(10_000, rows - start), DIM) for start in range(0, rows, 10_000))
+    write_embeddings(folder / "gallery.npy", blocks, DIM)
     for name in ("top_k", "faiss"):
         done = in_own_process([name, folder, flags.runs, flags.threads])
         print(f"{rows:>12,}  {name:10} {done['seconds']:>8.2f}  {done['megabytes']:>20,.0f}", flush=True)

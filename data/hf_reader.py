@@ -1,13 +1,13 @@
 """Data sets of Hugging Face `datasets`: a folder written by save_to_disk, parquet files, or a name on the hub."""
 
+import contextlib
 import hashlib
 import os
-import shutil
-import uuid
 from pathlib import Path
 
 from data.format_detection import Layout
 from data.records import IMAGE_SUFFIXES, CaptionRecords, match_columns, parse_split
+from runtime.atomic_io import new_folder
 from runtime.paths import path_below
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves: of a data set with parts, and without
@@ -28,15 +28,9 @@ def read_hf_dataset(source: Path | str, cache_dir: str | Path) -> Layout:
     parts = _load(source, Path(cache_dir))
     folder = Path(cache_dir).resolve() / "hf_photos" / _fingerprint(source, parts)
     captions = CaptionRecords(FORM, [Path(str(source))])
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
-    written = draft if not folder.is_dir() else None
-    try:
+    with contextlib.nullcontext() if folder.is_dir() else new_folder(folder) as draft:
         for number, (name, part) in enumerate(parts.items()):
-            _read_part(captions, part, name, number, str(source), written)
-        if draft.exists():
-            draft.replace(folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+            _read_part(captions, part, name, number, str(source), draft)
     files = sorted({image for image, _, _ in captions.rows})
     if files and all(map(os.path.isabs, files)):  # photos that lie in files of their own stay where they are
         folder = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
@@ -102,7 +96,6 @@ def _read_part(captions, part, name, part_number, source, draft):
             suffix = Path(file).suffix.lower()
             file = f"{part_number}-{number:06d}{suffix if suffix in IMAGE_SUFFIXES else '.jpg'}"
             if draft is not None:
-                draft.mkdir(parents=True, exist_ok=True)
                 path_below(draft, file).write_bytes(photo["bytes"])
         elif not os.path.isfile(file):
             captions.bad.append(f"{where}: expected an image, found none; leave the row out")

@@ -2,15 +2,16 @@
 
 import hashlib
 import os
-import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from data.image_io import load_image
 from data.preprocess import Preprocess
+from runtime.mmap_store import reserve_file, write_at
 from runtime.paths import file_stamp
 
 
@@ -27,7 +28,14 @@ class ImageCache:
         key = hashlib.sha256(f"({preprocess.cache_key()}, {[os.path.abspath(path) for path in paths]!r})".encode())
         self.file = Path(cache_dir) / "photos" / f"{key.hexdigest()[:24]}.u8"
         self.rows = None  # mapped by each process for itself
-        _reserve(self.file, len(paths) * (self.row_bytes + 8), str(cache_dir))
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.file.with_suffix(".lock")):  # of several processes one creates it, and all open the same
+            reserve_file(
+                self.file,
+                len(paths) * (self.row_bytes + 8),
+                purpose="the photos of --cache-images",
+                advice="leave it out, lower --image-size, or name another place with --cache-dir",
+            )
 
     def __getstate__(self):
         return self.__dict__ | {"rows": None}
@@ -48,37 +56,14 @@ class ImageCache:
         return image
 
     def _keep(self, index, image, changed):
-        # Through a file handle: on a disk that has filled up a write to mapped memory would end the process.
         try:
             with self.file.open("r+b") as file:
-                file.seek(index * self.row_bytes)
-                file.write(image.tobytes())
-                file.flush()
-                file.seek(len(self.paths) * self.row_bytes + 8 * index)
-                file.write(_stamp(changed, image.reshape(-1)).tobytes())
+                write_at(file, index * self.row_bytes, image.tobytes())
+                stamp = _stamp(changed, image.reshape(-1)).tobytes()  # last: a row without its stamp does not count
+                write_at(file, len(self.paths) * self.row_bytes + 8 * index, stamp)
         except OSError:
             pass  # it is decoded again next time
 
 
 def _stamp(changed, row):
     return np.uint64(zlib.crc32(row) << 32 | zlib.crc32(repr(changed).encode()))
-
-
-def _reserve(file, size, cache_dir):
-    """A file of `size` bytes, empty until it is written to; one that is there is kept."""
-    from filelock import FileLock
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):  # of several processes one makes it, and all open the same
-        if file.is_file() and file.stat().st_size == size:
-            return
-        free = shutil.disk_usage(file.parent).free
-        if free < size:
-            raise ValueError(
-                f"--cache-images needs {size / 1e9:.1f} GB in {cache_dir}/, where {free / 1e9:.1f} GB are free: leave "
-                "it out, lower --image-size, or name another place with --cache-dir"
-            )
-        unfinished = file.with_suffix(f".{os.getpid()}")
-        with unfinished.open("wb") as empty:
-            empty.truncate(size)
-        os.replace(unfinished, file)

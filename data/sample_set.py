@@ -6,14 +6,14 @@ numbers and every choice comes from one frozen random stream, so each machine ge
 
 import csv
 import io
-import shutil
-import uuid
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+
+from runtime.atomic_io import new_folder
 
 SEED = 82
 SIDE = 128  # pixels
@@ -249,15 +249,12 @@ def write_sample_set(folder: Path, *, scenes: int = 300) -> None:
         return
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"{folder} holds something other than the sample set: remove it or name another folder")
-    draft = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
     try:
-        _write(draft, drawn, table)
-        draft.replace(folder)
+        with new_folder(folder) as draft:
+            _write(draft, drawn, table)
     except OSError:
         if not _complete(folder, drawn, table):  # else another process was quicker, with the same bits
             raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _complete(folder: Path, drawn: dict[str, Scene], table: bytes) -> bool:

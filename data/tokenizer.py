@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from runtime.atomic_io import replace_file
 from runtime.text import HAN
 
 SPECIAL_TOKENS = {
@@ -102,10 +103,13 @@ def tokenize(
         pass  # not there yet, or left incomplete by a full disk
     flat, starts = _encode(tokenizer, list(place), max_tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{os.getpid()}.npz")
-    np.savez(unfinished, flat=flat, starts=starts)
-    os.replace(unfinished, file)
+    replace_file(file, lambda unfinished: _save(unfinished, flat, starts))
     return Tokens(flat, starts, rows)
+
+
+def _save(path, flat, starts):
+    with path.open("wb") as file:  # given a name, NumPy would add .npz to it
+        np.savez(file, flat=flat, starts=starts)
 
 
 def _encode(tokenizer, captions, max_tokens):

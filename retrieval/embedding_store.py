@@ -21,7 +21,7 @@ import numpy as np
 
 from data.records import IMAGE_SUFFIXES
 from runtime.atomic_io import replace_file
-from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings
+from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings, write_embeddings
 
 if TYPE_CHECKING:
     from data.loading import CaptionData
@@ -123,7 +123,7 @@ def _add(base, lines, new, stamps, encode):
         for rows, reasons in encode(new):
             if len(rows):
                 if not rows_file.is_file():
-                    create_embeddings(rows_file, 0, rows.shape[1])
+                    create_embeddings(rows_file, rows.shape[1])
                 append_embeddings(rows_file, row, rows)
                 row += len(rows)
             batch = [
@@ -179,10 +179,8 @@ def _rewrite(store, number, lines, kept):
     row_of = [row for row, line in enumerate(line for line in lines if len(line) == 3) if line[0] in keeps]
     if row_of:
         source = open_embeddings(old)
-        target = create_embeddings(new, len(row_of), source.shape[1])
-        for start in range(0, len(row_of), COPIED_ROWS):
-            target[start : start + COPIED_ROWS] = source[row_of[start : start + COPIED_ROWS]]
-        target.flush()
+        starts = range(0, len(row_of), COPIED_ROWS)
+        write_embeddings(new, (source[row_of[start : start + COPIED_ROWS]] for start in starts), source.shape[1])
     else:
         new.unlink(missing_ok=True)
     replace_file(new.with_suffix(".jsonl"), lambda unfinished: unfinished.write_bytes(_to_bytes(kept)))

@@ -1,11 +1,8 @@
 """A run's model in the forms of other programs: ONNX, and a folder of transformers. What is written is compared."""
 
-import contextlib
 import importlib
 import json
 import logging
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,7 +16,7 @@ from transformers import AutoModel
 from data.preprocess import Preprocess
 from models.checkpoint import Run
 from retrieval.encoder import load_pretrained_encoder
-from runtime.atomic_io import write_text
+from runtime.atomic_io import new_folder, write_text
 
 TOLERANCE = 1e-4  # between an embedding of the written model and PyTorch's
 
@@ -42,7 +39,7 @@ def write_onnx(run: Run, out: Path) -> float:
             [_captions(run, *shape) for shape in ((2, 9), (1, 3), (5, _max_tokens(run)))],
         ),
     }
-    with _written_whole(out) as draft:
+    with new_folder(out) as draft:
         gaps = []
         for name, (encode, names, dynamic, probes) in towers.items():
             path = draft / f"{name}.onnx"
@@ -73,7 +70,7 @@ def write_transformers(run: Run, out: Path) -> float:
             "--model NAME, without heads of its own; --onnx takes any run"
         )
     model = run.model.float().eval()
-    with _written_whole(out) as draft:
+    with new_folder(out) as draft:
         _joined_again(model).save_pretrained(draft)
         run.tokenizer.save_pretrained(draft)
         _processor(model.image_encoder, _view(run)).save_pretrained(draft)
@@ -188,19 +185,6 @@ def _captions(run, rows, length):
         mask[-1, 4:] = 0
         input_ids[-1, 3:] = torch.tensor([ids[-1]] + [tokenizer.pad_token_id] * (input_ids.shape[1] - 4))
     return input_ids, mask
-
-
-@contextlib.contextmanager
-def _written_whole(out):
-    """A draft beside `out` that takes its place once everything in it is written and right."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        yield draft
-        draft.chmod(0o755)
-        draft.replace(out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _library(name, packages):

@@ -116,7 +116,7 @@ class Searcher:
             rows, query_bank = self.encoder.encode_captions(captions, "captions"), self.encoder.query_bank
             rows = (rows if query_bank is None else query_bank.captions(rows)).numpy()
             with writable(self.store):
-                replace_file(path, lambda unfinished: write_embeddings(unfinished, rows))
+                replace_file(path, lambda unfinished: write_embeddings(unfinished, [rows], rows.shape[1]))
         return open_embeddings(path)
 
     def _encode(self, root, names, notes) -> Iterator[tuple[np.ndarray, list[str | None]]]:

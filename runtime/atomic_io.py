@@ -44,15 +44,16 @@ def _sync_folder(folder):
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty draft folder beside `path`; when the block ends without an error, it becomes `path`.
+    """Yield an empty draft folder beside `path`, which becomes `path` when the block ends without an error.
 
-    `path` itself never exists half written. Raises OSError where `path` is a folder that is not empty.
+    `path` never exists half written; an empty draft is dropped. Raises OSError where `path` is a folder with files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         draft.mkdir()
         yield draft
-        draft.replace(path)
+        if any(draft.iterdir()):  # nothing to keep: no folder
+            draft.replace(path)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

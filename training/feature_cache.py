@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from copy import copy
@@ -25,6 +24,7 @@ from modules import ImageEncoder
 from retrieval.encoder import IMAGE_BATCH, Encoder
 from runtime.atomic_io import replace_file, write_text
 from runtime.distributed import all_gather_list, rank, shard_slice, world_size
+from runtime.mmap_store import reserve_file, write_at
 from runtime.paths import file_stamp
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -130,7 +130,14 @@ def _compute(encoder, tower, files, progress, path):
     unfinished = path.with_name(f".{path.name}")
     try:
         if rank() == 0:
-            _reserve(unfinished, row_bytes * len(files), path.parent.parent)
+            if not (unfinished.is_file() and unfinished.stat().st_size == row_bytes * len(files)):
+                _forget(unfinished)  # of other features, or damaged: its journals are void
+            reserve_file(
+                unfinished,
+                row_bytes * len(files),
+                purpose="the features",
+                advice="lower --cached-views, or name another place with --cache-dir",
+            )
         all_gather_list([])  # the others wait for the file
         unreadable = all_gather_list(_write_share(encoder, tower, files, progress, unfinished, row_bytes))
         if rank() == 0:
@@ -161,7 +168,7 @@ def _write_share(encoder, tower, files, progress, path, row_bytes):
             rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
             for reason in reasons:
                 if reason is None:
-                    _write(file, number * row_bytes, next(rows))
+                    write_at(file, number * row_bytes, next(rows))
                 else:
                     unreadable.append(number)
                 number += 1
@@ -177,30 +184,6 @@ def _read_journal(path):
         return int(done), list(map(int, unreadable))
     except (OSError, ValueError, TypeError):
         return 0, []
-
-
-def _write(file, start, row):
-    try:
-        file.seek(start)
-        file.write(row)
-        file.flush()
-    except OSError as error:
-        raise OSError(f"cannot write {file.name}: {error.strerror}") from None
-
-
-def _reserve(path, size, cache_dir):
-    """A file of `size` bytes to be filled, or the one of an earlier try."""
-    if path.is_file() and path.stat().st_size == size:
-        return
-    _forget(path)
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise ValueError(
-            f"the features need {size / 1e9:.1f} GB in {cache_dir}/, where {free / 1e9:.1f} GB are free: lower "
-            "--cached-views, or name another place with --cache-dir"
-        )
-    with path.open("wb") as file:
-        file.truncate(size)
 
 
 def _forget(path):

@@ -13,6 +13,7 @@ from data.image_io import load_image
 from data.loading import Split
 from data.preprocess import Preprocess
 from dataset import CLIPDataset, ImageFiles
+from runtime import mmap_store
 from training.dataloader import EpochSampler, ImageCaptionLoader
 
 VIEW = Preprocess(32)
@@ -87,7 +88,7 @@ def test_a_photo_that_is_broken_or_gone_stays_an_error(paths, cache):
 
 
 def test_too_little_room_on_the_disk_is_told_before_training(paths, cache, monkeypatch):
-    monkeypatch.setattr(image_cache.shutil, "disk_usage", lambda _: Room())
+    monkeypatch.setattr(mmap_store.shutil, "disk_usage", lambda _: Room())
     with pytest.raises(ValueError, match=r"--cache-images needs 0\.0 GB .*--cache-dir"):
         cache()
 

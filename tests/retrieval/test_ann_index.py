@@ -11,7 +11,7 @@ import torch
 from retrieval.ann_index import search_index
 from retrieval.embedding_store import Gallery
 from retrieval.metrics import top_k
-from runtime.mmap_store import create_embeddings, open_embeddings
+from runtime.mmap_store import open_embeddings, write_embeddings
 
 DIM = 16
 
@@ -20,7 +20,7 @@ def gallery_of(folder, seeds, version):
     """Photos whose embeddings their numbers determine."""
     rows = np.stack([np.random.default_rng(seed).standard_normal(DIM, np.float32) for seed in seeds])
     folder.mkdir(exist_ok=True)
-    create_embeddings(folder / f"{version}.npy", *rows.shape)[:] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    write_embeddings(folder / f"{version}.npy", [rows / np.linalg.norm(rows, axis=1, keepdims=True)], rows.shape[1])
     names = [f"{seed}/été {seed}.jpg" for seed in seeds]
     return Gallery(folder, names, open_embeddings(folder / f"{version}.npy"), {}, folder, str(version))
 

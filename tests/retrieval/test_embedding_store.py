@@ -11,7 +11,7 @@ from helpers import write_photos
 from data.loading import open_dataset
 from retrieval import embedding_store as module
 from retrieval.embedding_store import list_images, list_split_images, open_gallery
-from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings
+from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings, write_embeddings
 
 DIM = 6
 
@@ -217,11 +217,11 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_says_what_to_do(folder,
 
 def test_appended_rows_are_those_of_a_file_written_at_once(tmp_path):
     rows = np.random.default_rng(0).standard_normal((1000, 7), np.float32)
-    create_embeddings(tmp_path / "a.npy", 0, 7)
+    create_embeddings(tmp_path / "a.npy", 7)
     for start, stop in ((0, 1), (1, 9), (9, 100), (60, 640), (640, 640), (640, 1000)):
         append_embeddings(tmp_path / "a.npy", start, rows[start:stop])
         np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), rows[:stop].astype(np.float16))
-    create_embeddings(tmp_path / "b.npy", 1000, 7)[:] = rows
+    write_embeddings(tmp_path / "b.npy", [rows], 7)
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
     with pytest.raises(ValueError, match="do not fit"):
         append_embeddings(tmp_path / "a.npy", 1001, rows)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from retrieval import exact_search
 from retrieval.bf16_prefilter import Bf16Prefilter
 from retrieval.metrics import retrieval_metrics, top_k
-from runtime.mmap_store import create_embeddings, open_embeddings
+from runtime.mmap_store import open_embeddings, write_embeddings
 
 METRICS = {f"{way}_{name}" for way in ("i2t", "t2i") for name in ("R@1", "R@5", "R@10", "mAP@10", "medR")} | {"rsum"}
 
@@ -118,10 +118,9 @@ def test_top_k_reads_a_mapped_gallery_as_it_would_a_tensor(kind, tmp_path, searc
         assert torch.equal(got, expected)
 
 
-def test_embeddings_written_row_by_row_are_read_back(tmp_path):
-    written = create_embeddings(tmp_path / "rows.npy", 7, 3)
-    written[2:5] = 1.5
-    written.flush()
+def test_embeddings_written_block_by_block_are_read_back(tmp_path):
+    blocks = [np.full((rows, 3), value) for rows, value in ((2, 0.0), (3, 1.5), (0, 9.0), (2, 0.0))]
+    write_embeddings(tmp_path / "rows.npy", blocks, 3)
     assert open_embeddings(tmp_path / "rows.npy").tolist() == [[1.5 * (2 <= row < 5)] * 3 for row in range(7)]
 
 
@@ -130,7 +129,7 @@ def test_a_file_of_embeddings_that_is_cut_off_is_refused_in_one_line(tmp_path, l
     np.save(tmp_path / "rows.npy", np.ones((9, 4), np.float16))
     whole = (tmp_path / "rows.npy").read_bytes()
     (tmp_path / "rows.npy").write_bytes(whole[:left])
-    with pytest.raises(ValueError, match=r"rows\.npy is cut off or damaged .*encode again"):
+    with pytest.raises(ValueError, match=r"rows\.npy is truncated or damaged .*encode again"):
         open_embeddings(tmp_path / "rows.npy")
 
 

@@ -289,7 +289,7 @@ def test_features_that_were_stopped_go_on_from_there(store, part, monkeypatch, s
     expected = rows_of(store(part, views=2))
     shutil.rmtree(store.cache_dir)
     monkeypatch.setattr(feature_cache, "IMAGE_BATCH", 4)
-    write, written = feature_cache._write, []
+    write, written = feature_cache.write_at, []
 
     def stopped(file, start, row):
         if len(written) == 3:  # in the middle of the third batch of two photos
@@ -298,7 +298,7 @@ def test_features_that_were_stopped_go_on_from_there(store, part, monkeypatch, s
         write(file, start, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "_write", stopped)
+        patch.setattr(feature_cache, "write_at", stopped)
         with pytest.raises(stop):
             store(part, views=2)
     store.computed()
@@ -314,7 +314,7 @@ def test_an_error_leaves_nothing_unfinished(store, part, monkeypatch):
     def broken(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(feature_cache, "_write", broken)
+    monkeypatch.setattr(feature_cache, "write_at", broken)
     with pytest.raises(OSError, match="no space left"):
         store(part)
     assert {path.suffix for path in (store.cache_dir / "features").glob(".*")} == {".lock"}

@@ -1,0 +1,59 @@
+"""The files at the top level import what is below them, and stay few; the packages' contract is in pyproject.toml."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT
+
+PACKAGES = ("runtime", "data", "models", "retrieval", "reporting", "training", "webui")
+SCRIPTS = ("train", "evaluate", "infer", "app", "export", "sweep", "average")
+# What each file to read and edit may import of the project. `python dataset.py` prints a report: its one exception.
+MAY_IMPORT = {
+    "config": (),
+    "losses": (),
+    "dataset": ("runtime", "data", "reporting"),
+    "modules": ("runtime", "data", "losses"),
+} | dict.fromkeys(SCRIPTS, (*PACKAGES, "config", "losses", "dataset", "modules"))
+
+
+def imports(path):
+    """Top-level names of all modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_file_at_the_top_imports_only_what_is_below_it(name):
+    project = {*PACKAGES, *MAY_IMPORT}
+    assert set(imports(ROOT / f"{name}.py")) & project <= set(MAY_IMPORT[name])
+
+
+def test_the_top_level_holds_eleven_files_and_no_file_or_function_is_long():
+    assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
+    for path in (path for place in (".", *PACKAGES) for path in (ROOT / place).glob("*.py")):
+        text = path.read_text("utf-8")
+        assert text.count("\n") <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                assert node.end_lineno - node.lineno < 50, (path, node.name)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_importing_a_package_loads_nothing_heavy(package):
+    code = f"import sys, {package}; print(*{{'torch', 'numpy', 'pandas', 'gradio', 'transformers'}} & set(sys.modules))"
+    code = code.replace("print(*{", "print(*({").replace("set(sys.modules))", "set(sys.modules)))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_no_line_is_written_in_a_private_language():
+    idiom = re.compile(r"\b(says? of|is told|are told|told of|speaks)\b")
+    files = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    lines = [(name, line) for name in files for line in (ROOT / name).read_text("utf-8").splitlines()]
+    assert [(name, line) for name, line in lines if idiom.search(line) and name != "tests/test_architecture.py"] == []
