@@ -9,13 +9,13 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # two threads on tiny tensors wait for each other, above all on a busy machine
 
 import pytest
-from helpers import tiny_tokenizer, write_photos
+from helpers import tiny_tokenizer, write_image_folder
 
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     """A folder of 30 photos with 2 captions each: 22 train, 2 val, 6 test. Not to be written to."""
-    return write_photos(tmp_path_factory.mktemp("data") / "photos", 30)
+    return write_image_folder(tmp_path_factory.mktemp("data") / "photos", 30)
 
 
 @pytest.fixture(scope="session")
@@ -57,7 +57,7 @@ def text_tower(tmp_path_factory):
 
 
 @pytest.fixture
-def tiny(photos, image_tower, text_tower, tmp_path):
+def tiny_config(photos, image_tower, text_tower, tmp_path):
     """Makes a Config that trains in a second; keywords go to Config."""
     from config import OWN_PHOTOS, Config
 

@@ -25,7 +25,7 @@ COLOURS = {
 }
 
 
-def write_photos(folder, count, *, captions=2, size=40):
+def write_image_folder(folder, count, *, captions=2, size=40):
     """A data set: photos of two colours, left and right, with `captions` captions each."""
     (folder / "Images").mkdir(parents=True)
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
@@ -74,14 +74,14 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
     return model, tokenizer
 
 
-def read(config):
+def open_data_of(config):
     """The data set of a Config."""
     from data.loading import open_data
 
     return open_data(config)
 
 
-def program(*words, cwd, check=True, **environment):
+def run_script(*words, cwd, check=True, **environment):
     """Run `python WORDS` as a person does; with `check`, it must succeed."""
     words = [str(ROOT / word) if word.endswith(".py") else str(word) for word in map(str, words)]
     done = subprocess.run(
@@ -96,7 +96,7 @@ def program(*words, cwd, check=True, **environment):
     return done
 
 
-def within(script, *words):
+def run_in_process(script, *words):
     """Run `script` as `program` does, but in this process and folder, where torch is loaded already."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, [script, *map(str, words)]
@@ -110,7 +110,7 @@ def within(script, *words):
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
-def refused(done):
+def one_line_error(done):
     """The one line of a refusal: exit code 2, nothing but that line on stderr."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()

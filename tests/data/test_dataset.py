@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import pytest
 import torch
-from helpers import write_photos
+from helpers import write_image_folder
 from PIL import Image, ImageOps
 
 from data import tokenizer as tokenizer_module
@@ -278,7 +278,7 @@ def break_photos(folder):
 
 
 def test_photos_that_cannot_be_read_are_named_and_left_out(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     names = sorted((folder / "Images").iterdir())
     broken = break_photos(folder)
     batches = epoch_of(tiny_dataset(names), 0, batch_size=5)
@@ -298,7 +298,7 @@ def test_a_batch_without_a_readable_photo_only_names_them():
 
 
 def test_for_encoding_a_broken_photo_is_its_reason_and_the_others_keep_their_places(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     names = sorted((folder / "Images").iterdir())
     broken = break_photos(folder)
     files = ImageFiles(names, preprocess=Preprocess(SIZE))

@@ -4,7 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
-from helpers import write_photos
+from helpers import write_image_folder
 from PIL import Image
 
 from data import image_cache
@@ -21,7 +21,7 @@ VIEW = Preprocess(32)
 
 @pytest.fixture
 def paths(tmp_path):
-    return sorted((write_photos(tmp_path / "photos", 10) / "Images").iterdir())
+    return sorted((write_image_folder(tmp_path / "photos", 10) / "Images").iterdir())
 
 
 @pytest.fixture

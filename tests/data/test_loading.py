@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import write_photos
+from helpers import write_image_folder
 
 from data.format_detection import read_layout
 from data.image_lookup import find_duplicates
@@ -168,13 +168,13 @@ def test_a_missing_folder_or_unknown_name_is_told_with_what_would_do(tmp_path):
 
 
 def test_data_dir_wins_over_the_name(tmp_path):
-    write_photos(tmp_path / "photos", 10)
+    write_image_folder(tmp_path / "photos", 10)
     assert opened("sample", data_dir=tmp_path / "photos").image_root == tmp_path / "photos"
 
 
 @pytest.mark.parametrize("place", ["Images", "images", "."])
 def test_images_are_found_in_any_of_the_usual_places(tmp_path, place):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     for path in list((folder / "Images").iterdir()):
         (folder / place).mkdir(exist_ok=True)
         path.rename(folder / place / path.name)
@@ -183,14 +183,14 @@ def test_images_are_found_in_any_of_the_usual_places(tmp_path, place):
 
 
 def test_images_in_subfolders_are_found(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     (folder / "Images").rename(folder / "deep")
     rewrite(folder, lambda lines: [f"deep\\{line}" for line in lines])
     assert len(opened(folder).table) == 20
 
 
 def test_missing_images_are_counted_and_left_out(tmp_path):
-    folder = write_photos(tmp_path / "photos", 20)
+    folder = write_image_folder(tmp_path / "photos", 20)
     gone = ["photo_03.png", "photo_07.png"]
     for name in gone:
         (folder / "Images" / name).unlink()
@@ -201,7 +201,7 @@ def test_missing_images_are_counted_and_left_out(tmp_path):
 
 
 def test_all_images_missing_is_an_error_that_says_where_it_looked(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     for path in (folder / "Images").iterdir():
         path.unlink()
     with pytest.raises(FileNotFoundError, match=rf"none of the 10 images.*'photo_00\.png' in {folder}"):
@@ -210,11 +210,11 @@ def test_all_images_missing_is_an_error_that_says_where_it_looked(tmp_path):
 
 def test_too_few_photos_for_three_parts_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no images left for"):
-        opened(write_photos(tmp_path / "photos", 2))
+        opened(write_image_folder(tmp_path / "photos", 2))
 
 
 def test_the_fewest_photos_for_three_parts_are_three(tmp_path):
-    data = opened(write_photos(tmp_path / "photos", 3))
+    data = opened(write_image_folder(tmp_path / "photos", 3))
     assert [len(data.split(split).paths) for split in ("train", "val", "test")] == [1, 1, 1]
 
 
@@ -225,7 +225,7 @@ def write_lists(folder, **lists):
 
 
 def test_official_lists_decide_the_split_and_unlisted_images_are_not_used(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     write_lists(folder, train=[1, 2, 3, 4], dev=[5, 6], test=[0, 9])
     (folder / "Images" / "photo_07.png").unlink()  # on no list, so not missed
     data = opened(folder)
@@ -236,19 +236,19 @@ def test_official_lists_decide_the_split_and_unlisted_images_are_not_used(tmp_pa
 
 
 def test_unlisted_images_are_counted_for_the_terminal(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     write_lists(folder, train=[1, 2, 3, 4], dev=[5, 6], test=[0])
     assert "3 images are on no list" in opened(folder).describe()
 
 
 def test_an_incomplete_set_of_lists_is_not_used(tmp_path):
-    folder = write_photos(tmp_path / "photos", 20)
+    folder = write_image_folder(tmp_path / "photos", 20)
     write_lists(folder, train=range(18), test=[18])
     assert len(opened(folder).split("test").paths) == 4
 
 
 def test_the_split_is_four_to_one_by_image(tmp_path):
-    data = opened(write_photos(tmp_path / "photos", 30))
+    data = opened(write_image_folder(tmp_path / "photos", 30))
     sizes = {split: len(data.split(split).paths) for split in ("train", "val", "test")}
     assert sizes == {"train": 22, "val": 2, "test": 6}
     assert "4:1" in data.describe() and "seed 0" in data.describe()
@@ -266,7 +266,7 @@ def test_the_split_follows_the_seed(photos):
 
 
 def test_the_split_does_not_depend_on_the_order_of_rows(photos, tmp_path):
-    shuffled = write_photos(tmp_path / "photos", 30)
+    shuffled = write_image_folder(tmp_path / "photos", 30)
     rewrite(shuffled, lambda lines: [lines[k] for k in np.random.RandomState(0).permutation(len(lines))])
     for split in ("train", "val", "test"):
         assert image_names(opened(photos).split(split)) == image_names(opened(shuffled).split(split))
@@ -293,7 +293,7 @@ def test_every_caption_of_a_part_belongs_to_its_image(photos):
 def test_the_sample_set_is_drawn_into_the_cache(tmp_path, monkeypatch):
     from data import sample_set
 
-    monkeypatch.setattr(sample_set, "write_sample_set", lambda folder: write_photos(folder, 10))
+    monkeypatch.setattr(sample_set, "write_sample_set", lambda folder: write_image_folder(folder, 10))
     data = open_dataset("sample", data_dir=None, cache_dir=str(tmp_path / "cache"), split_seed=0)
     assert data.image_root == tmp_path / "cache" / "sample"
 
@@ -326,13 +326,13 @@ def test_a_named_data_set_is_downloaded_with_its_published_split(monkeypatch, ph
 
 def test_a_published_split_beside_the_data_is_used_without_a_download(monkeypatch, tmp_path):
     kaggle(monkeypatch, lambda *_, **__: pytest.fail("downloaded"))
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     karpathy(folder, [f"photo_{k:02d}.png" for k in range(10)])
     assert image_names(opened("flickr8k", data_dir=folder).split("val")) == {f"photo_0{k}.png" for k in (1, 4, 7)}
 
 
 def test_another_data_sets_split_file_does_not_stand_in_for_the_published_one(monkeypatch, tmp_path):
-    folder, asked = write_photos(tmp_path / "photos", 10), []
+    folder, asked = write_image_folder(tmp_path / "photos", 10), []
     karpathy(folder, [f"photo_{k:02d}.png" for k in range(10)]).rename(folder / "dataset_coco.json")
     split = karpathy(tmp_path / "downloaded", [f"photo_{k:02d}.png" for k in range(10)])
     kaggle(monkeypatch, lambda handle, path=None: asked.append(path) or str(split))
@@ -341,7 +341,7 @@ def test_another_data_sets_split_file_does_not_stand_in_for_the_published_one(mo
 
 
 def test_other_photos_under_a_data_sets_name_are_not_split_by_chance(monkeypatch, tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     karpathy(folder, [f"other_{k:02d}.png" for k in range(10)])
     with pytest.raises(ValueError, match="not those of flickr8k's published split: pass the folder as --dataset"):
         opened("flickr8k", data_dir=folder)
@@ -376,7 +376,7 @@ def test_a_message_shows_the_first_five_names(count, text):
 
 def with_copies(tmp_path):
     """Twenty photos, of which the last five are the first five under other names."""
-    folder = write_photos(tmp_path / "photos", 20)
+    folder = write_image_folder(tmp_path / "photos", 20)
     for k in range(5):
         shutil.copy(folder / "Images" / f"photo_{k:02d}.png", folder / "Images" / f"photo_{15 + k}.png")
     return folder
@@ -410,7 +410,7 @@ def test_photos_of_one_size_but_other_bytes_are_no_copies(tmp_path):
 
 
 def few_bad(tmp_path, bad, good):
-    folder = write_photos(tmp_path / "photos", 30, captions=3)
+    folder = write_image_folder(tmp_path / "photos", 30, captions=3)
     rewrite(folder, lambda lines: [*lines[:good], *("photo_00.png" for _ in range(bad))])
     return folder
 

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from helpers import program, refused, tiny_tokenizer
+from helpers import one_line_error, run_script, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, DistilBertModel, RobertaConfig, RobertaModel
 
@@ -239,7 +239,7 @@ torch.save([image.backbone.state_dict(), text.backbone.state_dict(), len(tokeniz
 """
     # Port 9 of this machine refuses: the hub is unreachable, but nobody has said so by HF_HUB_OFFLINE.
     unreachable = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    program("-c", script, cwd=tmp_path, **unreachable)
+    run_script("-c", script, cwd=tmp_path, **unreachable)
     image, text, vocabulary = torch.load(tmp_path / "loaded.pt")
     saved = load_file(image_tower / "model.safetensors")
     assert all(torch.equal(tensor, saved[key]) for key, tensor in image.items())
@@ -250,8 +250,8 @@ torch.save([image.backbone.state_dict(), text.backbone.state_dict(), len(tokeniz
 
 def test_training_with_an_unreachable_hub_ends_in_one_line(photos, tmp_path):
     unreachable = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = program("train.py", "--dataset", photos, "--batch-size", 8, cwd=tmp_path, check=False, **unreachable)
-    assert "image encoder 'resnet50'" in refused(done) and "127.0.0.1:9" in done.stderr
+    done = run_script("train.py", "--dataset", photos, "--batch-size", 8, cwd=tmp_path, check=False, **unreachable)
+    assert "image encoder 'resnet50'" in one_line_error(done) and "127.0.0.1:9" in done.stderr
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import read, refused, within
+from helpers import one_line_error, open_data_of, run_in_process
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_dual_encoders import KINDS
@@ -89,10 +89,10 @@ def test_photos_and_sentences_become_what_transformers_makes_of_them(saved, pict
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_pair_is_trained_and_its_run_is_rebuilt_without_the_folder(saved, tiny, kind, tmp_path):
+def test_a_pair_is_trained_and_its_run_is_rebuilt_without_the_folder(saved, tiny_config, kind, tmp_path):
     folder = shutil.copytree(saved / kind, tmp_path / "pair")
-    config = tiny(model=str(folder), image_size=None, lr_image=1e-3, lr_text=1e-3, epochs=1)
-    run = train(config, read(config), None)
+    config = tiny_config(model=str(folder), image_size=None, lr_image=1e-3, lr_text=1e-3, epochs=1)
+    run = train(config, open_data_of(config), None)
     shutil.rmtree(folder)
     assert read_config(run) == config
     before = load_dual_encoder(str(saved / kind), image_size=None)
@@ -105,10 +105,10 @@ def test_a_pair_is_trained_and_its_run_is_rebuilt_without_the_folder(saved, tiny
     assert encoder.encode_captions(WORDS, "").shape == (3, before.text_encoder.dim)
 
 
-def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the_pair(saved, tiny):
+def test_an_adaptor_trains_on_stored_features_of_a_frozen_pair_and_starts_as_the_pair(saved, tiny_config):
     frozen = {"freeze_image": True, "freeze_text": True, "image_head": "adaptor", "text_head": "adaptor"}
-    config = tiny(model=str(saved / "clip"), image_size=None, lr_heads=1e-2, epochs=3, **frozen)
-    run = train(config, read(config), None)
+    config = tiny_config(model=str(saved / "clip"), image_size=None, lr_heads=1e-2, epochs=3, **frozen)
+    run = train(config, open_data_of(config), None)
     assert len(list((Path(config.cache_dir) / "features").glob("*.images"))) == 2  # of training and validation photos
     trained = load_run(run).model
     assert trained.image_head.up.weight.abs().sum() > 0
@@ -182,19 +182,21 @@ def test_an_image_size_that_the_tower_refuses_is_one_line_with_its_own(saved):
 def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     small = ["--batch-size", 8, "--precision", "float32", "--num-workers", 0, "--epochs", 1]
-    done = within("train.py", "--dataset", photos, "--model", saved / "clip", *small, "--name", "pair")
+    done = run_in_process("train.py", "--dataset", photos, "--model", saved / "clip", *small, "--name", "pair")
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "runs" / "pair" / "config.json").read_text())
     assert config["lr_image"] < 1e-5 and config["model"] == str(saved / "clip")
-    done = within("evaluate.py", "runs/pair", "--precision", "float32")
+    done = run_in_process("evaluate.py", "runs/pair", "--precision", "float32")
     assert "rsum" in done.stdout
-    assert "photo_" in within("infer.py", "a red picture", "--precision", "float32").stdout
-    done = within("train.py", "--dataset", photos, "--start-from", "runs/pair", *small, "--name", "again")
+    assert "photo_" in run_in_process("infer.py", "a red picture", "--precision", "float32").stdout
+    done = run_in_process("train.py", "--dataset", photos, "--start-from", "runs/pair", *small, "--name", "again")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "again" / "config.json").read_text())["model"] == str(saved / "clip")
-    both = within("train.py", "--dataset", photos, "--model", saved / "clip", "--image-encoder", "resnet50")
-    assert "--model is both towers" in refused(both)
-    line = refused(within("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x"))
+    both = run_in_process("train.py", "--dataset", photos, "--model", saved / "clip", "--image-encoder", "resnet50")
+    assert "--model is both towers" in one_line_error(both)
+    line = one_line_error(
+        run_in_process("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x")
+    )
     assert "clip-vit-base-patch" in line
 
 
@@ -210,16 +212,16 @@ def test_photos_are_resized_as_the_processor_says(resample, method):
 def test_words_are_not_dropped_from_a_tower_that_reads_every_place(saved, photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--model", saved / "siglip", "--word-dropout", 0.1, "--batch-size", 8, "--num-workers", 0, "--epochs", 1]
-    assert "--word-dropout" in refused(within("train.py", "--dataset", photos, *words))
+    assert "--word-dropout" in one_line_error(run_in_process("train.py", "--dataset", photos, *words))
 
 
 def test_a_pair_without_a_run_is_measured(photos, tmp_path, monkeypatch, saved):
     monkeypatch.chdir(tmp_path)
-    done = within("evaluate.py", "--model", saved / "clip", "--dataset", photos, "--precision", "float32")
+    done = run_in_process("evaluate.py", "--model", saved / "clip", "--dataset", photos, "--precision", "float32")
     assert done.returncode == 0, done.stderr
     assert "6 images" in done.stdout and "rsum" in done.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "metrics.json").is_file() and folder.name.startswith("pretrained-")
-    assert "--dataset" in refused(within("evaluate.py", "--model", saved))
-    both = within("evaluate.py", "runs/x", "--model", saved / "clip", "--dataset", photos)
-    assert "one of" in refused(both)
+    assert "--dataset" in one_line_error(run_in_process("evaluate.py", "--model", saved))
+    both = run_in_process("evaluate.py", "runs/x", "--model", saved / "clip", "--dataset", photos)
+    assert "one of" in one_line_error(both)

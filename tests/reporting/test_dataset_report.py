@@ -2,7 +2,7 @@
 
 import re
 
-from helpers import program, refused, within, write_photos
+from helpers import one_line_error, run_in_process, run_script, write_image_folder
 from PIL import Image
 
 
@@ -11,13 +11,13 @@ def state(folder):
 
 
 def test_it_prints_what_it_understood_and_draws_examples(tmp_path):
-    folder = write_photos(tmp_path / "my photos", 30)
+    folder = write_image_folder(tmp_path / "my photos", 30)
     lines = (folder / "captions.txt").read_text().splitlines()
     lines += ["photo_03.png,a third caption", "photo_03.png", "gone.png,a caption of no photo"]
     (folder / "captions.txt").write_text("\n".join(lines))
     (folder / "Images" / "photo_04.png").write_bytes(b"no image")
     before = state(folder)
-    done = program("dataset.py", "my photos", cwd=tmp_path)
+    done = run_script("dataset.py", "my photos", cwd=tmp_path)
     for line in (
         "format: table with commas, captions.txt",
         "images: 30 in my photos",
@@ -35,33 +35,37 @@ def test_it_prints_what_it_understood_and_draws_examples(tmp_path):
 
 
 def test_from_within_the_data_folder_nothing_is_written_there(tmp_path, text_tower):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     (folder / "captions.txt").write_text((folder / "captions.txt").read_text() + "photo_01.png\n" * 5)
     before = state(folder)
-    done = program("dataset.py", ".", "--text-encoder", text_tower, cwd=folder, TMPDIR=str(tmp_path))
+    done = run_script("dataset.py", ".", "--text-encoder", text_tower, cwd=folder, TMPDIR=str(tmp_path))
     assert "bad rows: 5, 20 %: training will stop here unless --allow-bad-rows" in done.stdout
     assert f"({text_tower})" in done.stdout
     assert state(folder) == before and list(tmp_path.glob("*/here.png"))
 
 
 def test_a_mistake_is_one_line_and_help_is_quick(tmp_path):
-    assert "give a data set" in refused(program("dataset.py", cwd=tmp_path, check=False))
-    assert "no data set or folder 'nowhere'" in refused(program("dataset.py", "nowhere", cwd=tmp_path, check=False))
-    assert "--out must end in" in refused(program("dataset.py", ".", "--out", "x.txt", cwd=tmp_path, check=False))
-    help_ = program("-X", "importtime", "dataset.py", "--help", cwd=tmp_path)
+    assert "give a data set" in one_line_error(run_script("dataset.py", cwd=tmp_path, check=False))
+    assert "no data set or folder 'nowhere'" in one_line_error(
+        run_script("dataset.py", "nowhere", cwd=tmp_path, check=False)
+    )
+    assert "--out must end in" in one_line_error(
+        run_script("dataset.py", ".", "--out", "x.txt", cwd=tmp_path, check=False)
+    )
+    help_ = run_script("-X", "importtime", "dataset.py", "--help", cwd=tmp_path)
     assert "--split-seed" in help_.stdout
     assert "import time" in help_.stderr and not re.search(r"\| +(torch|transformers)$", help_.stderr, re.M)
 
 
 def test_training_on_kept_photos_is_training_on_photos(tmp_path, monkeypatch, image_tower, text_tower):
     monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos", 30)
+    write_image_folder(tmp_path / "photos", 30)
     words = ["--dataset", "photos", "--image-encoder", image_tower, "--text-encoder", text_tower, "--image-size", 32]
     words += ["--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0, "--epochs", 2]
-    done = within("train.py", *words, "--min-crop", 1, "--name", "kept", "--cache-images")
+    done = run_in_process("train.py", *words, "--min-crop", 1, "--name", "kept", "--cache-images")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "cache" / "photos").is_dir()
-    again = within("train.py", *words, "--min-crop", 1, "--name", "plain")
+    again = run_in_process("train.py", *words, "--min-crop", 1, "--name", "plain")
     losses = [re.findall(r"loss (\d+\.\d+)", out.stdout) for out in (done, again)]
     assert losses[0] == losses[1] and len(losses[0]) == 2
     assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 2  # train and val

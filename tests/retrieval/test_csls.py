@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import within, write_photos
+from helpers import run_in_process, write_image_folder
 
 from models.checkpoint import load_state
 from retrieval import csls as hubs_module
@@ -70,9 +70,9 @@ def place(tmp_path, image_tower, text_tower, monkeypatch):
     """The working folder, with photos and a run that keeps a bank."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hubs_module, "FEWEST_PHOTOS", 2)
-    write_photos(tmp_path / "my_photos", 30)
+    write_image_folder(tmp_path / "my_photos", 30)
     words = ["--dataset", "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
-    done = within("train.py", *words, *TRAINING, "--epochs", 1, "--name", "run")
+    done = run_in_process("train.py", *words, *TRAINING, "--epochs", 1, "--name", "run")
     assert done.returncode == 0, done.stderr
     return tmp_path
 
@@ -81,8 +81,10 @@ def test_a_run_keeps_a_bank_and_evaluation_uses_it_for_other_photos(place):
     kept = load_state(place / "runs/run/best.pt")["query_bank"]
     assert kept["image_emb"].shape == (2, 16) and kept["text_emb"].shape == (4, 16)
 
-    assert within("evaluate.py", "runs/run", "--precision", "float32").stdout.count("rsum") == 2
-    assert within("evaluate.py", "runs/run", "--precision", "float32", "--split", "val").stdout.count("rsum") == 1
+    assert run_in_process("evaluate.py", "runs/run", "--precision", "float32").stdout.count("rsum") == 2
+    assert (
+        run_in_process("evaluate.py", "runs/run", "--precision", "float32", "--split", "val").stdout.count("rsum") == 1
+    )
     measured = json.loads((place / "runs/run/metrics.json").read_text())
     assert list(measured) == ["test", "test, corrected for hubs", "val"]
     assert {path.name for path in (place / "runs/run").glob("metrics-*.png")} == {
@@ -91,12 +93,16 @@ def test_a_run_keeps_a_bank_and_evaluation_uses_it_for_other_photos(place):
         "metrics-val.png",
     }
     for split, lines in (("val", 1), ("test", 2)):  # the same photos by their name
-        done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", split)
+        done = run_in_process(
+            "evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", split
+        )
         assert done.stdout.count("rsum") == lines
     settings = json.loads((place / "runs/run/config.json").read_text())  # as of a named data set that lies in a folder
     settings |= {"dataset": "flickr8k", "data_dir": settings["dataset"]}
     (place / "runs/run/config.json").write_text(json.dumps(settings))
-    done = within("evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", "val")
+    done = run_in_process(
+        "evaluate.py", "runs/run", "--dataset", "my_photos", "--precision", "float32", "--split", "val"
+    )
     assert done.stdout.count("rsum") == 1
 
 
@@ -107,7 +113,7 @@ def test_search_ranks_by_the_bank_what_is_of_the_other_kind(place):
     (sentence,) = encoder.encode_captions(["red on the left"], "")
     expected = photos @ sentence - hubness(photos, encoder.query_bank.text_emb) / 2
     found = json.loads(
-        within(
+        run_in_process(
             "infer.py", "red on the left", "--gallery", "my_photos", "--json", "--precision", "float32", "--top-k", 30
         ).stdout
     )
@@ -117,16 +123,20 @@ def test_search_ranks_by_the_bank_what_is_of_the_other_kind(place):
     )
 
     like = json.loads(
-        within("infer.py", "--image", paths[3], "--gallery", "my_photos", "--json", "--precision", "float32").stdout
+        run_in_process(
+            "infer.py", "--image", paths[3], "--gallery", "my_photos", "--json", "--precision", "float32"
+        ).stdout
     )["matches"][0]
     assert like["photo"].endswith(paths[3].name) and like["score"] == pytest.approx(1, abs=2e-3)
     captions = json.loads(
-        within("infer.py", "--image", paths[3], "--json", "--precision", "float32", "--top-k", 1).stdout
+        run_in_process("infer.py", "--image", paths[3], "--json", "--precision", "float32", "--top-k", 1).stdout
     )["matches"]
     emb = encoder.encode_captions([captions[0]["caption"]], "")
     best = (photos[3] @ emb.T - hubness(emb, encoder.query_bank.image_emb) / 2).item()
     assert captions[0]["score"] == pytest.approx(best, abs=2e-3)
     same = json.loads(
-        within("infer.py", captions[0]["caption"], "--find", "captions", "--json", "--precision", "float32").stdout
+        run_in_process(
+            "infer.py", captions[0]["caption"], "--find", "captions", "--json", "--precision", "float32"
+        ).stdout
     )["matches"][0]
     assert same["score"] == pytest.approx(1, abs=2e-3)

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import write_photos
+from helpers import write_image_folder
 
 from data.loading import open_dataset
 from retrieval import embedding_store as module
@@ -39,7 +39,7 @@ class Encoding:
 @pytest.fixture
 def folder(tmp_path):
     """Ten photos, some of them in folders below."""
-    folder = write_photos(tmp_path / "photos", 10) / "Images"
+    folder = write_image_folder(tmp_path / "photos", 10) / "Images"
     for number, below in ((3, "summer"), (4, "summer"), (5, "winter/snow")):
         (folder / below).mkdir(parents=True, exist_ok=True)
         (folder / f"photo_0{number}.png").rename(folder / below / f"photo_0{number}.png")
@@ -124,7 +124,7 @@ def test_without_a_readable_photo_there_is_no_gallery(folder, tmp_path):
     for _ in range(2):
         with pytest.raises(ValueError, match=r"none of the 10 photos .* photo_00\.png: it is broken"):
             opened(folder, tmp_path / "store")
-    shutil.copy(write_photos(tmp_path / "other", 10) / "Images" / "photo_01.png", folder / "photo_01.png")
+    shutil.copy(write_image_folder(tmp_path / "other", 10) / "Images" / "photo_01.png", folder / "photo_01.png")
     assert opened(folder, tmp_path / "store")[0].names == ["photo_01.png"]
 
 
@@ -147,7 +147,7 @@ def test_damaged_rows_are_encoded_anew_beside_a_folder_of_an_engine(folder, tmp_
 
 
 def test_a_split_whose_photos_are_gone_is_an_error_that_names_it(tmp_path):
-    data = open_dataset(str(write_photos(tmp_path / "mine", 10)), data_dir=None, cache_dir="unused", split_seed=0)
+    data = open_dataset(str(write_image_folder(tmp_path / "mine", 10)), data_dir=None, cache_dir="unused", split_seed=0)
     shutil.rmtree(tmp_path / "mine" / "Images")
     with pytest.raises(FileNotFoundError, match=r"the photos of .*mine's val part are gone"):
         list_split_images(data, "val")
@@ -186,7 +186,7 @@ def test_file_names_of_any_letters_are_kept(folder, tmp_path):
 
 
 def test_the_photos_of_a_split_are_a_gallery_too(tmp_path):
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     data = open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0)
     gone = data.split("train").paths[0]
     gone.unlink()

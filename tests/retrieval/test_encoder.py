@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_model, write_photos
+from helpers import tiny_model, write_image_folder
 from PIL import Image
 
 from data.loading import open_dataset
@@ -28,7 +28,7 @@ def model_and_tokenizer():
 @pytest.fixture
 def part(tmp_path):
     """The 7 training photos of a folder of their own, with 2 captions each."""
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 

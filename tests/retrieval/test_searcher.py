@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refused, within, write_photos
+from helpers import ROOT, one_line_error, run_in_process, write_image_folder
 from PIL import Image
 from tiny_dual_encoders import clip
 
@@ -30,11 +30,11 @@ IMAGE_PATTERN = "holiday/Images/photo_03.png"
 def trained(tmp_path_factory, image_tower, text_tower):
     """A folder with a finished run in runs/first, trained on my_photos/."""
     place = tmp_path_factory.mktemp("search")
-    write_photos(place / "my_photos", 30)
+    write_image_folder(place / "my_photos", 30)
     words = ["--dataset", place / "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        done = within("train.py", *words, *TRAINING, "--epochs", 1, "--name", "first")
+        done = run_in_process("train.py", *words, *TRAINING, "--epochs", 1, "--name", "first")
     assert done.returncode == 0, done.stderr
     return place
 
@@ -43,7 +43,7 @@ def trained(tmp_path_factory, image_tower, text_tower):
 def place(trained, tmp_path, monkeypatch):
     """That run in a working folder of its own, with other photos in holiday/."""
     shutil.copytree(trained / "runs", tmp_path / "runs")
-    write_photos(tmp_path / "holiday", 12)
+    write_image_folder(tmp_path / "holiday", 12)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -64,7 +64,7 @@ def encoded(monkeypatch):
 
 
 def infer(*words):
-    done = within("infer.py", *words, "--precision", "float32")
+    done = run_in_process("infer.py", *words, "--precision", "float32")
     assert done.returncode == 0, done.stderr
     return done
 
@@ -163,7 +163,7 @@ def test_a_file_of_queries_is_answered_line_by_line(place):
     (place / "gb.txt").write_text("红色在左边\n", "gb18030")
     assert [answer["query"] for answer in answers("--queries", "gb.txt", "--gallery", "holiday")] == ["红色在左边"]
     (place / "cp1252.txt").write_bytes("red\nun café\n".encode("cp1252"))
-    line = refused(within("infer.py", "--queries", "cp1252.txt", "--gallery", "holiday"))
+    line = one_line_error(run_in_process("infer.py", "--queries", "cp1252.txt", "--gallery", "holiday"))
     assert "cp1252.txt, line 2" in line and "UTF-8" in line
 
 
@@ -236,7 +236,7 @@ def test_a_decompression_bomb_in_a_folder_is_left_out_without_being_unpacked(pla
 def test_photos_that_are_none_are_one_line(place, words):
     (place / "bad").mkdir()
     (place / "bad" / "x.jpg").write_bytes(b"garbage")
-    assert "not an image" in refused(within("infer.py", *words))
+    assert "not an image" in one_line_error(run_in_process("infer.py", *words))
 
 
 def test_nothing_is_written_beside_the_photos(place):
@@ -247,7 +247,7 @@ def test_nothing_is_written_beside_the_photos(place):
 
 def test_a_cache_that_cannot_be_written_is_one_line(place):
     (place / "full").write_text("no folder")
-    line = refused(within("infer.py", "red", "--gallery", "holiday", "--cache-dir", "full"))
+    line = one_line_error(run_in_process("infer.py", "red", "--gallery", "holiday", "--cache-dir", "full"))
     assert "full" in line and "--cache-dir" in line
 
 

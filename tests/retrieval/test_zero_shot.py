@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import refused, tiny_model, within, write_photos
+from helpers import one_line_error, run_in_process, tiny_model, write_image_folder
 from PIL import Image
 
 from retrieval.encoder import build_encoder
@@ -75,7 +75,7 @@ def test_a_class_is_the_mean_of_its_prompts(encoder):
 
 
 def test_photos_are_classified_in_their_order_and_broken_ones_left_out(encoder, tmp_path):
-    photos = sorted((write_photos(tmp_path / "photos", 4) / "Images").iterdir())
+    photos = sorted((write_image_folder(tmp_path / "photos", 4) / "Images").iterdir())
     whole, readable = classify(encoder, photos, ["red", "blue"], temperature=0.07)
     assert readable.all() and whole.shape == (4, 2)
     torch.testing.assert_close(whole.sum(1), torch.ones(4))
@@ -131,12 +131,12 @@ def test_a_run_is_measured_on_class_folders_from_the_command_line(
 ):
     monkeypatch.chdir(tmp_path)
     towers = ["--image-encoder", image_tower, "--text-encoder", text_tower]
-    done = within("train.py", "--dataset", photos, *towers, *SMALL, "--epochs", 1, "--name", "run")
+    done = run_in_process("train.py", "--dataset", photos, *towers, *SMALL, "--epochs", 1, "--name", "run")
     assert done.returncode == 0, done.stderr
     classes = write_classes(tmp_path / "colours", {"red": "red", "blue": "blue", "green": "green"})
     (classes / "red" / "broken.jpg").write_bytes(b"no photo")
     before = sorted(classes.rglob("*"))
-    done = within("evaluate.py", "runs/run", "--zero-shot", classes, "--precision", "float32")
+    done = run_in_process("evaluate.py", "runs/run", "--zero-shot", classes, "--precision", "float32")
     assert "9 photos of 3 classes" in done.stdout and "1 photo could not be read" in done.stdout
     stored = json.loads((tmp_path / "runs" / "run" / "metrics.json").read_text())["zero-shot colours"]
     assert f"top1 {stored['top1']:.1f} %" in done.stdout
@@ -144,5 +144,5 @@ def test_a_run_is_measured_on_class_folders_from_the_command_line(
     with Image.open(tmp_path / "runs" / "run" / "zero-shot-colours.png") as picture:
         assert min(picture.size) > 100
     assert sorted(classes.rglob("*")) == before
-    assert "nowhere" in refused(within("evaluate.py", "runs/run", "--zero-shot", "nowhere"))
-    assert "at least two" in refused(within("evaluate.py", "runs/run", "--zero-shot", classes / "red"))
+    assert "nowhere" in one_line_error(run_in_process("evaluate.py", "runs/run", "--zero-shot", "nowhere"))
+    assert "at least two" in one_line_error(run_in_process("evaluate.py", "runs/run", "--zero-shot", classes / "red"))

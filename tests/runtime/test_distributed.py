@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import program, refused, within
+from helpers import one_line_error, run_in_process, run_script
 
 from models.checkpoint import load_state
 from runtime import distributed
@@ -36,12 +36,12 @@ def flags(photos, image_tower, text_tower):
 
 def launched(launcher, *words, cwd, check=True):
     # gloo looks up the machine's own name, which not every sandbox can resolve
-    return program(*LAUNCHERS[launcher], "train.py", *words, cwd=cwd, check=check, GLOO_SOCKET_IFNAME="lo")
+    return run_script(*LAUNCHERS[launcher], "train.py", *words, cwd=cwd, check=check, GLOO_SOCKET_IFNAME="lo")
 
 
 @pytest.mark.parametrize(("launcher", "freezing"), [("torchrun", []), ("accelerate launch", FROZEN)])
 def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tmp_path):
-    alone = program("train.py", *flags, *freezing, "--name", "one", cwd=tmp_path)
+    alone = run_script("train.py", *flags, *freezing, "--name", "one", cwd=tmp_path)
     together = launched(launcher, *flags, *freezing, "--name", "two", cwd=tmp_path)
     assert together.stdout.replace("two", "one").count("\n") == alone.stdout.count("\n")  # one of them speaks
     one, two = (load_state(tmp_path / "runs" / name / "last.pt") for name in ("one", "two"))
@@ -60,7 +60,7 @@ def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tm
 def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_they_can(flags, tmp_path, monkeypatch):
     monkeypatch.setattr("training.trainer.world_size", lambda: 4)
     monkeypatch.chdir(tmp_path)
-    line = refused(within("train.py", *flags, "--batch-size", 18))
+    line = one_line_error(run_in_process("train.py", *flags, "--batch-size", 18))
     assert "--batch-size 18 cannot be divided among 4 processes" in line and "16 or 20" in line
     assert not (tmp_path / "runs").exists()
 
@@ -96,7 +96,7 @@ distributed.cleanup()
 
 def test_what_two_processes_exchange_arrives_in_their_order_and_from_empty_hands_too(tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
-    program(*LAUNCHERS["torchrun"], tmp_path / "exchange.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+    run_script(*LAUNCHERS["torchrun"], tmp_path / "exchange.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
 
 
 def test_one_process_exchanges_nothing_and_gets_back_what_it_gave():
@@ -153,4 +153,4 @@ def test_two_processes_of_which_one_is_told_to_end_go_on_as_if_neither_had_been(
     (tmp_path / "stopped.py").write_text(STOPPED)
     words = [*flags, "--batch-size", 6, "--micro-batch-size", 6, "--no-fold-batch-norm", "--epochs", 3]
     words = [tmp_path / "stopped.py", *words, "--name", "whole"]
-    program(*LAUNCHERS["torchrun"], *words, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+    run_script(*LAUNCHERS["torchrun"], *words, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import refused, within, write_photos
+from helpers import one_line_error, run_in_process, write_image_folder
 
 from models.checkpoint import load_run, load_state
 from runtime.run_dir import finished_runs
@@ -16,7 +16,7 @@ TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precisi
 def place(tmp_path_factory, image_tower, text_tower):
     """Runs that started from runs/parent, and one that did not."""
     place = tmp_path_factory.mktemp("average")
-    write_photos(place / "my_photos", 30)
+    write_image_folder(place / "my_photos", 30)
     towers = ["--image-encoder", image_tower, "--text-encoder", text_tower]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
@@ -28,7 +28,9 @@ def place(tmp_path_factory, image_tower, text_tower):
             "e": ["--start-from", "runs/parent/", "--freeze-text", "--objective", "sigmoid"],
         }
         for name, words in runs.items():
-            done = within("train.py", "--dataset", "my_photos", *TRAINING, "--epochs", 1, *words, "--name", name)
+            done = run_in_process(
+                "train.py", "--dataset", "my_photos", *TRAINING, "--epochs", 1, *words, "--name", name
+            )
             assert done.returncode == 0, done.stderr
     return place
 
@@ -39,7 +41,7 @@ def _working_folder(place, monkeypatch):
 
 
 def test_the_average_is_the_mean_of_the_weights_and_a_run_like_any_other(place):
-    done = within("average.py", "runs/a", "runs/b", "--name", "soup", "--precision", "float32")
+    done = run_in_process("average.py", "runs/a", "runs/b", "--name", "soup", "--precision", "float32")
     assert done.returncode == 0, done.stderr
     a, b, soup = (load_run(place / "runs" / name).model.state_dict() for name in ("a", "b", "soup"))
     assert any(not torch.equal(a[key], b[key]) for key in a)
@@ -49,18 +51,18 @@ def test_the_average_is_the_mean_of_the_weights_and_a_run_like_any_other(place):
             assert torch.equal(tensor, a[key])
 
     assert finished_runs("runs")[0].name == "soup"
-    said = within("evaluate.py", "--split", "val", "--precision", "float32").stdout
+    said = run_in_process("evaluate.py", "--split", "val", "--precision", "float32").stdout
     rsum = json.loads((place / "runs/soup/log.jsonl").read_text())["rsum"]
     assert said.startswith("runs/soup") and f"rsum {rsum:.1f}" in said and f"rsum {rsum:.1f}" in done.stdout
-    assert "my_photos" in within("infer.py", "red on the left").stdout
-    assert "--start-from" in refused(within("train.py", "--resume", "runs/soup"))
-    done = within("train.py", "--dataset", "my_photos", "--start-from", "runs/soup", *TRAINING, "--epochs", 1)
+    assert "my_photos" in run_in_process("infer.py", "red on the left").stdout
+    assert "--start-from" in one_line_error(run_in_process("train.py", "--resume", "runs/soup"))
+    done = run_in_process("train.py", "--dataset", "my_photos", "--start-from", "runs/soup", *TRAINING, "--epochs", 1)
     assert done.returncode == 0, done.stderr
-    assert "exists already" in refused(within("average.py", "runs/a", "runs/b", "--name", "soup"))
+    assert "exists already" in one_line_error(run_in_process("average.py", "runs/a", "runs/b", "--name", "soup"))
 
 
 def test_an_average_of_three_weighs_them_alike(place):
-    assert within("average.py", "runs/a", "runs/b", "runs/a", "--name", "three").returncode == 0
+    assert run_in_process("average.py", "runs/a", "runs/b", "runs/a", "--name", "three").returncode == 0
     a, b, three = (load_state(place / "runs" / name / "best.pt")["model"] for name in ("a", "b", "three"))
     key = "image_head.hidden.weight"
     torch.testing.assert_close(three[key], (2 * a[key] + b[key]) / 3)
@@ -78,4 +80,4 @@ def test_an_average_of_three_weighs_them_alike(place):
     ],
 )
 def test_what_has_no_meaningful_average_is_refused(runs, message):
-    assert message in refused(within("average.py", *runs, "--name", "no"))
+    assert message in one_line_error(run_in_process("average.py", *runs, "--name", "no"))

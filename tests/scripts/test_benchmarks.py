@@ -3,23 +3,23 @@
 import itertools
 
 import pytest
-from helpers import read
+from helpers import open_data_of
 
 from benchmarks.training import pairs_per_second, plain_batches, plain_loop, step_alone, whole_loop
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 4])
-def test_each_loop_counts_the_pairs_it_trains_on(tiny, micro_batch_size):
-    config = tiny(micro_batch_size=micro_batch_size)
-    data = read(config)
+def test_each_loop_counts_the_pairs_it_trains_on(tiny_config, micro_batch_size):
+    config = tiny_config(micro_batch_size=micro_batch_size)
+    data = open_data_of(config)
     for loop in (whole_loop(config, data), step_alone(config, data, 2)):
         counts = list(itertools.islice(loop, 5))
         assert counts == [config.captions_per_image * (counts[0] // config.captions_per_image)] * 5 and counts[0] > 0
 
 
-def test_plain_recipe_has_a_row_for_each_caption_padded_to_the_longest(tiny):
-    config = tiny(captions_per_image=1)
-    data = read(config)
+def test_plain_recipe_has_a_row_for_each_caption_padded_to_the_longest(tiny_config):
+    config = tiny_config(captions_per_image=1)
+    data = open_data_of(config)
     from models.factory import build_model
 
     _, tokenizer, _ = build_model(config, data)

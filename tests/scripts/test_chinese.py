@@ -4,7 +4,7 @@ import re
 import warnings
 
 import pytest
-from helpers import COLOURS, within, write_photos
+from helpers import COLOURS, run_in_process, write_image_folder
 from matplotlib import font_manager
 
 from data.tokenizer import CHINESE, tokenize, train_tokenizer
@@ -16,7 +16,7 @@ NAMES = dict(zip(COLOURS, "红绿蓝黄黑白", strict=True))
 @pytest.fixture
 def chinese_photos(tmp_path):
     """The photos of two colours, captioned in Chinese."""
-    folder = write_photos(tmp_path / "photos", 30)
+    folder = write_image_folder(tmp_path / "photos", 30)
     english = (folder / "captions.txt").read_text("utf-8")
     for colour, name in NAMES.items():
         english = english.replace(colour, name)
@@ -80,13 +80,15 @@ def test_chinese_captions_are_trained_and_searched_without_network(chinese_photo
     monkeypatch.chdir(tmp_path)
     small = ["--image-encoder", "test_resnet", "--image-size", 32, "--batch-size", 8, "--epochs", 1, "--num-workers", 0]
     precise = ["--precision", "float32"]
-    done = within("train.py", "--dataset", chinese_photos, "--no-pretrained", *small, *precise, "--name", "run")
+    done = run_in_process("train.py", "--dataset", chinese_photos, "--no-pretrained", *small, *precise, "--name", "run")
     assert done.returncode == 0, done.stderr
-    done = within("infer.py", "红色在左边", "--run", "runs/run", *precise)
+    done = run_in_process("infer.py", "红色在左边", "--run", "runs/run", *precise)
     assert done.returncode == 0 and "photo_" in done.stdout
     (line,) = [line for line in done.stderr.splitlines() if "shows boxes" in line]
     assert "fonts-noto-cjk" in line and "Glyph" not in done.stderr
-    captions = within("infer.py", "--image", chinese_photos / "Images" / "photo_00.png", "--run", "runs/run", *precise)
+    captions = run_in_process(
+        "infer.py", "--image", chinese_photos / "Images" / "photo_00.png", "--run", "runs/run", *precise
+    )
     assert re.search("[红绿蓝黄黑白]", captions.stdout)
 
 

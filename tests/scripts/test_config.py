@@ -8,7 +8,7 @@ import shutil
 import typing
 
 import pytest
-from helpers import ROOT, program, refused
+from helpers import ROOT, one_line_error, run_script
 
 import config as defaults
 import evaluate
@@ -134,7 +134,7 @@ def test_an_edited_default_is_what_every_data_set_trains_with(tmp_path, dataset,
     (tmp_path / "config.py").write_text(text, "utf-8")
     flags = ["--dataset", DATA_SETS[dataset], *(["--model", "openai/clip"] if dataset == "pretrained" else [])]
     code = f"import sys, train; sys.argv = ['train.py', *{flags!r}]; print(train.parse_flags()[0].{field})"
-    done = program("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = run_script("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.stdout.strip() == str(edited)
 
 
@@ -166,7 +166,7 @@ def test_flags_of_version_1_work_and_name_the_new_ones(monkeypatch, capsys, word
 
 
 def test_help_shows_the_groups_of_config_the_most_used_flags_first_and_whose_defaults(tmp_path):
-    said = program("train.py", "--help", "--dataset", "flickr8k", cwd=tmp_path).stdout
+    said = run_script("train.py", "--help", "--dataset", "flickr8k", cwd=tmp_path).stdout
     order = ["--dataset flickr8k", "Most used:", "--alpha", "Data:", "Model:", "Evaluation", "Objective:"]
     order += ["Optimisation:", "Run:"]
     places = [said.index(words) for words in order]
@@ -322,14 +322,14 @@ try:
 finally:
     {loaded}; print("heavy:", sorted(heavy))
 """
-    done = program("-c", script, cwd=tmp_path, check=False)
+    done = run_script("-c", script, cwd=tmp_path, check=False)
     assert "heavy: []" in done.stdout
-    assert "did you mean --alpha?" in refused(done)
+    assert "did you mean --alpha?" in one_line_error(done)
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "infer.py"])
 def test_help_names_the_flags_and_is_quick(script, tmp_path):
-    done = program("-X", "importtime", script, "--help", cwd=tmp_path)
+    done = run_script("-X", "importtime", script, "--help", cwd=tmp_path)
     assert "--runs-dir" in done.stdout
     assert "import time" in done.stderr and not re.search(r"\| +(torch|pandas|transformers)$", done.stderr, re.M)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import read, refused, within
+from helpers import one_line_error, open_data_of, run_in_process
 
 from models.checkpoint import load_state, save_state
 from runtime.run_dir import read_log
@@ -79,10 +79,12 @@ def test_a_disk_that_cannot_be_written_leaves_every_file_as_it_was(disk):
     assert files(disk) == before
 
 
-def test_training_that_meets_a_full_disk_says_what_is_kept_and_goes_on_from_there(tiny, disk, tmp_path, monkeypatch):
+def test_training_that_meets_a_full_disk_says_what_is_kept_and_goes_on_from_there(
+    tiny_config, disk, tmp_path, monkeypatch
+):
     monkeypatch.setattr(trainer, "plot_curves", lambda *_, **__: None)
-    whole = tiny(epochs=3, name="whole", embed_dim=8, freeze_image=True)
-    expected = load_state(train(whole, read(whole), None) / "last.pt")["model"]
+    whole = tiny_config(epochs=3, name="whole", embed_dim=8, freeze_image=True)
+    expected = load_state(train(whole, open_data_of(whole), None) / "last.pt")["model"]
     config = dataclasses.replace(whole, runs_dir=str(disk / "runs"), name="parts")
     real = trainer.Trainer._save_epoch
 
@@ -93,22 +95,22 @@ def test_training_that_meets_a_full_disk_says_what_is_kept_and_goes_on_from_ther
 
     with monkeypatch.context() as full, pytest.raises(OSError) as error:
         full.setattr(trainer.Trainer, "_save_epoch", save)
-        train(config, read(config), None)
+        train(config, open_data_of(config), None)
     folder = disk / "runs" / "parts"
     line = str(error.value)
     assert "No space left" in line and "epoch 1 is saved" in line and f"--resume {folder}" in line and "\n" not in line
     assert len(read_log(folder)) == 1 and not list(folder.glob(".*"))
     (disk / "filler").unlink()
-    train(config, read(config), folder)
+    train(config, open_data_of(config), folder)
     ended = load_state(folder / "last.pt")["model"]
     assert all(torch.equal(tensor, ended[key]) for key, tensor in expected.items())
 
 
 @pytest.fixture
-def flags(tiny, photos, tmp_path, monkeypatch):
+def flags(tiny_config, photos, tmp_path, monkeypatch):
     """What trains for a second from the folder that holds the disk."""
     monkeypatch.chdir(tmp_path)
-    config = tiny()
+    config = tiny_config()
     flags = ["--dataset", photos, "--image-encoder", config.image_encoder, "--text-encoder", config.text_encoder]
     flags += ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--epochs", 1, "--precision", "float32"]
     return [*flags, "--num-workers", 0, "--device", "cpu", "--name", "x"]
@@ -117,7 +119,7 @@ def flags(tiny, photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize("place", ["--runs-dir", "--cache-dir"])
 def test_the_program_ends_with_one_line_where_it_may_not_write(disk, flags, place):
     with read_only(disk):
-        line = refused(within("train.py", *flags, "--freeze-image", "--freeze-text", place, "disk/new"))
+        line = one_line_error(run_in_process("train.py", *flags, "--freeze-image", "--freeze-text", place, "disk/new"))
     assert "disk/new" in line and "Read-only" in line
 
 
@@ -126,7 +128,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_wherever_it_runs_out(dis
         shutil.rmtree(disk / "runs", ignore_errors=True)
         (disk / "filler").unlink(missing_ok=True)
         fill(disk, left)
-        line = refused(within("train.py", *flags, "--runs-dir", "disk/runs"))
+        line = one_line_error(run_in_process("train.py", *flags, "--runs-dir", "disk/runs"))
         assert "space" in line, (left, line)
         assert not list(disk.rglob(".*"))
 
@@ -137,6 +139,6 @@ def test_features_that_fill_the_disk_are_one_line_and_leave_nothing_behind(disk,
         (disk / "filler").unlink(missing_ok=True)
         fill(disk, left)
         views = ["--unfreeze-image-stages", 1, "--cached-views", 4]
-        line = refused(within("train.py", *flags, *views, "--cache-dir", "disk/cache"))
+        line = one_line_error(run_in_process("train.py", *flags, *views, "--cache-dir", "disk/cache"))
         assert "space" in line or "where 0.0 GB are free" in line, (left, line)
         assert not list(disk.rglob("*.images"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import refused, within, write_photos
+from helpers import one_line_error, run_in_process, write_image_folder
 from PIL import Image
 from tiny_dual_encoders import bert_and_vit, clip, siglip, siglip2
 
@@ -20,8 +20,10 @@ FLOAT32 = ["--precision", "float32", "--num-workers", 0, "--epochs", 1, "--batch
 def trained(place, *words):
     photos = place / "photos"
     if not photos.is_dir():
-        write_photos(photos, 30)
-    done = within("train.py", "--dataset", photos, "--runs-dir", place / "runs", "--name", "run", *FLOAT32, *words)
+        write_image_folder(photos, 30)
+    done = run_in_process(
+        "train.py", "--dataset", photos, "--runs-dir", place / "runs", "--name", "run", *FLOAT32, *words
+    )
     assert done.returncode == 0, done.stderr
     return place / "runs" / "run"
 
@@ -34,7 +36,7 @@ def trained_pair(place, make, *words):
 
 
 def export(run, *words):
-    done = within("export.py", run, *words)
+    done = run_in_process("export.py", run, *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -62,7 +64,7 @@ def test_both_towers_as_onnx_say_what_pytorch_says(tmp_path, image_tower, text_t
     assert settings["view"]["size"] == 32 and settings["max_tokens"] == 64
     assert settings["temperature"] == pytest.approx(model.temperature.item())
     assert not list(run.glob(".onnx*"))
-    assert "not empty" in refused(within("export.py", run, "--onnx"))
+    assert "not empty" in one_line_error(run_in_process("export.py", run, "--onnx"))
 
 
 @pytest.mark.parametrize(
@@ -97,14 +99,14 @@ def test_a_pair_is_written_as_onnx_too(tmp_path):
 
 def test_heads_that_transformers_does_not_have_are_refused_in_one_line(tmp_path):
     run = trained_pair(tmp_path, clip, "--image-head", "adaptor", "--text-head", "adaptor")
-    line = refused(within("export.py", run, "--transformers"))
+    line = one_line_error(run_in_process("export.py", run, "--transformers"))
     assert "no model with the heads" in line and "--onnx" in line and not (run / "transformers").exists()
 
 
 def test_embeddings_that_differ_are_an_error_and_nothing_is_left(tmp_path, monkeypatch):
     run = trained_pair(tmp_path, clip)
     monkeypatch.setattr("retrieval.model_export.TOLERANCE", -1.0)
-    assert "differ from PyTorch's" in refused(within("export.py", run, "--transformers"))
+    assert "differ from PyTorch's" in one_line_error(run_in_process("export.py", run, "--transformers"))
     assert not (run / "transformers").exists() and not list(run.glob(".transformers*"))
 
 
@@ -119,7 +121,7 @@ def test_embeddings_that_differ_are_an_error_and_nothing_is_left(tmp_path, monke
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, parts):
     monkeypatch.chdir(tmp_path)
-    line = refused(within("export.py", *words))
+    line = one_line_error(run_in_process("export.py", *words))
     assert all(part in line for part in parts), line
 
 
@@ -128,4 +130,4 @@ def test_a_missing_library_says_what_to_install(tmp_path, image_tower, text_towe
     run = trained(tmp_path, *towers)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert "pip install onnx onnxscript onnxruntime" in refused(within("export.py", run, "--onnx"))
+    assert "pip install onnx onnxscript onnxruntime" in one_line_error(run_in_process("export.py", run, "--onnx"))

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import write_photos
+from helpers import write_image_folder
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
@@ -153,7 +153,7 @@ def caption_files(draw):
 
 @pytest.fixture(scope="module")
 def album(tmp_path_factory):
-    return write_photos(tmp_path_factory.mktemp("fuzz") / "album", 10, size=8)
+    return write_image_folder(tmp_path_factory.mktemp("fuzz") / "album", 10, size=8)
 
 
 def without_captions(album):

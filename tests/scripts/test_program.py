@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, program, refused, within, write_photos
+from helpers import ROOT, one_line_error, run_in_process, run_script, write_image_folder
 from PIL import Image
 
 import evaluate
@@ -26,9 +26,11 @@ SMALL = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, *FLOAT32]
 def place(tmp_path_factory, image_tower, text_tower):
     """A working folder with photos in my_photos/ and a run of 2 epochs on them, and what training said."""
     place = tmp_path_factory.mktemp("program")
-    write_photos(place / "my_photos", 30)
+    write_image_folder(place / "my_photos", 30)
     towers = ["--image-encoder", image_tower, "--text-encoder", text_tower]
-    done = program("train.py", "--dataset", "my_photos", *towers, *SMALL, "--epochs", 2, "--name", "first", cwd=place)
+    done = run_script(
+        "train.py", "--dataset", "my_photos", *towers, *SMALL, "--epochs", 2, "--name", "first", cwd=place
+    )
     return place, done
 
 
@@ -60,7 +62,7 @@ def test_evaluating_prints_and_stores_the_metrics_of_each_split(place, monkeypat
     monkeypatch.chdir(folder)
     for split, images in (("test", 6), ("val", 2)):
         words = ["evaluate.py", "runs/first", "--split", split, "--precision", "float32"]
-        done = program(*words, cwd=folder) if split == "test" else within(*words)
+        done = run_script(*words, cwd=folder) if split == "test" else run_in_process(*words)
         assert f"{split} split" in done.stdout and f"{images} images" in done.stdout
     stored = json.loads((folder / "runs" / "first" / "metrics.json").read_text())
     assert stored.keys() == {"test", "val"}
@@ -100,7 +102,7 @@ def test_the_loss_in_batches_of_32_is_that_of_pairs():
 
 def test_a_sentence_finds_photos_with_the_newest_run(place):
     folder, _ = place
-    done = program("infer.py", "a picture of red beside blue", "--top-k", 4, cwd=folder)
+    done = run_script("infer.py", "a picture of red beside blue", "--top-k", 4, cwd=folder)
     found = matches(done)
     assert [rank for rank, _, _ in found] == [1, 2, 3, 4]
     assert [score for _, score, _ in found] == sorted((score for _, score, _ in found), reverse=True)
@@ -113,7 +115,7 @@ def test_a_sentence_finds_photos_with_the_newest_run(place):
 
 def test_a_photo_finds_captions(place):
     folder, _ = place
-    done = program(
+    done = run_script(
         *("infer.py", "--image", "my_photos/Images/photo_00.png", "--run", "runs/first", "--top-k", 100),
         *("--out", "found.jpg"),
         cwd=folder,
@@ -129,7 +131,7 @@ def test_resuming_goes_on_with_the_runs_own_settings(place, monkeypatch):
     folder, _ = place
     monkeypatch.chdir(folder)
     shutil.copytree("runs/first", "again/first")
-    done = within("train.py", "--resume", "again/first", "--epochs", 3)
+    done = run_in_process("train.py", "--resume", "again/first", "--epochs", 3)
     assert "epoch 3/3" in done.stdout and "epoch 1/3" not in done.stdout
     assert [record["epoch"] for record in read_log(folder / "again" / "first")] == [1, 2, 3]
 
@@ -138,7 +140,7 @@ def test_a_run_starts_from_another_and_takes_over_its_model(place, monkeypatch):
     folder, _ = place
     monkeypatch.chdir(folder)
     words = ["--dataset", "my_photos", "--batch-size", 8, *FLOAT32, "--runs-dir", "more", "--epochs", 1]
-    done = within("train.py", "--start-from", "runs/first", *words, "--name", "second")
+    done = run_in_process("train.py", "--start-from", "runs/first", *words, "--name", "second")
     assert done.returncode == 0, done.stderr
     parent, child = (json.loads((folder / run / "config.json").read_text()) for run in ("runs/first", "more/second"))
     assert child["embed_dim"] == parent["embed_dim"] == 16 and child["image_encoder"] == parent["image_encoder"]
@@ -146,22 +148,22 @@ def test_a_run_starts_from_another_and_takes_over_its_model(place, monkeypatch):
 
 def test_a_run_goes_on_being_useful_when_its_photos_have_moved(place, tmp_path, monkeypatch):
     folder, _ = place
-    moved = write_photos(tmp_path / "moved", 30)
+    moved = write_image_folder(tmp_path / "moved", 30)
     shutil.copytree(folder / "runs" / "first", tmp_path / "runs" / "first")
     config = tmp_path / "runs" / "first" / "config.json"
     config.write_text(config.read_text().replace(str(folder / "my_photos"), str(tmp_path / "gone")))
     monkeypatch.chdir(tmp_path)
-    assert str(tmp_path / "gone") in refused(within("evaluate.py", "runs/first"))
-    assert "6 images" in within("evaluate.py", "runs/first", "--data-dir", moved).stdout
+    assert str(tmp_path / "gone") in one_line_error(run_in_process("evaluate.py", "runs/first"))
+    assert "6 images" in run_in_process("evaluate.py", "runs/first", "--data-dir", moved).stdout
 
 
 def test_broken_photos_in_the_data_set_are_named_and_the_rest_is_used(place, tmp_path, monkeypatch):
     folder, _ = place
     monkeypatch.chdir(folder)
-    photos = write_photos(tmp_path / "photos", 30)
+    photos = write_image_folder(tmp_path / "photos", 30)
     for path in sorted((photos / "Images").iterdir())[::2]:
         path.write_bytes(path.read_bytes()[:60])
-    done = within("evaluate.py", "runs/first", "--data-dir", photos, "--split", "train")
+    done = run_in_process("evaluate.py", "runs/first", "--data-dir", photos, "--split", "train")
     assert re.search(r"train: \d+ photos could not be read and are skipped: photo_\d\d\.png", done.stdout)
     assert "rsum" in done.stdout
 
@@ -170,13 +172,13 @@ def test_a_broken_query_photo_is_one_line_that_names_it(place, tmp_path, monkeyp
     folder, _ = place
     monkeypatch.chdir(folder)
     (tmp_path / "broken.jpg").write_bytes(b"this is no image")
-    assert "broken.jpg" in refused(within("infer.py", "--image", tmp_path / "broken.jpg"))
+    assert "broken.jpg" in one_line_error(run_in_process("infer.py", "--image", tmp_path / "broken.jpg"))
 
 
 def test_a_query_without_a_single_token_does_not_crash(place, monkeypatch):
     folder, _ = place
     monkeypatch.chdir(folder)
-    assert within("infer.py", "\u200b").returncode in (0, 2)
+    assert run_in_process("infer.py", "\u200b").returncode in (0, 2)
 
 
 @pytest.mark.parametrize("checkpoint", ["best.pt", "config.json", "towers/image.json"])
@@ -185,7 +187,7 @@ def test_a_damaged_run_is_one_line_that_names_it(place, tmp_path, monkeypatch, c
     monkeypatch.chdir(folder)
     run = shutil.copytree("runs/first", tmp_path / "first")
     (run / checkpoint).write_bytes((run / checkpoint).read_bytes()[:-20])
-    assert str(run) in refused(within("evaluate.py", run))
+    assert str(run) in one_line_error(run_in_process("evaluate.py", run))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_mistake_is_answered_in_one_line_and_at_once(place, words, parts):
     folder, _ = place
     before = sorted(folder.rglob("*"))
     started = time.perf_counter()
-    line = refused(program(*words, cwd=folder, check=False))
+    line = one_line_error(run_script(*words, cwd=folder, check=False))
     assert time.perf_counter() - started < 10
     assert all(part in line for part in parts), line
     assert sorted(folder.rglob("*")) == before
@@ -232,8 +234,8 @@ def test_a_mistake_is_answered_in_one_line_and_at_once(place, words, parts):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "cp1252"])
 def test_a_wrong_flag_is_told_alike_whatever_the_terminal_writes(tmp_path, encoding):
-    done = program("train.py", "--alhpa", 1, cwd=tmp_path, check=False, PYTHONIOENCODING=encoding)
-    line = refused(done)
+    done = run_script("train.py", "--alhpa", 1, cwd=tmp_path, check=False, PYTHONIOENCODING=encoding)
+    line = one_line_error(done)
     assert "did you mean --alpha?" in line and "---" not in line and "--alhpa" in line
 
 
@@ -253,7 +255,9 @@ def test_a_name_that_is_taken_is_refused_and_the_run_left_alone(place, image_tow
     monkeypatch.chdir(folder)
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs" / "first").iterdir()}
     towers = ["--image-encoder", image_tower, "--text-encoder", text_tower]
-    assert "runs/first" in refused(within("train.py", "--dataset", "my_photos", *towers, *SMALL, "--name", "first"))
+    assert "runs/first" in one_line_error(
+        run_in_process("train.py", "--dataset", "my_photos", *towers, *SMALL, "--name", "first")
+    )
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs" / "first").iterdir()} == before
 
 
@@ -279,19 +283,19 @@ def test_a_stopped_run_keeps_its_steps_and_resume_finishes(place, image_tower, t
     finished = len(read_log(run))
     assert finished >= 1 and (run / "last.pt").is_file() and not list(run.glob(".*"))
     monkeypatch.chdir(folder)
-    line = refused(within("infer.py", "a dog", "--runs-dir", signum.name))
+    line = one_line_error(run_in_process("infer.py", "a dog", "--runs-dir", signum.name))
     assert "finished" in line and f"--resume {signum.name}/x" in line
-    within("train.py", "--resume", f"{signum.name}/x", "--epochs", finished + 1)
+    run_in_process("train.py", "--resume", f"{signum.name}/x", "--epochs", finished + 1)
     assert [record["epoch"] for record in read_log(run)] == list(range(1, finished + 2))
 
 
 def test_the_sample_set_is_trained_measured_and_searched_without_network(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     quick = ["--epochs", 1, "--image-encoder", "test_resnet", "--image-size", 32, "--captions-per-image", 1]
-    done = program("train.py", *quick, "--num-workers", 0, cwd=tmp_path)
+    done = run_script("train.py", *quick, "--num-workers", 0, cwd=tmp_path)
     assert "train 216 images / 1,080 captions" in done.stdout
     (run,) = (tmp_path / "runs").iterdir()
-    assert "rsum" in within("evaluate.py").stdout
-    found = matches(within("infer.py", "a yellow circle left of a red cross"))
+    assert "rsum" in run_in_process("evaluate.py").stdout
+    found = matches(run_in_process("infer.py", "a yellow circle left of a red cross"))
     assert len(found) == 8 and all("scene_" in match for *_, match in found)
     assert json.loads((run / "metrics.json").read_text())["test"]["rsum"] > 0

@@ -5,7 +5,7 @@ import json
 
 import pandas as pd
 import pytest
-from helpers import program, refused
+from helpers import one_line_error, run_script
 
 from sweep import METRICS, markdown, read_sweep, result
 
@@ -22,7 +22,7 @@ def place(tmp_path_factory):
     """A working folder in which a sweep of two configurations was run with one seed, and what it said."""
     place = tmp_path_factory.mktemp("experiments")
     (place / "alpha.txt").write_text(SWEEP, "utf-8")
-    return place, program("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=place)
+    return place, run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=place)
 
 
 def test_sweep_gives_each_configuration_the_shared_flags_before_its_own(tmp_path):
@@ -79,21 +79,21 @@ def test_finished_runs_are_kept(place):
     folder, _ = place
     log = folder / "runs" / "alpha" / "alpha-0-s3" / "log.jsonl"
     before = log.stat().st_mtime_ns
-    program("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=folder)
+    run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=folder)
     assert log.stat().st_mtime_ns == before
 
 
 def test_run_of_other_flags_is_never_mixed_in(place):
-    done = program("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 9, cwd=place[0], check=False)
-    assert "alpha-0-s3 was trained with other flags" in refused(done)
+    done = run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 9, cwd=place[0], check=False)
+    assert "alpha-0-s3 was trained with other flags" in one_line_error(done)
     stopped = place[0] / "runs" / "alpha" / "alpha-0-s4"  # before its first epoch was over
     stopped.mkdir()
     (stopped / "last.pt").touch()
     stopped.with_name("alpha-0-s4.flags.json").write_text("[]")
-    done = program("sweep.py", "alpha.txt", "--seeds", 4, "--batch-size", 9, cwd=place[0], check=False)
-    assert "alpha-0-s4 was trained with other flags" in refused(done)
+    done = run_script("sweep.py", "alpha.txt", "--seeds", 4, "--batch-size", 9, cwd=place[0], check=False)
+    assert "alpha-0-s4 was trained with other flags" in one_line_error(done)
 
 
 def test_flag_that_training_does_not_know_stops_the_sweep(place):
-    done = program("sweep.py", "alpha.txt", "--seeds", 7, "--alhpa", 1, cwd=place[0], check=False)
-    assert "--alhpa" in refused(done)
+    done = run_script("sweep.py", "alpha.txt", "--seeds", 7, "--alhpa", 1, cwd=place[0], check=False)
+    assert "--alhpa" in one_line_error(done)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import read, tiny_model, write_photos
+from helpers import open_data_of, tiny_model, write_image_folder
 
 from data.loading import Split, open_dataset
 from data.preprocess import Preprocess
@@ -32,7 +32,7 @@ from training.trainer import train
 @pytest.fixture
 def part(tmp_path):
     """The 7 training photos of a folder of their own, with 2 captions each."""
-    folder = write_photos(tmp_path / "photos", 10)
+    folder = write_image_folder(tmp_path / "photos", 10)
     return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 
@@ -438,31 +438,31 @@ PARTS = {
 
 
 @pytest.mark.parametrize("what", PARTS)
-def test_training_on_stored_features_is_training_on_the_photos(tiny, what):
+def test_training_on_stored_features_is_training_on_the_photos(tiny_config, what):
     """Without augmentation, and with all captions, nothing is left to chance but the order, which is the same."""
     settings = {"augment": False, "epochs": 3, "micro_batch_size": 3} | PARTS[what]
-    photos = tiny(name="photos", **settings)
-    stored = tiny(name="stored", cached_views=1, **settings)
+    photos = tiny_config(name="photos", **settings)
+    stored = tiny_config(name="stored", cached_views=1, **settings)
     if not photos.views:
-        expected = read_log(train(photos, read(photos), None))
-        found = read_log(train(stored, read(stored), None))
+        expected = read_log(train(photos, open_data_of(photos), None))
+        found = read_log(train(stored, open_data_of(stored), None))
         for one, other in zip(expected, found, strict=True):
             for key in ("loss", "rsum", "i2t_medR", "temperature"):
                 assert other[key] == pytest.approx(one[key], rel=1e-4)
     else:
-        log = read_log(train(stored, read(stored), None))
+        log = read_log(train(stored, open_data_of(stored), None))
         assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny):
+def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny_config):
     from retrieval.encoder import load_encoder
 
-    config = tiny(unfreeze_image_stages=1, cached_views=4, epochs=4, lr_heads=1e-2)
-    folder = train(config, read(config), None)
+    config = tiny_config(unfreeze_image_stages=1, cached_views=4, epochs=4, lr_heads=1e-2)
+    folder = train(config, open_data_of(config), None)
     log = read_log(folder)
     assert log[-1]["loss"] < log[0]["loss"]
     encoder, _ = load_encoder(folder, device="cpu", precision="float32")
-    encoded = encoder.encode_split(read(config).split("val"), "val")
+    encoded = encoder.encode_split(open_data_of(config).split("val"), "val")
     from retrieval.metrics import retrieval_metrics
 
     best = load_state(folder / "best.pt")["epoch"] - 1
@@ -479,6 +479,6 @@ def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny):
         ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout needs a text tower that trains"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tiny, settings, message):
+def test_settings_that_make_no_sense_are_refused(tiny_config, settings, message):
     with pytest.raises(ValueError, match=message):
-        tiny(**settings)
+        tiny_config(**settings)

@@ -6,7 +6,7 @@ import json
 import accelerate
 import pytest
 import torch
-from helpers import read
+from helpers import open_data_of
 
 from models.checkpoint import load_state
 from runtime.run_dir import read_log
@@ -61,7 +61,7 @@ def with_scaler(monkeypatch, scale):
 
 
 @pytest.mark.parametrize("lag", [0, 1])
-def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny, monkeypatch, lag):
+def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny_config, monkeypatch, lag):
     spoil(monkeypatch, STEPS + 1, endless_gradient)
     real = trainer.Trainer.__init__
 
@@ -70,11 +70,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny, mo
         self.lag = lag  # on a GPU, results are looked at a step late
 
     monkeypatch.setattr(trainer.Trainer, "__init__", init)
-    config = tiny(epochs=3, save_every_steps=1)
+    config = tiny_config(epochs=3, save_every_steps=1)
     with pytest.raises(
         ValueError, match=rf"the gradient is nan at step {STEPS + 2}, epoch 2, with the photos"
     ) as error:
-        train(config, read(config), None)
+        train(config, open_data_of(config), None)
     folder = Path(config.runs_dir) / "run"
     assert "\n" not in str(error.value) and f"--resume {folder}" in str(error.value)
     assert "epoch 2, step 1 of 3, is saved" in str(error.value)
@@ -85,7 +85,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_though_the_loss_is(tiny, mo
     assert (bad["step"], bad["epoch"], len(bad["photos"])) == (STEPS + 2, 2, 7)
 
 
-def test_a_signal_right_after_a_bad_step_saves_nothing_bad(tiny, monkeypatch):
+def test_a_signal_right_after_a_bad_step_saves_nothing_bad(tiny_config, monkeypatch):
     import signal
 
     spoil(monkeypatch, STEPS, lambda terms, _: terms._replace(total=terms.total * float("nan")))
@@ -98,43 +98,43 @@ def test_a_signal_right_after_a_bad_step_saves_nothing_bad(tiny, monkeypatch):
         return done
 
     monkeypatch.setattr(train_step.TrainStep, "__call__", call)
-    config = tiny(epochs=2)
+    config = tiny_config(epochs=2)
     with pytest.raises(ValueError, match="the loss is nan at step 4"):
-        train(config, read(config), None)
+        train(config, open_data_of(config), None)
     assert all(t.isfinite().all() for t in load_state(Path(config.runs_dir) / "run" / "last.pt")["model"].values())
 
 
-def test_photos_are_named_as_they_lie_on_disk_when_training_on_features(tiny, monkeypatch):
+def test_photos_are_named_as_they_lie_on_disk_when_training_on_features(tiny_config, monkeypatch):
     spoil(monkeypatch, 0, lambda terms, _: terms._replace(total=terms.total * float("inf")))
-    config = tiny(freeze_image=True, freeze_text=True)
+    config = tiny_config(freeze_image=True, freeze_text=True)
     with pytest.raises(ValueError, match=r"the loss is inf at step 1, epoch 1.*nothing was saved yet"):
-        train(config, read(config), None)
+        train(config, open_data_of(config), None)
     bad = json.loads((Path(config.runs_dir) / "run" / "bad_batch.json").read_text())
     assert all(Path(photo).is_file() for photo in bad["photos"])
 
 
-def test_an_overflow_that_the_scaler_handles_stops_nothing(tiny, monkeypatch):
+def test_an_overflow_that_the_scaler_handles_stops_nothing(tiny_config, monkeypatch):
     factors = with_scaler(monkeypatch, scale=2.0**127)
-    config = tiny(epochs=5)
-    log = read_log(train(config, read(config), None))
+    config = tiny_config(epochs=5)
+    log = read_log(train(config, open_data_of(config), None))
     assert len(log) == 5 and factors[-1] < 2.0**127  # it was halved at each overflow
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_a_gradient_that_no_factor_makes_finite_stops_the_run(tiny, monkeypatch):
+def test_a_gradient_that_no_factor_makes_finite_stops_the_run(tiny_config, monkeypatch):
     factors = with_scaler(monkeypatch, scale=4.0)
     real = train_step.objective_loss
     monkeypatch.setattr(train_step, "objective_loss", lambda *a, **o: endless_gradient(real(*a, **o), a[0]))
-    config = tiny(epochs=5)
+    config = tiny_config(epochs=5)
     with pytest.raises(ValueError, match="the gradient is nan at step 3"):
-        train(config, read(config), None)
+        train(config, open_data_of(config), None)
     assert factors == [2.0, 1.0, 0.5]
 
 
-def test_a_scaler_goes_on_from_where_it_was(tiny, monkeypatch):
+def test_a_scaler_goes_on_from_where_it_was(tiny_config, monkeypatch):
     factors = with_scaler(monkeypatch, scale=2.0**127)
-    config = tiny()
-    folder = train(config, read(config), None)
+    config = tiny_config()
+    folder = train(config, open_data_of(config), None)
     reached = factors[-1]
     with_scaler(monkeypatch, scale=8.0)
     restored = []
@@ -142,5 +142,5 @@ def test_a_scaler_goes_on_from_where_it_was(tiny, monkeypatch):
     monkeypatch.setattr(
         trainer.Trainer, "fit", lambda self: (restored.append(self.step.accelerator.scaler.get_scale()), real(self))[1]
     )
-    train(dataclasses.replace(config, epochs=2), read(config), folder)
+    train(dataclasses.replace(config, epochs=2), open_data_of(config), folder)
     assert restored == [reached]

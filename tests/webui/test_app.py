@@ -17,7 +17,7 @@ import urllib.request
 import warnings
 
 import pytest
-from helpers import ROOT, refused, within, write_photos
+from helpers import ROOT, one_line_error, run_in_process, write_image_folder
 from PIL import Image
 
 from retrieval.searcher import Match
@@ -38,7 +38,7 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        done = within("train.py", *QUICK, "--epochs", 9, "--name", "sample")
+        done = run_in_process("train.py", *QUICK, "--epochs", 9, "--name", "sample")
     assert done.returncode == 0, done.stderr
     (place / "pictures").mkdir()
     for picture in sorted((place / "cache" / "sample" / "Images").iterdir())[150:180]:
@@ -305,7 +305,7 @@ def test_thumbnails_are_small_and_those_of_vanished_photos_are_left_out(tmp_path
 
 def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_photos(tmp_path / "photos", 10)
+    write_image_folder(tmp_path / "photos", 10)
     (tmp_path / "first").mkdir()
     settings = {"split": "test", "data_dir": None, "options": {}}
     (tmp_path / "other" / "photos").mkdir(parents=True)
@@ -345,5 +345,5 @@ def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_pa
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, parts):
     monkeypatch.chdir(tmp_path)
-    line = refused(within("app.py", *words))
+    line = one_line_error(run_in_process("app.py", *words))
     assert all(part in line for part in parts), line
