@@ -1,7 +1,7 @@
-"""Make one model of several: `python average.py runs/a runs/b runs/c --name soup`.
+"""Average the weights of several runs into one model: `python average.py runs/a runs/b runs/c --name soup`.
 
-Runs that started from the same weights and differ in seed or settings have weights whose mean is a model too, often one
-that finds more than each of them, at the cost of one (model soups, arXiv 2203.05482).
+The runs must start from the same weights; they may differ in seed or training settings. The average often has a higher
+recall than each of the runs, and search costs the same as with one of them (model soups, arXiv 2203.05482).
 """
 
 import json
@@ -21,12 +21,12 @@ from runtime.run_dir import BEST, LOG, TOWERS, create_run, read_config, write_co
 
 @dataclass(frozen=True)
 class Flags:
-    """Average the best weights of runs that started from the same run, and measure the mean on the validation part."""
+    """Average the best weights of runs with the same --start-from, and evaluate the result on the validation split."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # the runs' folders, two or more
-    name: str  # the new run's folder below runs_dir
-    data_dir: Path | None = None  # where the data set lies now, if it has moved since training
-    runs_dir: Path = Path(Config.runs_dir)  # where the new run is written
+    name: str  # the new run's folder in runs_dir
+    data_dir: Path | None = None  # where the data set is on disk, if it has moved since training
+    runs_dir: Path = Path(Config.runs_dir)  # the folder that contains the new run
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders
 
@@ -34,7 +34,7 @@ class Flags:
 def main() -> None:
     flags = cli.parse_flags(Flags)
     config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
-    config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log is one measurement
+    config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log has one entry
     config = replace(config, device=flags.device, precision=flags.precision)
     from data.loading import open_data
 
@@ -46,40 +46,44 @@ def main() -> None:
     from retrieval.metrics import retrieval_metrics
 
     model, tokenizer = average(flags.runs)
-    embedded = embed_split(build_training_encoder(config, model, tokenizer), data.split("val"))
-    metrics = retrieval_metrics(*embedded)
+    embeddings = embed_split(build_training_encoder(config, model, tokenizer), data.split("val"))
+    metrics = retrieval_metrics(*embeddings)
     shutil.copytree(flags.runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
-    save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "query_bank": make_query_bank(*embedded)})
+    save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "query_bank": make_query_bank(*embeddings)})
     write_config(folder, config, {"average of": [str(run) for run in flags.runs]})
     write_text(folder / LOG, json.dumps({"epoch": 1} | metrics) + "\n")
     print(f"{folder}: validation rsum {metrics['rsum']:.1f}. Next:\n  python evaluate.py {folder} --split test")
 
 
 def shared_config(folders: Sequence[Path]) -> Config:
-    """The first run's settings. Raises ValueError where the mean of the runs' weights would mean nothing."""
+    """Return the settings of the first run.
+
+    Raises ValueError for fewer than two runs, and for runs whose weights have no meaningful average: they did not start
+    from the same run, or differ in model, objective, data set or split.
+    """
     if len(folders) < 2:
-        raise ValueError("one run is its own average: give two or more")
+        raise ValueError("cannot average a single run: pass two or more runs")
     first, *others = configs = [read_config(folder) for folder in folders]
     for folder, config in zip(folders, configs, strict=True):
         if config.start_from is None:
             raise ValueError(
-                f"{folder} did not start from another run: the weights of runs that began at random lie apart, and "
-                "their mean is no model; train them with the same --start-from"
+                f"{folder} did not start from another run: independently initialized weights have no meaningful "
+                "average; train all runs with the same --start-from"
             )
     for folder, config in zip(folders[1:], others, strict=True):
         for name in (*MODEL_FIELDS, "bias", "start_from", "dataset", "split_seed"):
-            ours, theirs = getattr(first, name), getattr(config, name)
+            expected, actual = getattr(first, name), getattr(config, name)
             if name == "start_from":
-                ours, theirs = Path(ours).expanduser().resolve(), Path(theirs).expanduser().resolve()
-            if ours != theirs:
+                expected, actual = Path(expected).expanduser().resolve(), Path(actual).expanduser().resolve()
+            if expected != actual:
                 raise ValueError(
-                    f"{folders[0]} and {folder} differ in {name} ({ours}, {theirs}): average like with like"
+                    f"{folders[0]} and {folder} differ in {name} ({expected}, {actual}): all runs must have the same"
                 )
     return first
 
 
 def average(folders: Sequence[Path]):
-    """The mean of the runs' best weights, as a model in eval mode on the CPU, and its tokenizer."""
+    """Return the model with the mean of the runs' best weights, in eval mode on the CPU, and its tokenizer."""
     from models.checkpoint import load_run
 
     run = load_run(folders[0])
@@ -87,7 +91,8 @@ def average(folders: Sequence[Path]):
     for count, folder in enumerate(folders[1:], start=2):
         for key, tensor in load_run(folder).model.state_dict().items():
             if tensor.is_floating_point():
-                mean[key] += (tensor - mean[key]) / count  # to the last bit the same where all are the same
+                # A running mean is exact, to the last bit, for tensors that are equal in all runs.
+                mean[key] += (tensor - mean[key]) / count
     return run.model, run.tokenizer
 
 

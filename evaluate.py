@@ -1,4 +1,4 @@
-"""Measure a run, `python evaluate.py runs/NAME --split test`, or a pretrained pair, `--model NAME --dataset NAME`."""
+"""Evaluate a run, `python evaluate.py runs/NAME --split test`, or a pretrained model, `--model NAME --dataset NAME`."""
 
 import json
 from dataclasses import dataclass, replace
@@ -14,68 +14,71 @@ from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metr
 from runtime.text import slug
 
 LOSS_BATCH, BATCH_LOSS = 32, "batch32_loss"
-CORRECTED = "corrected for hubs"  # hubness.py
+WITH_CSLS = "with CSLS"  # retrieval/csls.py
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Recall@K, mAP@10 and median rank over the full pool of a split, or how well classes are told apart."""
+    """Evaluate retrieval over the full pool of a split, or zero-shot classification with --zero-shot.
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; without it the newest finished one
-    model: str | None = None  # instead of a run: a pretrained pair as it is (CLIP, SigLIP ...), a name or a folder
-    split: Literal["train", "val", "test"] = "test"  # what to measure on
-    as_trained: bool = (
-        False  # read photos as in training, though search reads them larger (--eval-image-scale) or twice
-    )
-    dataset: str | None = None  # of another data set than the run's own
-    zero_shot: Path | None = None  # instead: a folder with a folder of photos per class, named like the class
-    templates: tuple[str, ...] = ()  # sentences a class is said in, with {} for its name, instead of the built-in ones
-    data_dir: Path | None = None  # where the data set lies now, if it has moved since training
-    runs_dir: Path = Path(Config.runs_dir)  # where runs are looked for
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders
+    R@K: percentage of queries with a correct match among the first K results. mAP@10: mean average precision of the
+    first ten, in percent. medR: median rank of the best correct match, from 1. rsum: sum of the six R@K. top-5 error:
+    share of queries without a correct match among the first five. "with CSLS": the same metrics with the hubness
+    correction that search applies.
+    """
+
+    run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; default: the newest finished run
+    model: str | None = None  # evaluate a pretrained model (CLIP, SigLIP ...) instead of a run: a name or a folder
+    split: Literal["train", "val", "test"] = "test"  # the split to evaluate on
+    as_trained: bool = False  # preprocess photos as in training: ignore the run's --eval-image-scale and --tta-flip
+    dataset: str | None = None  # evaluate on another data set than the run's: a name, folder or file
+    zero_shot: Path | None = None  # classify the photos of a folder with one subfolder per class, named after the class
+    templates: tuple[str, ...] = ()  # with --zero-shot: prompts with {} for the class name, replacing the built-in ones
+    data_dir: Path | None = None  # where the data set is stored, if it has moved since training
+    runs_dir: Path = Path(Config.runs_dir)  # the folder that contains the runs
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto uses the GPU if there is one
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the encoders
 
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    folder, config = subject(flags)
-    read_metrics(folder)  # what is wrong with them is told before minutes of measuring
+    folder, config = resolve_run(flags)
+    read_metrics(folder)  # report a damaged file before minutes of encoding
     if flags.zero_shot is not None:
-        return measure_zero_shot(folder, flags)
+        return evaluate_zero_shot(folder, flags)
     from data.loading import open_data
 
     data = open_data(config, flags.data_dir)
-    part = data.split(flags.split)
-    what = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
-    what += ", as trained" if flags.as_trained else ""
+    split = data.split(flags.split)
+    name = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
+    name += ", as trained" if flags.as_trained else ""
     print(
-        f"{folder}: {flags.split} split of {data.name}, {len(part.paths):,} images, {len(part.captions):,} captions",
+        f"{folder}: {flags.split} split of {data.name}, {len(split.paths):,} images, {len(split.captions):,} captions",
         flush=True,
     )
-    measured = measure(part, folder, flags)
-    for how, metrics in measured.items():
-        print(f"{how}\n{table(metrics)}" if how else table(metrics))
-        save(folder, f"{what}, {how}" if how else what, metrics)
+    for scoring, metrics in evaluate_retrieval(split, folder, flags).items():
+        print(f"{scoring}\n{table(metrics)}" if scoring else table(metrics))
+        save_metrics(folder, f"{name}, {scoring}" if scoring else name, metrics)
 
 
-def subject(flags: Flags) -> tuple[Path, Config]:
-    """The folder of what is measured, where its figures go, and the configuration that names the data set."""
+def resolve_run(flags: Flags) -> tuple[Path, Config]:
+    """Return the folder that metrics are written to, and the configuration that names the data set."""
     if flags.model is None:
         folder = cli.existing_folder(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
         config = read_config(folder)
     elif flags.run is not None:
-        raise ValueError("give one of a run and --model")
+        raise ValueError("a run and --model exclude each other: give one of them")
     elif flags.dataset is None and flags.zero_shot is None:
-        raise ValueError("--model needs a data set to be measured on: add --dataset NAME_OR_FOLDER")
+        raise ValueError("--model needs a data set to evaluate on: add --dataset NAME_OR_FOLDER")
     else:
         folder, config = flags.runs_dir / f"pretrained-{slug(flags.model, keep='.-')}", Config()
-    if flags.dataset is not None:  # without its own --data-dir, and the old one's is not that of the new
+    if flags.dataset is not None:  # the run's data_dir belongs to its own data set
         config = replace(config, dataset=flags.dataset, data_dir=None)
     return folder, config
 
 
-def load(folder: Path, flags: Flags):
-    """The Encoder of the run's best checkpoint or of the pretrained pair, and its model."""
+def load_model(folder: Path, flags: Flags):
+    """Load the Encoder and the model of the run's best checkpoint or of the pretrained model."""
     settings = {"device": flags.device, "precision": flags.precision}
     if flags.model is not None:
         from retrieval.encoder import load_pretrained_encoder
@@ -86,33 +89,36 @@ def load(folder: Path, flags: Flags):
     return load_encoder(folder, as_trained=flags.as_trained, **settings)
 
 
-def measure(part, folder: Path, flags: Flags) -> dict[str, dict]:
-    """The retrieval metrics of a split: "" by the cosine, CORRECTED as search ranks where the run has a bank."""
+def evaluate_retrieval(split, folder: Path, flags: Flags) -> dict[str, dict]:
+    """Return the retrieval metrics of a split by scoring: "" for the cosine, and WITH_CSLS if the run has a query bank.
+
+    WITH_CSLS is omitted on the split that the query bank was made from.
+    """
     from retrieval.metrics import retrieval_metrics
 
-    encoder, model = load(folder, flags)
-    encoded = encoder.encode_split(part, flags.split)
-    embedded = encoded.image_emb, encoded.text_emb, encoded.caption_image_ids
-    metrics = retrieval_metrics(*embedded)
+    encoder, model = load_model(folder, flags)
+    encoded = encoder.encode_split(split, flags.split)
+    embeddings = encoded.image_emb, encoded.text_emb, encoded.caption_image_ids
+    metrics = retrieval_metrics(*embeddings)
     if len(encoded.image_emb) >= LOSS_BATCH:
-        metrics[BATCH_LOSS] = batch_loss(*embedded, temperature=model.temperature.item())
-    if encoder.query_bank is None or (flags.split == "val" and _of_the_run(flags.dataset, folder)):
+        metrics[BATCH_LOSS] = batch_loss(*embeddings, temperature=model.temperature.item())
+    if encoder.query_bank is None or (flags.split == "val" and _is_training_data(flags.dataset, folder)):
         return {"": metrics}
-    scored = encoder.query_bank.both(encoded.image_emb, encoded.text_emb)
-    return {"": metrics, CORRECTED: retrieval_metrics(*scored, encoded.caption_image_ids)}
+    csls_emb = encoder.query_bank.csls_pair(encoded.image_emb, encoded.text_emb)
+    return {"": metrics, WITH_CSLS: retrieval_metrics(*csls_emb, encoded.caption_image_ids)}
 
 
-def _of_the_run(dataset, folder):
-    """Whether a data set is the one that the run was trained on, whose validation part is the bank."""
-    trained = read_config(folder)
-    own = {Path(path).expanduser().resolve() for path in (trained.dataset, trained.data_dir) if path is not None}
-    return dataset is None or Path(dataset).expanduser().resolve() in own
+def _is_training_data(dataset, folder):
+    """Return whether `dataset` is the one that the run was trained on; its validation split is the query bank."""
+    config = read_config(folder)
+    trained_on = {Path(path).expanduser().resolve() for path in (config.dataset, config.data_dir) if path is not None}
+    return dataset is None or Path(dataset).expanduser().resolve() in trained_on
 
 
 def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) -> float:
-    """InfoNCE, the mean over batches of 32 photos with one caption each in a fixed random order: the validation loss
-    that notebooks report, log 32 = 3.47 for a model that knows nothing.
+    """Return the mean InfoNCE loss over batches of 32 images with one caption each, in a fixed random order.
 
+    This is the validation loss that notebooks report; a model that ignores its inputs has log 32 = 3.47.
     image_emb (N, D), text_emb (M, D) unit rows, N at least 32, caption_image_ids (M,).
     """
     import numpy as np
@@ -122,25 +128,26 @@ def batch_loss(image_emb, text_emb, caption_image_ids, *, temperature: float) ->
 
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(caption_image_ids), generator=generator)
-    owner, first = np.unique(caption_image_ids[order].numpy(), return_index=True)  # a random caption of each photo
-    pairs = torch.randperm(len(owner), generator=generator)
-    images, texts = image_emb[torch.from_numpy(owner)[pairs]], text_emb[order[torch.from_numpy(first)[pairs]]]
-    own = torch.eye(LOSS_BATCH, dtype=torch.bool)
+    # np.unique returns the first caption of each image, in the random order.
+    image_ids, first = np.unique(caption_image_ids[order].numpy(), return_index=True)
+    pairs = torch.randperm(len(image_ids), generator=generator)
+    images, texts = image_emb[torch.from_numpy(image_ids)[pairs]], text_emb[order[torch.from_numpy(first)[pairs]]]
+    positives = torch.eye(LOSS_BATCH, dtype=torch.bool)
     batches = [slice(start, start + LOSS_BATCH) for start in range(0, len(pairs) - LOSS_BATCH + 1, LOSS_BATCH)]
-    losses = [info_nce(images[rows] @ texts[rows].T, own, temperature).item() for rows in batches]
+    losses = [info_nce(images[rows] @ texts[rows].T, positives, temperature).item() for rows in batches]
     return sum(losses) / len(losses)
 
 
-def measure_zero_shot(folder: Path, flags: Flags) -> None:
-    """Print and store how often the right class is found, and draw which are taken for which."""
+def evaluate_zero_shot(folder: Path, flags: Flags) -> None:
+    """Print and save the zero-shot accuracy on a folder of class folders, and plot the confusion matrix."""
     from reporting.plots import plot_confusion
     from retrieval.zero_shot import accuracy, class_folders, classify, confusion
 
     labels, photos, truth = class_folders(flags.zero_shot.expanduser())
-    encoder, model = load(folder, flags)
+    encoder, model = load_model(folder, flags)
     temperature = model.temperature.item()
-    chances, readable = classify(encoder, photos, labels, temperature=temperature, templates=flags.templates)
-    if not len(chances):
+    probability, readable = classify(encoder, photos, labels, temperature=temperature, templates=flags.templates)
+    if not len(probability):
         raise ValueError(f"none of the {len(photos):,} photos in {flags.zero_shot} could be read")
     truth, name = truth[readable], flags.zero_shot.expanduser().resolve().name
     print(f"{folder}: {len(truth):,} photos of {len(labels)} classes in {flags.zero_shot}")
@@ -148,41 +155,39 @@ def measure_zero_shot(folder: Path, flags: Flags) -> None:
         from runtime.text import format_skipped
 
         print(format_skipped(int((~readable).sum())))
-    metrics = accuracy(chances, truth)
+    metrics = accuracy(probability, truth)
     print("   ".join(f"{key} {value:.1f} %" for key, value in metrics.items()))
-    store(folder, f"zero-shot {name}", metrics)
-    picture = folder / f"zero-shot-{name}.png"
-    plot_confusion(
-        confusion(chances, truth), labels, f"{folder.name} on {name}, top-1 {metrics['top1']:.1f} %", picture
-    )
-    print(f"saved {folder / METRICS} and {picture}")
+    update_metrics(folder, f"zero-shot {name}", metrics)
+    plot, title = folder / f"zero-shot-{name}.png", f"{folder.name} on {name}, top-1 {metrics['top1']:.1f} %"
+    plot_confusion(confusion(probability, truth), labels, title, plot)
+    print(f"saved {folder / METRICS} and {plot}")
 
 
 def table(metrics: dict) -> str:
-    """The metrics, a row per direction."""
+    """Format the metrics as a table with one row per direction."""
     columns = ["R@1", "R@5", "R@10", "mAP@10", "medR"]
     lines = ["              " + "".join(f"{name:>9}" for name in columns)]
-    for way, label in (("i2t", "image → text"), ("t2i", "text → image")):
-        lines.append(f"{label:<14}" + "".join(f"{metrics[f'{way}_{name}']:>9.1f}" for name in columns))
-    errors = " / ".join(f"{1 - metrics[f'{way}_R@5'] / 100:.3f}" for way in ("i2t", "t2i"))
-    last = f"rsum {metrics['rsum']:.1f}   top-5 error {errors}"
+    for direction, label in (("i2t", "image → text"), ("t2i", "text → image")):
+        lines.append(f"{label:<14}" + "".join(f"{metrics[f'{direction}_{name}']:>9.1f}" for name in columns))
+    errors = " / ".join(f"{1 - metrics[f'{direction}_R@5'] / 100:.3f}" for direction in ("i2t", "t2i"))
+    summary = f"rsum {metrics['rsum']:.1f}   top-5 error {errors}"
     if BATCH_LOSS in metrics:
-        last += f"   InfoNCE in batches of {LOSS_BATCH} {metrics[BATCH_LOSS]:.3f}"
-    return "\n".join([*lines, last])
+        summary += f"   InfoNCE in batches of {LOSS_BATCH} {metrics[BATCH_LOSS]:.3f}"
+    return "\n".join([*lines, summary])
 
 
-def save(folder: Path, split: str, metrics: dict) -> None:
-    """Write the metrics beside those of other splits, and their bars."""
+def save_metrics(folder: Path, name: str, metrics: dict) -> None:
+    """Save the metrics in the run's metrics.json and as a bar chart."""
     from reporting.plots import plot_metrics
 
-    store(folder, split, metrics)
-    picture = folder / f"metrics-{slug(split, keep='.-')}.png"
-    plot_metrics(metrics, f"{folder.name}, {split}", picture)
-    print(f"saved {folder / METRICS} and {picture}")
+    update_metrics(folder, name, metrics)
+    plot = folder / f"metrics-{slug(name, keep='.-')}.png"
+    plot_metrics(metrics, f"{folder.name}, {name}", plot)
+    print(f"saved {folder / METRICS} and {plot}")
 
 
-def store(folder: Path, name: str, metrics: dict) -> None:
-    """Write the metrics into the run's metrics.json, beside what was measured before."""
+def update_metrics(folder: Path, name: str, metrics: dict) -> None:
+    """Write the metrics to the run's metrics.json under `name`, next to earlier ones."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / METRICS, json.dumps(read_metrics(folder) | {name: metrics}, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image photo.jpg` finds captions."""
+"""Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image dog.jpg` finds captions."""
 
 import json
 import sys
@@ -13,8 +13,8 @@ from config import Config
 from data.records import UNDECODED, decode_text
 from retrieval.embedding_store import list_images, list_split_images
 from retrieval.searcher import (
-    Kind,
     Searcher,
+    Target,
     check_index,
     combine_queries,
     search_captions,
@@ -26,55 +26,55 @@ from runtime import cli
 from runtime.run_dir import newest_finished_run, read_config
 from runtime.text import slug
 
-PICTURES = (".png", ".jpg", ".pdf", ".svg")
+PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Find the photos that fit a sentence or resemble a photo, or the captions or labels that fit a photo."""
+    """Find the photos that match a sentence or a photo, or the captions or labels that match a photo."""
 
-    query: Annotated[str | None, tyro.conf.Positional] = None  # a sentence: the photos that fit it are searched
-    image: Path | None = None  # a photo; with a sentence beside it ("in snow"), photos like it in which that is so
-    labels: tuple[str, ...] = ()  # with --image: which of these fits, without training for it
-    queries: Path | None = None  # a text file with a sentence per line
-    gallery: Path | None = None  # search the photos in this folder and below, not those of the run's data set
-    find: Kind | None = None  # default: photos, but captions for a photo without --gallery
-    run: Path | None = None  # the run's folder; without it the newest finished one
-    model: str | None = None  # instead of a run a pretrained pair as it is (CLIP, SigLIP ...): a folder or a hub's name
-    split: Literal["train", "val", "test"] = "test"  # the part of the run's data set to search in
-    top_k: int = 8  # how many matches
-    index: str | None = None  # for large galleries: "faiss", "milvus", a file FILE.db, or a cluster's http address
-    json: bool = False  # print a line of JSON per query, for other programs
-    out: Path | None = None  # the picture to write; without it, one query's matches are drawn in the run's folder
-    data_dir: Path | None = None  # where the data set lies now, if it has moved since training
-    runs_dir: Path = Path(Config.runs_dir)  # where runs are looked for
-    cache_dir: Path | None = None  # where embeddings are kept; without it, where the run keeps its own
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
-    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders
+    query: Annotated[str | None, tyro.conf.Positional] = None  # a sentence that describes the photos to find
+    image: Path | None = None  # query by a photo; with a sentence ("in snow"), find photos that match both
+    labels: tuple[str, ...] = ()  # with --image: zero-shot classification, rank these labels by probability
+    queries: Path | None = None  # a text file with one sentence per line
+    gallery: Path | None = None  # search the photos of this folder and its subfolders instead of the run's data set
+    find: Target | None = None  # default: captions for --image alone (no sentence, no --gallery), otherwise photos
+    run: Path | None = None  # the run's folder; default: the newest finished run
+    model: str | None = None  # search with a pretrained model (CLIP, SigLIP ...) instead of a run: a folder or hub name
+    split: Literal["train", "val", "test"] = "test"  # the split of the run's data set to search in
+    top_k: int = 8  # number of matches
+    index: str | None = None  # for large galleries: faiss, milvus, a file FILE.db, or a cluster's http(s) address
+    json: bool = False  # print one line of JSON per query, for other programs
+    out: Path | None = None  # where to save the picture of the matches; default: for one query, in the run's folder
+    data_dir: Path | None = None  # where the data set is stored, if it has moved since training
+    runs_dir: Path = Path(Config.runs_dir)  # the folder that contains the runs
+    cache_dir: Path | None = None  # where embeddings are cached; default: the run's cache
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto uses the GPU if there is one
+    precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the encoders
 
     def __post_init__(self):
         if self.query is None and self.image is None and self.queries is None:
-            raise ValueError('give a sentence ("a dog in snow"), --image PHOTO, both, or --queries FILE')
+            raise ValueError('no query: give a sentence ("a dog in snow"), --image PHOTO, both, or --queries FILE')
         if self.queries is not None and (self.query is not None or self.image is not None):
-            raise ValueError("--queries FILE stands alone: put the sentence into the file")
+            raise ValueError("--queries FILE must be used alone: put the sentence into the file")
         if self.query is not None and not self.query.strip():
             raise ValueError("the sentence is empty")
         if self.query is not None and UNDECODED.search(self.query):
-            raise ValueError("the sentence holds bytes that are not UTF-8 text")
+            raise ValueError("the sentence contains bytes that are not UTF-8 text")
         if self.gallery is not None and self.find == "captions":
-            raise ValueError("a folder of photos has no captions: leave out --gallery or --find captions")
+            raise ValueError("--gallery has no captions: remove --gallery or --find captions")
         if self.labels and (self.image is None or self.query is not None or self.gallery is not None or self.find):
-            raise ValueError("--labels describe one photo: give --image PHOTO and nothing else to search")
+            raise ValueError("--labels classify one photo: give --image PHOTO, without a sentence, --gallery or --find")
         if self.index is not None:
             check_index(self.index)
-        if self.index is not None and finds_captions(self):
-            raise ValueError("--index is for photos: add --find photos")
+        if self.index is not None and searches_captions(self):
+            raise ValueError("--index searches photos only: add --find photos")
         if self.model is not None and (self.run is not None or (self.gallery is None and not self.labels)):
-            raise ValueError("--model stands instead of --run, and searches the photos of --gallery FOLDER")
+            raise ValueError("--model replaces --run and has no data set: give --gallery or --labels, and no --run")
         if self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
-        if self.out is not None and self.out.suffix.lower() not in PICTURES:
-            raise ValueError(f"--out must end in {', '.join(PICTURES)}, got {self.out}")
+        if self.out is not None and self.out.suffix.lower() not in PICTURE_SUFFIXES:
+            raise ValueError(f"--out must end in {', '.join(PICTURE_SUFFIXES)}, got {self.out}")
 
 
 class Query(NamedTuple):
@@ -84,28 +84,31 @@ class Query(NamedTuple):
     image: Path | None
 
     def __str__(self):
-        return " + ".join(str(part) for part in (self.image, self.sentence) if part is not None)
+        return " + ".join(str(value) for value in (self.image, self.sentence) if value is not None)
 
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
     queries = read_queries(flags)
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
-    run = None if flags.model else chosen_run(flags)
+    run = None if flags.model else select_run(flags)
     searcher = searcher_for_run(run, **options) if run else searcher_for_pretrained(flags.model, **options)
-    # What is asked is read before photos are encoded, which may take hours, and where they are is known before that.
+    # Encoding a gallery may take hours: list it and encode the queries first, so that mistakes are reported before it.
     if flags.labels:
-        answers = [searcher.classify(flags.image, flags.labels)]
+        results = [searcher.classify(flags.image, flags.labels)]
+    elif searches_captions(flags):
+        search = caption_search(flags, run, searcher)
+        results = search(encode_queries(searcher, queries, "captions"))
     else:
-        search = among_captions(flags, run, searcher) if finds_captions(flags) else among_photos(flags, run, searcher)
-        answers = search(encode_queries(searcher, queries, "captions" if finds_captions(flags) else "photos"))
-    for query, matches in zip(queries, answers, strict=True):
-        print(as_json(flags, query, matches) if flags.json else as_table(query, matches))
-    draw(flags, run or searcher.store.parent, queries, answers)
+        search = photo_search(flags, run, searcher)
+        results = search(encode_queries(searcher, queries, "photos"))
+    for query, matches in zip(queries, results, strict=True):
+        print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
+    save_picture(flags, run or searcher.store.parent, queries, results)
 
 
 def read_queries(flags: Flags) -> list[Query]:
-    """What is asked; a missing photo or an empty file is told at once."""
+    """Read the queries. Raises FileNotFoundError for a missing photo or file, ValueError for an unusable file."""
     if flags.image is not None and not flags.image.is_file():
         raise FileNotFoundError(f"no such photo: {flags.image} (--image)")
     if flags.queries is None:
@@ -119,23 +122,23 @@ def read_queries(flags: Flags) -> list[Query]:
         if line.strip():
             queries.append(Query(line.strip(), None))
     if not queries:
-        raise ValueError(f"{flags.queries} is empty: write a sentence per line")
+        raise ValueError(f"{flags.queries} is empty: write one sentence per line")
     return queries
 
 
-def chosen_run(flags: Flags) -> Path:
-    """The run's folder that was named, or the newest finished one."""
+def select_run(flags: Flags) -> Path:
+    """Return the folder given with --run, or that of the newest finished run."""
     return cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
 
 
-def finds_captions(flags: Flags) -> bool:
-    """A photo alone finds captions where there are any, everything else photos; --find says otherwise."""
+def searches_captions(flags: Flags) -> bool:
+    """Return whether to search captions: with --find captions, or by default for a photo alone without --gallery."""
     photo_alone = flags.image is not None and flags.query is None and flags.gallery is None
     return flags.find == "captions" or (flags.find is None and photo_alone)
 
 
-def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
-    """List the photos to search; the function that is returned finds matches among them for queries (Q, F)."""
+def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
+    """List the photos to search, and return a function from queries (Q, F) to their matches."""
     if flags.gallery is not None:
         photos = list_images(flags.gallery.expanduser())
     else:
@@ -145,40 +148,40 @@ def among_photos(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
     return lambda queries: search_images(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
-def among_captions(flags: Flags, run: Path, searcher: Searcher) -> Callable:
-    """Read the captions to search; the function that is returned finds matches among them for queries (Q, F)."""
+def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:
+    """Read the captions to search, and return a function from queries (Q, F) to their matches."""
     from data.loading import open_data
 
     captions = open_data(read_config(run), flags.data_dir).split(flags.split).captions
     return lambda queries: search_captions(queries, searcher.embed_captions(captions), captions, flags.top_k)
 
 
-def encode_queries(searcher: Searcher, queries: list[Query], among: Kind):
-    """The queries for a search among photos or captions, (Q, F); a sentence longer than the model reads is told of."""
+def encode_queries(searcher: Searcher, queries: list[Query], target: Target):
+    """Encode queries to search photos or captions -> (Q, F). Prints a line for each truncated sentence."""
     sentences = [query.sentence for query in queries if query.sentence is not None]
     for line in filter(None, map(searcher.describe_truncation, sentences)):
         print(line, file=sys.stderr)
-    sentence_emb = searcher.embed_sentences(sentences, among=among) if sentences else None
+    sentence_emb = searcher.embed_sentences(sentences, target=target) if sentences else None
     photo = queries[0].image
-    return combine_queries(sentence_emb, None if photo is None else searcher.embed_images([photo], among=among))
+    return combine_queries(sentence_emb, None if photo is None else searcher.embed_images([photo], target=target))
 
 
-def as_table(query: Query, matches: list) -> str:
-    """The matches for the terminal: rank, score, and what it is."""
+def format_table(query: Query, matches: list) -> str:
+    """Format the matches for the terminal: rank, score, and photo, caption or label."""
     lines = [f"{rank:>4}  {match.score:6.3f}  {match.item}" for rank, match in enumerate(matches, start=1)]
     return "\n".join([str(query), *lines])
 
 
-def as_json(flags: Flags, query: Query, matches: list) -> str:
-    """The matches as one line of JSON."""
-    noun = "label" if flags.labels else "caption" if finds_captions(flags) else "photo"
-    asked = {"query": query.sentence, "image": query.image and str(query.image)}
-    found = [{"score": round(match.score, 6), noun: str(match.item)} for match in matches]
-    return json.dumps({name: value for name, value in asked.items() if value is not None} | {"matches": found})
+def format_json(flags: Flags, query: Query, matches: list) -> str:
+    """Format the matches as one line of JSON."""
+    key = "label" if flags.labels else "caption" if searches_captions(flags) else "photo"
+    query_fields = {"query": query.sentence, "image": query.image and str(query.image)}
+    found = [{"score": round(match.score, 6), key: str(match.item)} for match in matches]
+    return json.dumps({name: value for name, value in query_fields.items() if value is not None} | {"matches": found})
 
 
-def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> None:
-    """Write the picture of the matches, where one was asked for or a single query was put by a person."""
+def save_picture(flags: Flags, folder: Path, queries: list[Query], results: list) -> None:
+    """Save a picture of the matches with --out, and by default for a single query without --json."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
     from reporting.plots import plot_captions, plot_photos
@@ -186,10 +189,9 @@ def draw(flags: Flags, folder: Path, queries: list[Query], answers: list) -> Non
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name, max_length=40) or 'query'}.png"
-    plot = plot_captions if finds_captions(flags) else plot_photos
-    plot(
-        [(display_text(str(query)), query.image, found) for query, found in zip(queries, answers, strict=True)], picture
-    )
+    plot = plot_captions if searches_captions(flags) else plot_photos
+    rows = [(display_text(str(query)), query.image, matches) for query, matches in zip(queries, results, strict=True)]
+    plot(rows, picture)
     print(f"picture: {picture}", file=sys.stderr if flags.json else sys.stdout)
 
 

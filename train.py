@@ -1,4 +1,7 @@
-"""Train a model: `python train.py`, `python train.py --dataset flickr8k`, `python train.py --resume runs/NAME`."""
+"""Train an image-text retrieval model.
+
+Examples: `python train.py`, `python train.py --dataset flickr8k`, `python train.py --resume runs/NAME`.
+"""
 
 import os
 import shlex
@@ -9,10 +12,11 @@ import config as defaults
 from config import FLAGS_WITHOUT_RECIPE, MODEL_FIELDS, Config
 from data.download import NAMES
 from runtime import cli
+from runtime.cli_help import print_help
 from runtime.run_dir import read_config
 
-QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
-MOST_USED = (  # --help lists these first
+EXAMPLE_QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
+MOST_USED = (  # --help shows these first
     *("dataset", "data_dir", "text_encoder", "image_encoder", "model"),
     *("alpha", "batch_size", "epochs", "name", "resume"),
 )
@@ -22,14 +26,14 @@ MOST_USED = (  # --help lists these first
 class Flags(Config):
     """Train an image-text retrieval model. Edit the defaults in config.py, or pass flags."""
 
-    resume: Path | None = None  # continue the run in this folder with its own settings; flags given beside it win
+    resume: Path | None = None  # continue the run in this folder with its settings; other flags override them
 
 
 def main() -> None:
     if cli.wants_help():
-        return cli.print_help(Flags, default_flags()[0], first=MOST_USED, note=_help_note())
+        return print_help(Flags, default_flags()[0], most_used=MOST_USED, note=_help_note())
     config, resume = parse_flags()
-    # Only now torch and the libraries above it, which take seconds: mistakes in the flags are reported before.
+    # Importing torch takes seconds, so wrong flags are reported before.
     from data.loading import open_data
 
     data = open_data(config)
@@ -41,12 +45,15 @@ def main() -> None:
     folder = train(config, data, resume)
     print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
     print(f"  python evaluate.py {folder} --split test")
-    query = QUERIES.get(config.dataset) or data.split("test").captions[0]
+    query = EXAMPLE_QUERIES.get(config.dataset) or data.split("test").captions[0]
     print(f"  python infer.py {shlex.quote(query)} --run {folder}")
 
 
 def parse_flags() -> tuple[Config, Path | None]:
-    """The configuration (the flags given, over the resumed run's settings or the data set's defaults) and --resume."""
+    """Parse the command line into a configuration and the folder of --resume.
+
+    Flags override the settings of the resumed run, or the defaults for the data set.
+    """
     default, _ = default_flags()
     flags = cli.parse_flags(Flags, default=default)
     config = Config(**{field.name: getattr(flags, field.name) for field in fields(Config)})
@@ -60,11 +67,15 @@ def parse_flags() -> tuple[Config, Path | None]:
 
 
 def default_flags() -> tuple[Flags, str | None]:
-    """The flags' defaults, as the flags that decide them say, and the name of config.py's table that applies."""
+    """Return the default of each flag, and the name of the table of config.py that replaced defaults.
+
+    The flags --resume, --start-from, --dataset, --model and those of FLAGS_WITHOUT_RECIPE decide the defaults. Raises
+    ValueError if --model is combined with --image-encoder or --text-encoder.
+    """
     cli.rename_flags(defaults.RENAMED)
     resumed, start_from = cli.peek_flag("--resume"), cli.peek_flag("--start-from")
     if cli.peek_flag("--model") and (cli.peek_flag("--image-encoder") or cli.peek_flag("--text-encoder")):
-        raise ValueError("--model is both towers: leave out --image-encoder and --text-encoder")
+        raise ValueError("--model sets both towers: leave out --image-encoder and --text-encoder")
     if resumed is not None:
         return Flags(**asdict(read_config(cli.existing_folder(resumed, "--resume")))), None
     parent = read_config(cli.existing_folder(start_from, "--start-from")) if start_from is not None else None
@@ -77,7 +88,7 @@ def default_flags() -> tuple[Flags, str | None]:
 
 
 def describe_preset(config: Config) -> str | None:
-    """A line about the defaults that a table of config.py replaced and no flag did; None without any."""
+    """Describe in one line the values that come from a table of config.py; None if there are none."""
     _, preset = default_flags()
     replaced = {k: v for k, v in defaults.preset_values(preset).items() if getattr(config, k) == v}
     if not replaced:
@@ -92,7 +103,7 @@ def _help_note():
 
 
 def _absolute(path):
-    """The path from the root, so that it is found from any working folder; links keep the name that says their kind."""
+    """Return the absolute path without resolving links, because the suffix of a link's name is its file format."""
     return os.path.abspath(os.path.expanduser(path))
 
 

@@ -1,4 +1,4 @@
-"""Captions and photos in: every known form becomes one table of image-caption pairs, split by image.
+"""Read captions and photos: every supported format becomes one table of image-caption pairs, split by image.
 
-Photos are found, decoded, preprocessed and cached here, captions tokenized; nothing here knows a model.
+This package finds, decodes, preprocesses and caches photos, and tokenizes captions. It does not depend on any model.
 """

@@ -1,4 +1,4 @@
-"""Where a data set lies: the sample set is drawn, a named one is downloaded, a folder or file is taken as it is."""
+"""Locate a data set: draw the sample set, download a named data set, or use a folder or file on disk."""
 
 import re
 from dataclasses import dataclass
@@ -10,47 +10,51 @@ KAGGLE = {
     "coco": "awsaf49/coco-2017-dataset",
 }
 NAMES = ("sample", *KAGGLE)
-KARPATHY = "shtvkumar/karpathy-splits"  # the splits that papers report on, of all three
+KARPATHY_SPLITS = "shtvkumar/karpathy-splits"  # the splits that papers report on, for all three data sets
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or caption file, or the name of a data set of the Hugging Face hub; of a named one its split file."""
+    """Where to read a data set: a folder, a caption file, or a name on the Hugging Face Hub."""
 
     path: Path
     hub_name: str | None = None
-    karpathy: Path | None = None
+    karpathy_file: Path | None = None  # the published split of a named data set, if it is not in the folder
 
 
 def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path) -> Source:
-    """Where the captions and photos of `dataset` lie; FileNotFoundError or ConnectionError where they cannot be had."""
+    """Return where the captions and photos of `dataset` are stored, and download or draw them first if necessary.
+
+    Raises FileNotFoundError if there is no such data set or folder, and ConnectionError if a download fails.
+    """
     if data_dir is not None:
-        path = _existing(data_dir, dataset)
-        return Source(path, karpathy=_published_split(dataset, path, cache_dir))
+        path = _existing_path(data_dir, dataset)
+        return Source(path, karpathy_file=_published_split(dataset, path, cache_dir))
     if dataset == "sample":
         return Source(_draw_sample(cache_dir))
     if dataset in KAGGLE:
         with dataset_lock(cache_dir):
             path = _download(KAGGLE[dataset], dataset)
-        return Source(path, karpathy=_published_split(dataset, path, cache_dir))
+        return Source(path, karpathy_file=_published_split(dataset, path, cache_dir))
     path = Path(dataset).expanduser()
     if path.exists():
         return Source(path)
-    if HUB_NAME.fullmatch(dataset) and not path.parent.exists():  # else it is a folder's name, mistyped
+    # If the parent folder exists, the argument is a mistyped path and not a name on the hub.
+    if HUB_NAME.fullmatch(dataset) and not path.parent.exists():
         return Source(path, hub_name=dataset)
     raise FileNotFoundError(
         f"no data set or folder {dataset!r}: expected {', '.join(NAMES)}, a folder with images and "
-        "captions.txt, a caption file, or owner/name on the Hugging Face hub"
+        "captions.txt, a caption file, or owner/name on the Hugging Face Hub"
     )
 
 
-def _existing(data_dir, dataset):
+def _existing_path(data_dir, dataset):
     path = Path(data_dir).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"no such folder: {data_dir} (--data-dir)")
-    has_flag = path / Path(dataset).name  # the caption file that --dataset named, where its folder lies now
-    return has_flag if Path(dataset).suffix and has_flag.is_file() else path
+    caption_file = path / Path(dataset).name  # --dataset was a caption file, whose folder has moved to --data-dir
+    return caption_file if Path(dataset).suffix and caption_file.is_file() else path
 
 
 def _draw_sample(cache_dir):
@@ -63,18 +67,21 @@ def _draw_sample(cache_dir):
 
 
 def _published_split(dataset, path, cache_dir):
-    """A data set by its name always has the published split: from a file beside it, else from Kaggle."""
-    from data.format_detection import has_published_split  # numpy; train.py wants no more than the names above
+    """Return the downloaded split file of a named data set, or None if its folder contains the published split.
+
+    A named data set always has its published split: from a file in its folder, else from Kaggle.
+    """
+    from data.format_detection import has_published_split  # imports numpy, but train.py --help needs NAMES only
 
     name = f"dataset_{dataset}.json"
     if dataset not in KAGGLE or has_published_split(path, name):
         return None
     with dataset_lock(cache_dir):
-        return _download(KARPATHY, dataset, name)
+        return _download(KARPATHY_SPLITS, dataset, name)
 
 
 def dataset_lock(folder: str | Path):
-    """Of several processes one makes or downloads a data set; the others wait and find it there."""
+    """Return a file lock, so that one process draws or downloads a data set while the others wait for it."""
     from filelock import FileLock
 
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -86,14 +93,14 @@ def _download(handle, dataset, file=None):
 
     try:
         return Path(kagglehub.dataset_download(handle, **({"path": file} if file else {})))
-    except Exception as error:  # kagglehub passes on whatever its network library raises
+    except Exception as error:  # kagglehub does not wrap the exceptions of its network library
         reason = f"{type(error).__name__}: {error}"[:80]
-        by_hand = (
-            f"put {file} beside the captions, or pass the folder as --dataset to split it at random"
+        next_step = (
+            f"put {file} next to the captions, or pass the folder as --dataset to split it at random"
             if file
             else "pass its folder with --data-dir"
         )
         raise ConnectionError(
-            f"could not download {file or dataset} from Kaggle ({reason}); try again, or fetch it by hand from "
-            f"kaggle.com/datasets/{handle} and {by_hand}"
+            f"could not download {file or dataset} from Kaggle ({reason}); try again, or download it manually from "
+            f"kaggle.com/datasets/{handle} and {next_step}"
         ) from None

@@ -1,4 +1,4 @@
-"""Which photo on disk a caption file means, and which photos are the same bytes under two names."""
+"""Find the file of each image name in a caption file, and photos with the same bytes under different names."""
 
 import hashlib
 import os
@@ -11,52 +11,56 @@ from pathlib import Path
 
 from data.records import IMAGE_NAME
 
-DEPTH = 5  # folders below the one that is given
-PROBE = 1024  # bytes from the middle of a photo, which tell apart nearly all photos of the same size
-COCO_PREFIX = re.compile(r"COCO_(?:train|val|test)2014_")  # of 2014's names; 2017 has the same photos without it
+MAX_DEPTH = 5  # levels of folders that are listed, the data set's own folder included
+SAMPLE_BYTES = 1024  # from the middle of a photo; they differ for nearly all photos of the same size
+COCO_PREFIX = re.compile(r"COCO_(?:train|val|test)2014_")  # in 2014 only; 2017 has the same photos without the prefix
 
 
 def list_files(folder: Path) -> list[str]:
-    """Every file below a folder, relative with forward slashes, but hidden ones; one listing per folder."""
+    """Return the relative paths of all files below a folder, with forward slashes and without hidden files.
+
+    Each folder is listed only once.
+    """
     files, level = [], [""]
-    for _ in range(DEPTH):
+    for _ in range(MAX_DEPTH):
         deeper = []
-        for place in level:
+        for parent in level:
             try:
-                entries = list(os.scandir(folder / place))
-            except OSError:  # a folder that may not be opened holds nothing for us
+                entries = list(os.scandir(folder / parent))
+            except OSError:  # a folder that cannot be opened is skipped
                 continue
             for entry in entries:
-                if entry.name.startswith(".") or _leads_back(entry):
+                if entry.name.startswith(".") or _is_link_cycle(entry):
                     continue
                 if entry.is_dir():
-                    deeper.append(f"{place}{entry.name}/")
+                    deeper.append(f"{parent}{entry.name}/")
                 else:
-                    files.append(place + entry.name)
+                    files.append(parent + entry.name)
         level = deeper
     return sorted(files)
 
 
-def _leads_back(entry):
-    """Whether an entry is a link to a folder that it lies in; links to other folders are followed."""
+def _is_link_cycle(entry):
+    """Return whether an entry links to a folder that contains it. Links to other folders are followed."""
     if not entry.is_symlink():
         return False
     return (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
 
 
 def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[dict[str, str], list[str]]:
-    """The file (relative to `folder`, or absolute) that each name means, and the names that could mean several.
+    """Return {image name: file} for the names that were found, and the names that match several different files.
 
-    A name is a path below the folder; else the end of one; else a file's name, in the folder that shares most of the
-    path; else a name that differs in capitals, in how accents are encoded, or in its ending only.
+    Files are relative to `folder`, or absolute. The first of these rules with a match is used: the name is a path
+    below the folder; it is the end of a path; it is a file name, in the folder whose path has most in common with it;
+    it differs from a file name only in case, in the encoding of accents or in the suffix.
     """
-    there, index = set(files), _Index(files)
+    existing, index = set(files), _FileIndex(files)
     found, ambiguous = {}, []
     for name in names:
-        if name in there or (_is_elsewhere(name) and (folder / name).is_file()):
+        if name in existing or (_is_outside(name) and (folder / name).is_file()):
             found[name] = name
         elif candidates := index.candidates(name):
-            if len(candidates) == 1 or _look_alike(folder, candidates):
+            if len(candidates) == 1 or _are_probably_identical(folder, candidates):
                 found[name] = candidates[0]
             else:
                 ambiguous.append(name)
@@ -64,48 +68,48 @@ def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tup
 
 
 def base_name(name: str) -> str:
-    """A file's name without its folders, and without what COCO's 2014 names have before 2017's."""
+    """Return a file's name without its folders and without the prefix of COCO 2014, which COCO 2017 lacks."""
     return COCO_PREFIX.sub("", name.rpartition("/")[2])
 
 
 def find_duplicates(paths: Iterable[str]) -> dict[str, str]:
-    """For each photo with the same bytes as an earlier one, that earlier one; reads little of most photos."""
+    """Return {photo: first photo with the same bytes}. Reads only a few bytes of most photos."""
     groups = [list(paths)]
     for key in (_size, _middle, _digest):
-        groups = [group for together in groups for group in _group(together, key)]
-    return {copy: group[0] for group in groups for copy in group[1:]}
+        groups = [subgroup for group in groups for subgroup in _group_by(group, key)]
+    return {duplicate: group[0] for group in groups for duplicate in group[1:]}
 
 
-def _is_elsewhere(name):
+def _is_outside(name):
     return name.startswith(("/", "../")) or "/../" in name or name[1:2] == ":"
 
 
-class _Index:
-    """Files by their last part: as it is; without COCO's prefix; in any capitals and encoding of accents; no ending."""
+class _FileIndex:
+    """Files by name: exact; without COCO's prefix; also ignoring case and accent encoding; also without suffix."""
 
     KEYS = (lambda base: base, base_name, lambda base: _fold(base), lambda base: _stem(_fold(base)))
 
     def __init__(self, files):
-        self.files, self.kinds = files, {}
+        self.files, self.indexes = files, {}
 
     def candidates(self, name):
-        """The files that fit best: by the surest likeness, the longest common end, then the longest common start."""
+        """Return the files that match best: by the first of KEYS, the longest common end, the longest common start."""
         base = name.rpartition("/")[2]
         for key in self.KEYS:
-            files = self._kind(key).get(key(base), ())
+            files = self._files_by(key).get(key(base), ())
             if len(files) > 1:
-                fits = {file: _fit(name.split("/"), file.split("/")) for file in files}
-                return [file for file, fit in fits.items() if fit == max(fits.values())]
+                overlaps = {file: _path_overlap(name.split("/"), file.split("/")) for file in files}
+                return [file for file, overlap in overlaps.items() if overlap == max(overlaps.values())]
             if files:
                 return files
         return []
 
-    def _kind(self, key):
-        if key not in self.kinds:  # most data sets need the first alone
-            kind = self.kinds[key] = defaultdict(list)
+    def _files_by(self, key):
+        if key not in self.indexes:  # built on demand: most data sets need the exact names only
+            index = self.indexes[key] = defaultdict(list)
             for file in self.files:
-                kind[key(file.rpartition("/")[2])].append(file)
-        return self.kinds[key]
+                index[key(file.rpartition("/")[2])].append(file)
+        return self.indexes[key]
 
 
 def _fold(base):
@@ -117,18 +121,20 @@ def _stem(base):
     return base.rpartition(".")[0] if IMAGE_NAME.fullmatch(base) else base
 
 
-def _fit(name, file):
-    return _common(name[::-1], file[::-1]), _common(name, file)
+def _path_overlap(name, file):
+    """Return how many path components agree at the end and at the start."""
+    return _common_prefix_length(name[::-1], file[::-1]), _common_prefix_length(name, file)
 
 
-def _common(parts, others):
+def _common_prefix_length(components, others):
     return next(
-        (k for k, (a, b) in enumerate(zip(parts, others, strict=False)) if a != b), min(len(parts), len(others))
+        (k for k, (a, b) in enumerate(zip(components, others, strict=False)) if a != b),
+        min(len(components), len(others)),
     )
 
 
-def _look_alike(folder, files):
-    """Whether files are copies of one photo, as far as their sizes and middles tell."""
+def _are_probably_identical(folder, files):
+    """Return whether files agree in their size and in the bytes in the middle."""
     paths = [os.path.join(folder, file) for file in files]
     try:
         return len({(_size(path), _middle(path)) for path in paths}) == 1
@@ -136,11 +142,11 @@ def _look_alike(folder, files):
         return False
 
 
-def _group(paths, key):
-    """Those of `paths` that share a key with another, together."""
+def _group_by(paths, key):
+    """Return the groups of two or more paths with the same key."""
     groups = defaultdict(list)
     for path in paths:
-        with suppress(OSError):  # cannot be read: whoever trains on it will say so
+        with suppress(OSError):  # an unreadable photo is reported when it is decoded
             groups[key(path)].append(path)
     return [group for group in groups.values() if len(group) > 1]
 
@@ -150,11 +156,11 @@ def _size(path):
 
 
 def _middle(path):
-    # Without Python's file objects: of a hundred thousand photos a good half share their size with another.
+    # File descriptors are faster than Python's file objects: of 100,000 photos, more than half share their size.
     file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
     try:
-        os.lseek(file, max(0, os.fstat(file).st_size // 2 - PROBE // 2), os.SEEK_SET)
-        return os.read(file, PROBE)
+        os.lseek(file, max(0, os.fstat(file).st_size // 2 - SAMPLE_BYTES // 2), os.SEEK_SET)
+        return os.read(file, SAMPLE_BYTES)
     finally:
         os.close(file)
 

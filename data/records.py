@@ -1,4 +1,4 @@
-"""What every caption reader shares: what a row is, how columns are named, and how the bytes of a text are decoded."""
+"""Caption records, known column names and text decoding, shared by all caption readers."""
 
 import codecs
 import gc
@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-IMAGE_ENDING = rf"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
-IMAGE_PATTERN = rf"[^\t|]*?{IMAGE_ENDING}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
-IMAGE_NAME = re.compile(IMAGE_PATTERN, re.IGNORECASE)
-# Names of columns and JSON keys, the surest first.
+IMAGE_SUFFIX_PATTERN = rf"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
+IMAGE_NAME_PATTERN = rf"[^\t|]*?{IMAGE_SUFFIX_PATTERN}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
+IMAGE_NAME = re.compile(IMAGE_NAME_PATTERN, re.IGNORECASE)
+# Names of columns and JSON keys, in order of preference.
 IMAGE_COLUMNS = ("image", "file_name", "filename", "image_name", "image_file", "image_path", "img_path", "img_name")
 IMAGE_COLUMNS += ("filepath", "file_path", "path", "file", "img", "photo", "picture", "images")
 IMAGE_COLUMNS += ("图片", "图像", "照片", "文件名", "图片名", "图片名称", "图片路径", "image_id", "name")
@@ -32,43 +32,48 @@ CAPTION_COLUMNS += (
     "title",
     "label",
 )
-NUMBERED = re.compile(r"(?:caption|sentence|text|comment|描述)[ _-]?\d+")
+NUMBERED_CAPTION = re.compile(r"(?:caption|sentence|text|comment|描述)[ _-]?\d+")
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 SPLIT_WORDS = {"train": "train", "training": "train", "restval": "train"}  # restval: COCO's val that Karpathy trains on
 SPLIT_WORDS |= {"val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test", "testing": "test"}
 UNDECODED = re.compile("[\udc80-\udcff]")
+HEAD_BYTES = 2**16  # from the start of a file; enough to recognise a caption format
 
 
 @dataclass
 class CaptionRecords:
-    """What a caption file says: (image as written but with forward slashes, caption, split or None) per caption."""
+    """The captions of one caption file, or of several files of one format.
 
-    form: str  # for the terminal
+    `rows` contains (image, caption, split) for each caption. The image is as written, but with forward slashes; the
+    split is None if the file names none.
+    """
+
+    format: str  # shown in the terminal
     files: list[Path]
     rows: list[tuple[str, str, str | None]] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)  # what could not be used: file, line, expected, found, how to mend it
+    bad_rows: list[str] = field(default_factory=list)  # messages: file, line, expected, found, how to fix it
 
-    def add(self, image: str, captions: list[str], split: str | None, place: str, number: int, again: str) -> None:
-        """Add the captions of an image; `place`, `number` and `again` say where a fault is and how to mend it."""
+    def add(self, image: str, captions: list[str], split: str | None, location: str, number: int, fix: str) -> None:
+        """Add the captions of an image, or an error message at `location` and `number` that ends with `fix`."""
         image = image.strip().replace("\\", "/")
         if not image or not captions:
-            missing = "the caption" if image else "the file name"
-            fault = f"expected a file name and a caption, found that {missing} is empty; {again}"
-            self.bad.append(f"{place}{number}: {fault}")
+            missing = "caption" if image else "file name"
+            error = f"expected a file name and a caption, found an empty {missing}; {fix}"
+            self.bad_rows.append(f"{location}{number}: {error}")
         for caption in captions if image else ():
             text = caption.strip()
             if not text:
-                self.bad.append(f"{place}{number}: expected a caption of {image}, found an empty one; {again}")
+                self.bad_rows.append(f"{location}{number}: expected a caption of {image}, found an empty one; {fix}")
             elif not (text.isascii() and image.isascii()) and UNDECODED.search(image + text):
-                fault = "expected UTF-8, found bytes that are not UTF-8 text; save the file as UTF-8"
-                self.bad.append(f"{place}{number}: {fault}")
+                error = "expected UTF-8, found bytes that are not valid UTF-8; save the file as UTF-8"
+                self.bad_rows.append(f"{location}{number}: {error}")
             else:
                 self.rows.append((image, " ".join(text.split()) if "\n" in text else text, split))
 
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Millions of new objects, none of them garbage, would be looked through again and again."""
+    """Pause the garbage collector, which would scan millions of new objects repeatedly and free none of them."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -79,45 +84,53 @@ def gc_paused() -> Iterator[None]:
 
 
 def decode_text(path: Path, limit: int | None = None) -> str:
-    """The letters of a text file, or of its first `limit` bytes; lines end in "\\n".
+    """Return the text of a file, or of its first `limit` bytes, with "\\n" as line ending.
 
-    From UTF-8 with or without BOM, UTF-16 or GB18030. Bytes that are none of these become lone surrogates
-    (U+DC80 ...), for the reader to name their line.
+    Decodes UTF-8 with or without BOM, UTF-16 and GB18030. Bytes that are none of these become lone surrogates
+    (U+DC80 to U+DCFF), so that the reader can report their line.
     """
     with path.open("rb") as file:
         data = file.read(limit)
     if limit and len(data) == limit:
         data = data.rpartition(b"\n")[0] or data
-    return _letters(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return _decode(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def decode_head(path: Path) -> str:
+    """Return the first whole lines of a text file, to recognise its format; see `decode_text`."""
+    return decode_text(path, HEAD_BYTES)
 
 
 def match_columns(names: Iterable[str]) -> tuple[str | None, list[str], str | None]:
-    """Which of the columns or keys holds the image, which hold captions, and which the split, as their names say."""
+    """Return the names of the image column, the caption columns and the split column.
+
+    `names` are those of a table's columns or of a JSON object's keys. A missing column is None, or [] for captions.
+    """
     lower = {name.strip().lower(): name for name in reversed(list(names))}
     image, caption, split = (
         next((lower[name] for name in known if name in lower), None)
         for known in (IMAGE_COLUMNS, CAPTION_COLUMNS, SPLIT_COLUMNS)
     )
-    numbered = [name for key, name in reversed(lower.items()) if NUMBERED.fullmatch(key)]
+    numbered = [name for key, name in reversed(lower.items()) if NUMBERED_CAPTION.fullmatch(key)]
     return image, numbered or [caption] if numbered or caption else [], split
 
 
 def parse_split(value: object) -> str | None:
-    """ "train", "val" or "test" for the words that data sets use, else None."""
+    """Return "train", "val" or "test" for the words that data sets use, else None."""
     return SPLIT_WORDS.get(str(value).strip().lower())
 
 
 def shorten(text: object, length: int = 60) -> str:
-    """What was found, for a message."""
+    """Return `text` in quotes, on one line and with at most `length` characters, for an error message."""
     text = " ".join(UNDECODED.sub("?", str(text)).split())
     return repr(text if len(text) <= length else text[: length - 1] + "…")
 
 
-def _letters(data):
+def _decode(data):
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return data.decode("utf-16", errors="replace")
     head = np.frombuffer(data[:2000], np.uint8)
-    if len(head) > 3 and (head == 0).any():  # ASCII letters of UTF-16 are zero in every other byte
+    if len(head) > 3 and (head == 0).any():  # in UTF-16, every other byte of an ASCII character is zero
         return data.decode("utf-16-be" if (head[::2] == 0).sum() > (head[1::2] == 0).sum() else "utf-16-le", "replace")
     try:
         return data.decode("utf-8")
@@ -131,6 +144,9 @@ def _letters(data):
 
 
 def _is_chinese(text):
-    """Many bytes that are not GB18030 can be read as it; then they give characters that nobody uses."""
-    foreign = "".join(letter for letter in text if ord(letter) > 127)
-    return bool(foreign) and len(foreign.encode("gb2312", errors="ignore")) / 2 >= 0.9 * len(foreign)
+    """Return whether at least 90 % of the non-ASCII characters are in GB 2312, the common Chinese characters.
+
+    GB18030 also decodes many bytes of other encodings, but to rare characters.
+    """
+    non_ascii = "".join(letter for letter in text if ord(letter) > 127)
+    return bool(non_ascii) and len(non_ascii.encode("gb2312", errors="ignore")) / 2 >= 0.9 * len(non_ascii)

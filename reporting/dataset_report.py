@@ -18,7 +18,7 @@ MOST_TOKENS = 4096  # of a caption that is measured
 
 @dataclass(frozen=True)
 class Flags:
-    """Read a data set as training would, say what was understood, and save a picture of a format_examples examples."""
+    """Read a data set as training would, say what was understood, and save a picture of a few examples."""
 
     dataset: Annotated[str | None, tyro.conf.Positional] = None  # a folder, a caption file or a name, as for train.py
     data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
@@ -54,25 +54,25 @@ def main() -> None:
 
 def summary(data) -> str:
     """Format, counts, split and what cannot be used, a line each."""
-    from data.loading import MOST_BAD
+    from data.loading import MAX_BAD_FRACTION
     from runtime.text import format_examples
 
     per_image = data.table.groupby("image").size()
-    rows = len(data.table) + len(data.bad)
+    rows = len(data.table) + len(data.bad_rows)
     lines = [
-        f"format: {data.form}, {format_examples([file.name for file in data.files])}",
+        f"format: {data.format}, {format_examples([file.name for file in data.files])}",
         f"images: {len(per_image):,} in {data.image_root}",
         f"captions: {len(data.table):,}; per image at least {per_image.min()}, on average {per_image.mean():.1f}, "
         f"at most {per_image.max()}",
         f"split: {data.describe()}",
     ]
-    if not data.bad:
+    if not data.bad_rows:
         lines.append("bad rows: none")
-    elif len(data.bad) > MOST_BAD * rows:
-        share = f"{100 * len(data.bad) / rows:.0f} %"
-        lines.append(f"bad rows: {len(data.bad):,}, {share}: training will stop here unless --allow-bad-rows")
+    elif len(data.bad_rows) > MAX_BAD_FRACTION * rows:
+        share = f"{100 * len(data.bad_rows) / rows:.0f} %"
+        lines.append(f"bad rows: {len(data.bad_rows):,}, {share}: training will stop here unless --allow-bad-rows")
     else:
-        lines.append(f"bad rows: {len(data.bad):,} of {rows:,}, left out")
+        lines.append(f"bad rows: {len(data.bad_rows):,} of {rows:,}, left out")
     return "\n".join(lines)
 
 
@@ -107,7 +107,7 @@ def draw_examples(data, picture: Path) -> None:
             break
     if not examples:
         raise ValueError(f"none of the {broken:,} photos in {data.image_root} can be read")
-    plot_examples(f"{Path(data.name).name}: {data.form}", examples, picture)
+    plot_examples(f"{Path(data.name).name}: {data.format}", examples, picture)
 
 
 def _shuffled(data):

@@ -165,12 +165,12 @@ def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]
 
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Which class (row) was taken for which (column): shares of the row as shades, counts (K, K) as numbers."""
-    has_flag, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
+    show_labels, shares = len(labels) <= NAMED_CLASSES, counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, ((axes,),) = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), NAMED_CLASSES))] * 2)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     axes.set_title(title, fontsize=11)
     axes.set(xlabel="taken for", ylabel="is")
-    if has_flag:
+    if show_labels:
         names = [_cut(label, 24) for label in labels]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)

@@ -1,6 +1,6 @@
-"""Embed photos and captions once, keep the embeddings on disk, rank them, measure the ranking.
+"""Embed photos and captions once, cache the embeddings on disk, rank them, and measure the ranking.
 
-`retrieval.top_k` and `retrieval.retrieval_metrics` are public; they load PyTorch when first used.
+The public functions are `retrieval.top_k` and `retrieval.retrieval_metrics`; PyTorch is loaded at their first use.
 """
 
 import importlib

@@ -1,7 +1,8 @@
-"""Hubs: photos and captions that lie near to almost everything, and so are found where they do not belong.
+"""Hubness correction with CSLS (cross-domain similarity local scaling, arXiv 1710.04087) and a query bank.
 
-A run keeps a bank of photos and captions that it was not trained on, those of its validation part. How near a photo is
-to its nearest captions of the bank says how much of its nearness to a query means nothing.
+A hub is a photo or caption that is close to almost every query, so it is retrieved where it does not belong.
+A checkpoint stores a query bank (arXiv 2112.12777): embeddings of validation images and captions, which were not
+trained on. Hubness is the mean cosine with the k nearest items of the query bank; CSLS subtracts half of it.
 """
 
 from dataclasses import dataclass
@@ -11,60 +12,73 @@ from torch import Tensor
 
 from retrieval.metrics import top_k
 
-NEIGHBOURS = 10  # of the bank, as in arXiv 1710.04087
-FEWEST_PHOTOS, MOST_PHOTOS = 300, 1000  # a smaller bank says nothing about what is asked of others
+NEIGHBOURS = 10  # k, as in arXiv 1710.04087
+MIN_BANK_IMAGES, MAX_BANK_IMAGES = 300, 1000  # a smaller bank does not represent the queries of other data
 
 
 @dataclass(frozen=True)
 class QueryBank:
-    """Embeddings of photos, image_emb (N, D), and of their captions, text_emb (M, D), unit rows."""
+    """Embeddings of images, image_emb (N, D), and of their captions, text_emb (M, D), as unit rows.
+
+    Its methods append CSLS to embeddings as one more dimension, so that any dot-product search ranks by it.
+    """
 
     image_emb: Tensor
     text_emb: Tensor
 
-    def photos(self, emb: Tensor) -> Tensor:
-        """Photos to search in: (N, D) unit rows → (N, D + 1).
+    def csls_images(self, emb: Tensor) -> Tensor:
+        """Append minus half the hubness to images to search in: (N, D) unit rows -> (N, D + 1).
 
-        The dot product with a `query` is the cosine less half the photo's mean cosine with its nearest captions of the
-        bank. That ranks as CSLS does (arXiv 1710.04087, equation 3), with the bank in the place of the other queries:
-        no query needs to know of another (arXiv 2112.12777).
+        The dot product with a `csls_query` is the cosine minus half the image's mean cosine with its nearest captions
+        of the bank. This ranks as CSLS does (arXiv 1710.04087, equation 3), with the bank in place of the other
+        queries, so that queries are independent of each other (arXiv 2112.12777).
         """
-        return _joined(emb, _hubness(emb, self.text_emb) / -2)
+        return _append_column(emb, _hubness(emb, self.text_emb) / -2)
 
-    def captions(self, emb: Tensor) -> Tensor:
-        """Captions to search in: (M, D) unit rows → (M, D + 1), as `photos` for a query that is a photo."""
-        return _joined(emb, _hubness(emb, self.image_emb) / -2)
+    def csls_captions(self, emb: Tensor) -> Tensor:
+        """Append minus half the hubness to captions to search in: (M, D) unit rows -> (M, D + 1).
 
-    def both(self, image_emb: Tensor, text_emb: Tensor) -> tuple[Tensor, Tensor]:
-        """Photos and captions that are searched with each other: (N, D), (M, D) → (N, D + 2), (M, D + 2)."""
-        # The 1 of each stands where the other has its correction.
-        return query(self.photos(image_emb)), _joined(query(text_emb), self.captions(text_emb)[:, -1])
+        The counterpart of `csls_images`, for a query that is an image.
+        """
+        return _append_column(emb, _hubness(emb, self.image_emb) / -2)
+
+    def csls_pair(self, image_emb: Tensor, text_emb: Tensor) -> tuple[Tensor, Tensor]:
+        """Prepare images and captions that are searched with each other: (N, D), (M, D) -> (N, D + 2), (M, D + 2).
+
+        The dot product of two rows is their cosine minus half the hubness of each.
+        """
+        # Each correction column is multiplied by a column of ones on the other side.
+        texts = _append_column(csls_query(text_emb), self.csls_captions(text_emb)[:, -1])
+        return csls_query(self.csls_images(image_emb)), texts
 
 
-def query(emb: Tensor, weight: float = 1.0) -> Tensor:
-    """What is searched for among the rows of a Bank: (Q, D) → (Q, D + 1); weight 0 asks for the cosine as it is."""
-    return _joined(emb, emb.new_full((len(emb),), weight))
+def csls_query(emb: Tensor, weight: float = 1.0) -> Tensor:
+    """Append `weight` to queries for rows of a QueryBank: (Q, D) -> (Q, D + 1); weight 0 scores by the plain cosine."""
+    return _append_column(emb, emb.new_full((len(emb),), weight))
 
 
 def make_query_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor) -> dict[str, Tensor] | None:
-    """What a checkpoint keeps of a validation part, (N, D), (M, D), (M,); None of one that is too small."""
-    if len(image_emb) < FEWEST_PHOTOS:
+    """Return the query bank to store in a checkpoint, in float16, or None if there are too few images.
+
+    image_emb (N, D), text_emb (M, D) unit rows and caption_image_ids (M,) of the validation split.
+    """
+    if len(image_emb) < MIN_BANK_IMAGES:
         return None
-    photos = torch.linspace(0, len(image_emb) - 1, min(len(image_emb), MOST_PHOTOS)).long()
-    chosen = torch.zeros(len(image_emb), dtype=torch.bool)
-    chosen[photos] = True
-    return {"image_emb": image_emb[photos].half(), "text_emb": text_emb[chosen[caption_image_ids]].half()}
+    images = torch.linspace(0, len(image_emb) - 1, min(len(image_emb), MAX_BANK_IMAGES)).long()
+    selected = torch.zeros(len(image_emb), dtype=torch.bool)
+    selected[images] = True
+    return {"image_emb": image_emb[images].half(), "text_emb": text_emb[selected[caption_image_ids]].half()}
 
 
-def load_query_bank(kept: dict[str, Tensor] | None) -> QueryBank | None:
-    """The bank that `keep_bank` gave."""
-    return None if kept is None else QueryBank(kept["image_emb"].float(), kept["text_emb"].float())
+def load_query_bank(state: dict[str, Tensor] | None) -> QueryBank | None:
+    """Rebuild in float32 what `make_query_bank` returned."""
+    return None if state is None else QueryBank(state["image_emb"].float(), state["text_emb"].float())
 
 
-def _hubness(emb, query_bank):
-    """Mean cosine with the nearest rows of the bank, (N, D) → (N,)."""
-    return top_k(emb, query_bank, NEIGHBOURS)[0].mean(1)
+def _hubness(emb, query_emb):
+    """Return the mean cosine with the k nearest rows of the query bank: (N, D), (Q, D) -> (N,)."""
+    return top_k(emb, query_emb, NEIGHBOURS)[0].mean(1)
 
 
-def _joined(emb, column):
+def _append_column(emb, column):
     return torch.cat([emb, column[:, None].to(emb)], 1)

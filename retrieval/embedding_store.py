@@ -1,11 +1,11 @@
-"""A gallery: photos and their embeddings, kept on disk so that each photo is encoded once.
+"""A gallery: photos and their embeddings, cached on disk so that each photo is encoded only once.
 
-Two files grow while photos are encoded, and stopping at any moment loses a batch at most:
+Two append-only files grow while photos are encoded; an interruption loses one batch at most:
 
-    1.npy     (N, D) float16, a row for each readable photo
-    1.jsonl   a line for each photo: [name, size, time] in the order of the rows, a broken one with the reason besides
+    1.npy     (N, D) float16, one row per readable photo
+    1.jsonl   one line per photo, [name, size, mtime], in the order of the rows; an unreadable photo adds the reason
 
-Once photos were changed or deleted, what is left is written to 2.npy and 2.jsonl, which take the others' place.
+When photos have changed or were deleted, the remaining ones are written to 2.npy and 2.jsonl, which replace the others.
 """
 
 import contextlib
@@ -26,31 +26,31 @@ from runtime.mmap_store import append_embeddings, create_embeddings, open_embedd
 if TYPE_CHECKING:
     from data.loading import CaptionData
 
-COPIED_ROWS = 65_536  # at a time
+COPY_CHUNK = 65_536  # rows copied at a time
 
-Stamp = tuple[int, int]  # a file's size in bytes and time of change in ns: other ones mean another photo
-# Names to batches of (b, D) rows of the readable photos, and for each photo of the batch None or why it is broken.
-Encode = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, list[str | None]]]]
+FileStamp = tuple[int, int]  # size in bytes and modification time in ns; a file with another stamp is encoded again
+# File names -> batches: rows (b, D) of the readable images, and per image of the batch None or why it is unreadable.
+EncodeImages = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, list[str | None]]]]
 
 
 class ImageList(NamedTuple):
-    """The photos that a gallery is to hold, as they are now."""
+    """The photos that a gallery is to contain, in their current state."""
 
     name: str
     root: Path
-    stamps: dict[str, Stamp]  # by their path relative to root, with forward slashes
+    stamps: dict[str, FileStamp]  # by path relative to root, with forward slashes
 
 
 class Gallery(NamedTuple):
-    """N photos: the embedding in row i is that of the file root / names[i]."""
+    """N photos and their embeddings: row i belongs to the file root / names[i]."""
 
     root: Path
     names: list[str]
     embeddings: np.ndarray  # (N, D) float16, memory-mapped
-    broken: dict[str, str]  # name → why it cannot be read
-    store: Path  # the folder on disk
+    unreadable: dict[str, str]  # name -> reason
+    store: Path  # the gallery's folder in the cache
 
-    version: str  # changes with what the gallery holds
+    version: str  # changes with the gallery's content
 
     @property
     def paths(self) -> list[Path]:
@@ -58,156 +58,160 @@ class Gallery(NamedTuple):
 
 
 def list_images(folder: Path) -> ImageList:
-    """Every photo below a folder, by its path relative to it. Hidden files and folders are left out.
+    """List every photo in a folder and its subfolders, except hidden files and folders.
 
-    Raises FileNotFoundError without a folder or without a photo in it.
+    Raises FileNotFoundError if the folder does not exist or contains no photo.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder of photos: {folder}")
-    stamps, waiting = {}, [(os.fspath(folder), "")]
-    while waiting:
-        path, prefix = waiting.pop()
-        for entry in _entries(path):
+    stamps, pending = {}, [(os.fspath(folder), "")]
+    while pending:
+        path, prefix = pending.pop()
+        for entry in _scan(path):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):  # a link to a folder may lead back to where it stands
-                waiting.append((entry.path, f"{prefix}{entry.name}/"))
+            if entry.is_dir(follow_symlinks=False):  # following links to folders could recurse forever
+                pending.append((entry.path, f"{prefix}{entry.name}/"))
             elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-                stamps[prefix + entry.name] = _stamp(entry.stat())
+                stamps[prefix + entry.name] = _file_stamp(entry.stat())
     if not stamps:
         raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
     return ImageList(folder.resolve().name, folder, dict(sorted(stamps.items())))
 
 
 def list_split_images(data: "CaptionData", split: str) -> ImageList:
-    """The photos of a data set's split; one that is gone by now is left out."""
+    """List the photos of a data set's split, except files that no longer exist.
+
+    Raises FileNotFoundError if none exists.
+    """
     stamps = {}
     for path in data.split(split).paths:
         with contextlib.suppress(OSError):
-            name = os.path.relpath(path, data.image_root)  # a table may name photos that lie elsewhere
-            stamps[name.replace(os.sep, "/")] = _stamp(path.stat())
+            name = os.path.relpath(path, data.image_root)  # a caption table may list photos outside image_root
+            stamps[name.replace(os.sep, "/")] = _file_stamp(path.stat())
     if not stamps:
-        raise FileNotFoundError(f"the photos of {data.name}'s {split} part are gone from {data.image_root}")
+        raise FileNotFoundError(f"the photos of {data.name}'s {split} split no longer exist in {data.image_root}")
     return ImageList(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
-def open_gallery(store: Path, photos: ImageList, encode: Encode) -> Gallery:
-    """The gallery of these photos; `encode` is called for those alone that `store` does not hold as they are now.
+def open_gallery(store: Path, photos: ImageList, encode: EncodeImages) -> Gallery:
+    """Open the gallery of these photos in the folder `store`, encoding only new and changed photos.
 
-    Stopped by Ctrl-C, what was encoded is kept. Raises ValueError where no photo can be read or `store` not written.
+    Ctrl-C keeps what was encoded so far. Raises ValueError if no photo can be read or `store` cannot be written to.
     """
-    with _alone(store):
-        number, lines = _read(store)
-        kept = [line for line in lines if photos.stamps.get(line[0]) == (line[1], line[2])]
-        if len(kept) < len(lines):
-            number, lines = _rewrite(store, number, lines, kept)
-        known = {line[0] for line in lines}
+    with _locked(store):
+        number, records = _read(store)
+        current = [record for record in records if photos.stamps.get(record[0]) == (record[1], record[2])]
+        if len(current) < len(records):
+            number, records = _rewrite(store, number, records, current)
+        known = {record[0] for record in records}
         new = [name for name in photos.stamps if name not in known]
         if new:
-            _add(store / f"{number}", lines, new, photos.stamps, encode)
-        broken = {line[0]: line[3] for line in lines if len(line) == 4}
-        if len(broken) == len(lines):
-            name, reason = next(iter(broken.items()))
-            raise ValueError(f"none of the {len(broken):,} photos in {photos.root} could be read: {name}: {reason}")
-        names = [line[0] for line in lines if len(line) == 3]
+            _append(store / f"{number}", records, new, photos.stamps, encode)
+        unreadable = {record[0]: record[3] for record in records if len(record) == 4}
+        if len(unreadable) == len(records):
+            name, reason = next(iter(unreadable.items()))
+            raise ValueError(f"none of the {len(unreadable):,} photos in {photos.root} could be read: {name}: {reason}")
+        names = [record[0] for record in records if len(record) == 3]
         rows = open_embeddings(store / f"{number}.npy")[: len(names)]
-        return Gallery(photos.root, names, rows, broken, store, f"{number}-{len(names)}")
+        return Gallery(photos.root, names, rows, unreadable, store, f"{number}-{len(names)}")
 
 
-def _add(base, lines, new, stamps, encode):
-    """Encode the new photos; after each batch its rows and then its lines are on disk, and in `lines`."""
-    rows_file, table = base.with_suffix(".npy"), base.with_suffix(".jsonl")
-    row, before = sum(len(line) == 3 for line in lines), len(lines)
+def _append(base, records, new, stamps, encode):
+    """Encode the new photos; each batch is written to disk, rows before records, and appended to `records`."""
+    rows_file, journal = base.with_suffix(".npy"), base.with_suffix(".jsonl")
+    num_rows, num_before = sum(len(record) == 3 for record in records), len(records)
     try:
         names = iter(new)
         for rows, reasons in encode(new):
             if len(rows):
                 if not rows_file.is_file():
                     create_embeddings(rows_file, rows.shape[1])
-                append_embeddings(rows_file, row, rows)
-                row += len(rows)
+                append_embeddings(rows_file, num_rows, rows)
+                num_rows += len(rows)
             batch = [
                 [name, *stamps[name], *filter(None, [reason])] for reason, name in zip(reasons, names, strict=False)
             ]
-            with table.open("ab") as file:
+            with journal.open("ab") as file:
                 file.write(_to_bytes(batch))
-            lines += batch
+            records += batch
     except KeyboardInterrupt:
-        done = f"{len(lines) - before:,} of {len(new):,} photos are encoded and kept"
-        raise KeyboardInterrupt(f"{done}: the same command goes on from there") from None
+        done = f"{len(records) - num_before:,} of {len(new):,} photos encoded and saved"
+        raise KeyboardInterrupt(f"{done}; run the same command again to continue") from None
 
 
 def _read(store):
-    """The newest pair of files: its number, and its lines as far as they and their rows are whole."""
+    """Return the number of the newest pair of files, and its records that are complete and have their row."""
     numbers = sorted((int(path.stem) for path in store.glob("*.jsonl") if path.stem.isdigit()), reverse=True)
     if not numbers:
         return 1, []
-    table, rows_file = store / f"{numbers[0]}.jsonl", store / f"{numbers[0]}.npy"
+    journal, rows_file = store / f"{numbers[0]}.jsonl", store / f"{numbers[0]}.npy"
     try:
-        rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
-    except ValueError:  # damaged: encoded anew, and what was made of it is void
+        num_rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
+    except ValueError:  # damaged: every photo is encoded again, and indexes built from the old rows are invalid
         for path in store.glob("*.*"):
-            if path.is_dir():  # as milvus-lite keeps its file
+            if path.is_dir():  # milvus-lite's database is a folder
                 shutil.rmtree(path)
             else:
                 path.unlink()
         return 1, []
-    return numbers[0], _whole_lines(table, rows)
+    return numbers[0], _complete_records(journal, num_rows)
 
 
-def _whole_lines(table, rows):
-    """The lines up to one that was cut off or whose row is missing; what comes after is cut from the file."""
-    lines, size = [], 0
-    for text in table.read_bytes().splitlines(keepends=True):
+def _complete_records(journal, num_rows):
+    """Return the records before the first truncated one or the first without a row, and truncate the file there."""
+    records, size = [], 0
+    for line in journal.read_bytes().splitlines(keepends=True):
         try:
-            line = json.loads(text) if text.endswith(b"\n") else None
+            record = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
-            line = None
-        rows -= line is not None and len(line) == 3
-        if line is None or rows < 0:
-            os.truncate(table, size)
+            record = None
+        num_rows -= record is not None and len(record) == 3
+        if record is None or num_rows < 0:
+            os.truncate(journal, size)
             break
-        lines.append(line)
-        size += len(text)
-    return lines
+        records.append(record)
+        size += len(line)
+    return records
 
 
-def _rewrite(store, number, lines, kept):
-    """Write the kept lines and their rows to the next pair of files, then delete the former one."""
+def _rewrite(store, number, records, current):
+    """Write the current records and their rows to the next pair of files, then delete the previous pair."""
     old, new = store / f"{number}.npy", store / f"{number + 1}.npy"
-    keeps = {line[0] for line in kept}
-    row_of = [row for row, line in enumerate(line for line in lines if len(line) == 3) if line[0] in keeps]
-    if row_of:
+    names = {record[0] for record in current}
+    readable = [record for record in records if len(record) == 3]
+    rows = [row for row, record in enumerate(readable) if record[0] in names]
+    if rows:
         source = open_embeddings(old)
-        starts = range(0, len(row_of), COPIED_ROWS)
-        write_embeddings(new, (source[row_of[start : start + COPIED_ROWS]] for start in starts), source.shape[1])
+        starts = range(0, len(rows), COPY_CHUNK)
+        write_embeddings(new, (source[rows[start : start + COPY_CHUNK]] for start in starts), source.shape[1])
     else:
         new.unlink(missing_ok=True)
-    replace_file(new.with_suffix(".jsonl"), lambda unfinished: unfinished.write_bytes(_to_bytes(kept)))
+    replace_file(new.with_suffix(".jsonl"), lambda tmp: tmp.write_bytes(_to_bytes(current)))
     for path in (old.with_suffix(".jsonl"), old):
-        with contextlib.suppress(OSError):  # Windows keeps a file that another process has mapped
+        with contextlib.suppress(OSError):  # Windows cannot delete a file that another process has mapped
             path.unlink(missing_ok=True)
-    return number + 1, kept
+    return number + 1, current
 
 
-def _to_bytes(lines):
-    return b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+def _to_bytes(records):
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Make the folder; a cache that cannot be written to is a ValueError that says what to do."""
+    """Create a cache folder to write to within the block. Raises ValueError, naming --cache-dir, for any OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{folder} cannot be written to ({reason}): name another cache with --cache-dir") from None
+        raise ValueError(f"{folder} cannot be written to ({reason}): choose another cache with --cache-dir") from None
 
 
 @contextlib.contextmanager
-def _alone(store):
-    """Hold the folder against other processes that would encode into it too."""
+def _locked(store):
+    """Lock the folder, so that only one process at a time encodes into it."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(store / "lock")
@@ -215,7 +219,7 @@ def _alone(store):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"another process is encoding into {store}; waiting for it", file=sys.stderr, flush=True)
+            print(f"another process is encoding into {store}; waiting for it to finish", file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield
@@ -223,13 +227,13 @@ def _alone(store):
         lock.release()
 
 
-def _entries(folder):
+def _scan(folder):
     try:
         return list(os.scandir(folder))
     except OSError as error:
-        print(f"{folder} cannot be opened ({error.strerror}): its photos are left out", file=sys.stderr)
+        print(f"{folder} cannot be opened ({error.strerror}): its photos are skipped", file=sys.stderr)
         return []
 
 
-def _stamp(stat):
+def _file_stamp(stat):
     return stat.st_size, stat.st_mtime_ns

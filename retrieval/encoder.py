@@ -1,4 +1,4 @@
-"""Photos and captions of a split to embeddings or features, without gradients and in bounded memory."""
+"""Encode photos and captions into embeddings or features, without gradients and in bounded memory."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,18 +36,18 @@ CAPTION_BATCH = 256
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """N readable photos and their M captions as rows; caption m belongs to image row caption_image_ids[m]."""
+    """N readable images and their M captions as rows; caption m belongs to image row caption_image_ids[m]."""
 
     image_emb: Tensor  # (N, F) float32
     text_emb: Tensor  # (M, H) float32
     caption_image_ids: Tensor  # (M,) int64
-    kept_images: Tensor  # (N,) int64, their places in the part that was encoded
-    kept_captions: Tensor  # (M,) int64
+    readable_images: Tensor  # (N,) int64, their indices in the split
+    readable_captions: Tensor  # (M,) int64, the indices of their captions in the split
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """How to turn pixels and captions into rows: the functions, and what they need to run."""
+    """Functions that encode images and captions into rows, with the preprocessing and the device they need."""
 
     encode_image: Callable[[Tensor], Tensor]
     encode_text: Callable[[Tensor, Tensor], Tensor]
@@ -57,43 +57,51 @@ class Encoder:
     device: torch.device
     precision: torch.dtype
     num_workers: int
-    cache_dir: str | None = None  # where token ids are kept, and with cache_images the photos
+    cache_dir: str | None = None  # folder for token ids and, with cache_images, preprocessed images
     cache_images: bool = False
-    tta_flip: bool = False  # a photo's embedding is the mean of its own and its mirror image's
-    query_bank: QueryBank | None = None  # of a run whose validation part is large enough
+    tta_flip: bool = False  # test-time augmentation: average the embeddings of each image and its horizontal flip
+    query_bank: QueryBank | None = None  # for CSLS; None for a run with a small validation split
 
     @property
     def image_size(self) -> int:
-        """The side of the square that a photo becomes, in pixels."""
+        """Side length in pixels of the square images that the image tower takes."""
         return self.preprocess.size
 
     def image_cache(self, paths: Sequence[Path]) -> ImageCache | None:
-        """The kept photos of these paths, where they are to be kept."""
+        """Return the cache of preprocessed images for these paths, or None without cache_images."""
         return ImageCache(paths, self.preprocess, self.cache_dir) if self.cache_images else None
 
     def encode_split(self, split: Split, name: str) -> EncodedSplit:
-        """Encode a split, each process its share; unreadable photos are named and left out with their captions."""
-        images, kept = self.encode_images(split.paths, f"{name}: photos")
-        report_unreadable(split, kept.numpy(), name)
-        owner = torch.from_numpy(split.caption_image_ids)
-        kept_captions = kept[owner].nonzero().squeeze(1)
-        new_row = kept.cumsum(0) - 1
-        texts = self.encode_captions([split.captions[m] for m in kept_captions], f"{name}: captions")
-        return EncodedSplit(images, texts, new_row[owner[kept_captions]], kept.nonzero().squeeze(1), kept_captions)
+        """Encode a split, sharded over the processes; report unreadable images and skip them and their captions."""
+        image_emb, readable = self.encode_images(split.paths, f"{name}: photos")
+        report_unreadable(split, readable.numpy(), name)
+        caption_image_ids = torch.from_numpy(split.caption_image_ids)
+        captions = readable[caption_image_ids].nonzero().squeeze(1)
+        new_row = readable.cumsum(0) - 1
+        text_emb = self.encode_captions([split.captions[m] for m in captions], f"{name}: captions")
+        return EncodedSplit(
+            image_emb, text_emb, new_row[caption_image_ids[captions]], readable.nonzero().squeeze(1), captions
+        )
 
-    def encode_images(self, paths: Sequence[Path], progress: str) -> tuple[Tensor, Tensor]:
-        """Rows (N, F) of the readable photos in their order, float32 on the CPU, and which were readable, (paths,)."""
-        batches = list(self.encode_image_batches(paths[shard_slice(len(paths))], progress))
+    def encode_images(self, paths: Sequence[Path], desc: str) -> tuple[Tensor, Tensor]:
+        """Encode images -> rows (N, F) of the readable ones in order, float32 on the CPU; readable (len(paths),) bool.
+
+        Each process encodes its shard, and all of them return all rows. desc labels the progress bar.
+        """
+        batches = list(self.encode_image_batches(paths[shard_slice(len(paths))], desc))
         rows = [batch for batch, _ in batches if len(batch)]
         readable = [reason is None for _, reasons in batches for reason in reasons]
-        everyone, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
-        return everyone, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
+        all_rows, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
+        return all_rows, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
 
-    def encode_image_batches(self, paths: Sequence[Path], progress: str) -> Iterator[tuple[Tensor, list[str | None]]]:
-        """Batch after batch of the photos: rows (b, F) of the readable ones as they come, float32 on the CPU, and for
-        each photo None or why it cannot be read."""
+    def encode_image_batches(self, paths: Sequence[Path], desc: str) -> Iterator[tuple[Tensor, list[str | None]]]:
+        """Yield batches of images as they are encoded.
+
+        A batch is the rows (b, F) of its readable images, float32 on the CPU, and for each image None or the reason
+        why it cannot be read.
+        """
         files = ImageFiles(paths, preprocess=self.preprocess, image_cache=self.image_cache(paths))
-        for pixels, reasons in self.pixel_batches(files, progress):
+        for pixels, reasons in self.pixel_batches(files, desc):
             yield torch.empty(0) if pixels is None else self._embed(pixels), reasons
 
     def _embed(self, pixels):
@@ -103,9 +111,10 @@ class Encoder:
         return F.normalize(rows + self.run(self.encode_image, pixels.flip(-1)).float(), dim=-1)
 
     def pixel_batches(
-        self, files: ImageFiles | AugmentedViews, progress: str, batch_size: int = IMAGE_BATCH
+        self, files: ImageFiles | AugmentedViews, desc: str, batch_size: int = IMAGE_BATCH
     ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
-        """Batch after batch of files: the readable ones' pixels, None without any, and for each why it is not."""
+        """Yield batches of decoded images: the pixels of the readable ones, or None if there are none, and for each
+        image None or the reason why it cannot be read."""
         loader = DataLoader(
             files,
             batch_size=batch_size,
@@ -113,33 +122,36 @@ class Encoder:
             collate_fn=_stack_readable,
             worker_init_fn=leave_signals_to_parent,
         )
-        yield from _progress(loader, len(files), progress, lambda batch: len(batch[1]))
+        yield from _progress_bar(loader, len(files), desc, lambda batch: len(batch[1]))
 
     @torch.inference_mode()
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """What a part of the model says of these inputs, with this Encoder's precision and device; on the CPU."""
+        """Apply `function`, a part of the model, on this Encoder's device and under its autocast; output on the CPU."""
         with autocast(self.device, self.precision):
             return function(*(rows.to(self.device) for rows in inputs)).cpu()
 
-    def encode_captions(self, captions: Sequence[str], progress: str) -> Tensor:
-        """Rows (M, H) of the captions in their order, float32 on the CPU; similar lengths share a batch."""
+    def encode_captions(self, captions: Sequence[str], desc: str) -> Tensor:
+        """Encode captions -> rows (M, H) in order, float32 on the CPU. Captions of similar length share a batch.
+
+        Each process encodes its shard, and all of them return all rows. desc labels the progress bar.
+        """
         token_ids = tokenize(
             self.tokenizer, captions[shard_slice(len(captions))], max_tokens=self.max_tokens, cache_dir=self.cache_dir
         )
         order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
         batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
         rows = []
-        for batch in _progress(batches, len(token_ids), progress, len):
+        for batch in _progress_bar(batches, len(token_ids), desc, len):
             input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
             rows.append(self.run(self.encode_text, input_ids, attention_mask).float())
-        own = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
-        return gather_rows(own)[0]
+        local_rows = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
+        return gather_rows(local_rows)[0]
 
 
-def report_unreadable(part: Split, kept: np.ndarray, name: str) -> None:
-    """Name the photos that could not be read, those not in kept (N,); ValueError where that is all of them."""
-    unreadable = [part.paths[row].name for row in np.flatnonzero(~kept)]
-    if len(unreadable) == len(part.paths):
+def report_unreadable(split: Split, readable: np.ndarray, name: str) -> None:
+    """Print the names of a split's unreadable images, given readable (N,) bool. Raises ValueError if none is."""
+    unreadable = [split.paths[row].name for row in np.flatnonzero(~readable)]
+    if len(unreadable) == len(split.paths):
         raise ValueError(
             f"none of the {len(unreadable):,} photos of {name} could be read: {format_examples(unreadable)}"
         )
@@ -159,29 +171,33 @@ def build_encoder(
     cache_dir: str | None = None,
     cache_images: bool = False,
 ) -> Encoder:
-    """The Encoder of a model, which moves to the device; device, precision and num_workers may be "auto" and -1.
+    """Build the Encoder of a model and move the model to the device.
 
-    image_size None is the model's own. A text tower that takes fewer than max_tokens sets the limit.
+    device and precision may be "auto", num_workers -1. image_size None is the model's own. A text tower that takes
+    fewer than max_tokens sets the limit.
     """
-    chosen = pick_device(device)
-    model.to(chosen)
+    torch_device = pick_device(device)
+    model.to(torch_device)
     return Encoder(
         encode_image=model.encode_image,
         encode_text=model.encode_text,
         tokenizer=tokenizer,
         preprocess=model.image_encoder.preprocess.resized(image_size),
         max_tokens=min(max_tokens, model.text_encoder.max_tokens or max_tokens),
-        device=chosen,
-        precision=pick_precision(precision, chosen),
-        num_workers=pick_workers(num_workers, chosen),
+        device=torch_device,
+        precision=pick_precision(precision, torch_device),
+        num_workers=pick_workers(num_workers, torch_device),
         cache_dir=cache_dir,
         cache_images=cache_images,
     )
 
 
 def load_encoder(folder: Path, *, device: str, precision: str, as_trained: bool = False) -> tuple[Encoder, CLIPModel]:
-    """The Encoder of a finished run's best checkpoint, and its model. It reads photos as the run's search does, or as
-    the run was trained."""
+    """Load the Encoder and the model of a run's best checkpoint.
+
+    The Encoder preprocesses images as the run's search does (eval_image_scale, tta_flip), or with as_trained as its
+    training did. Raises ValueError for a damaged query bank.
+    """
     run = load_run(folder)
     encoder = build_encoder(
         run.model,
@@ -195,14 +211,14 @@ def load_encoder(folder: Path, *, device: str, precision: str, as_trained: bool 
     if not as_trained:
         preprocess = encoder.preprocess.scaled(run.config.eval_image_scale)
         encoder = replace(encoder, preprocess=preprocess, tta_flip=run.config.tta_flip)
-    return replace(encoder, query_bank=_bank_of(run)), run.model
+    return replace(encoder, query_bank=_load_query_bank(run)), run.model
 
 
-def _bank_of(run):
+def _load_query_bank(run):
     try:
         return load_query_bank(run.state.get("query_bank"))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run.folder / BEST} cannot be used as a checkpoint: {error!r} in its bank") from None
+        raise ValueError(f"{run.folder / BEST} cannot be used as a checkpoint: {error!r} in its query bank") from None
 
 
 def _stack_readable(items):
@@ -211,20 +227,20 @@ def _stack_readable(items):
     return torch.from_numpy(np.stack(pixels)) if pixels else None, reasons
 
 
-def _progress(batches, total, description, size):
-    """The batches, with a bar in items per second on a terminal that disappears when done."""
-    with tqdm(total=total, desc=description, unit=" items", leave=False, disable=rank() > 0 or None) as bar:
+def _progress_bar(batches, total, desc, size):
+    """Yield the batches, with a progress bar in items per second on a terminal that disappears at the end."""
+    with tqdm(total=total, desc=desc, unit=" items", leave=False, disable=rank() > 0 or None) as bar:
         for batch in batches:
             yield batch
             bar.update(size(batch))
 
 
 def load_pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: str) -> tuple[Encoder, CLIPModel]:
-    """The Encoder of a pretrained pair as it is, without a run, and its model; name as for `--model`."""
+    """Load the Encoder and the model of a pretrained dual encoder without fine-tuning; name as for `--model`."""
     towers = load_dual_encoder(name, image_size=None)
-    as_it_is = Config(model=name)  # without heads: the towers' own projections end in the shared space
+    config = Config(model=name)  # no projection heads: the towers' own projections map into the shared space
     model = assemble_model(
-        as_it_is, towers.image_encoder, towers.text_encoder, temperature=towers.temperature, bias=None
+        config, towers.image_encoder, towers.text_encoder, temperature=towers.temperature, bias=None
     ).eval()
     encoder = build_encoder(
         model, towers.tokenizer, max_tokens=max_tokens, device=device, precision=precision, num_workers=-1
@@ -233,7 +249,7 @@ def load_pretrained_encoder(name: str, *, max_tokens: int, device: str, precisio
 
 
 def build_training_encoder(config: Config, model: CLIPModel, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """The Encoder of a model in training, which moves to the configuration's device."""
+    """Build the Encoder of a model in training and move the model to the configured device."""
     return build_encoder(
         model,
         tokenizer,
@@ -246,7 +262,7 @@ def build_training_encoder(config: Config, model: CLIPModel, tokenizer: PreTrain
     )
 
 
-def embed_split(encoder: Encoder, part: Split) -> Embeddings:
-    """The embeddings of a validation part, read from its files."""
-    encoded = encoder.encode_split(part, "val")
+def embed_split(encoder: Encoder, split: Split) -> Embeddings:
+    """Encode the validation split from its image files -> (image_emb, text_emb, caption_image_ids)."""
+    encoded = encoder.encode_split(split, "val")
     return encoded.image_emb, encoded.text_emb, encoded.caption_image_ids

@@ -1,21 +1,22 @@
-"""Keys of cached embeddings: they change with the weights and with the settings that change an embedding."""
+"""Keys for cached embeddings: hashes of the weights and of the settings that affect an embedding."""
 
 import hashlib
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import MODEL_FIELDS
 from runtime.run_dir import BEST, FROZEN, TOWERS, read_config
 
-PAIR_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, settings, vocabulary
+HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configuration, vocabulary
 
 
 def dual_encoder_key(folder: Path) -> str:
-    """A name for a pretrained pair in a folder: it changes with any of its files."""
+    """Return a hash of a pretrained dual encoder's folder, over the names and contents of its files."""
     import mmap
 
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in PAIR_FILES and path.stat().st_size):
+    for path in sorted(path for path in folder.iterdir() if path.suffix in HASHED_SUFFIXES and path.stat().st_size):
         digest.update(path.name.encode())
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest.update(content)
@@ -23,14 +24,15 @@ def dual_encoder_key(folder: Path) -> str:
 
 
 def weights_key(folder: Path) -> str:
-    """A name for what a run's best checkpoint makes of photos and sentences: it changes with weights and settings.
+    """Return a hash of a run's best checkpoint: its weights, its towers' files and the settings of its model.
 
-    A checkpoint is a zip archive, and its directory holds a checksum of each tensor: the tensors need not be read.
+    A checkpoint is a zip archive whose directory stores a checksum per tensor, so no tensor is read. Raises
+    FileNotFoundError without a checkpoint, ValueError for a damaged one.
     """
     config, digest = read_config(folder), hashlib.sha256()
     digest.update(repr([getattr(config, field) for field in (*MODEL_FIELDS, "max_tokens")]).encode())
     if not (folder / BEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {BEST}: its training did not finish an epoch; start it anew")
+        raise FileNotFoundError(f"{folder} has no {BEST}: its training did not finish an epoch; train it again")
     for path in (folder / BEST, folder / FROZEN):
         if path.is_file():
             digest.update(repr(_checksums(path)).encode())
@@ -40,7 +42,8 @@ def weights_key(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def digest(parts):
+def digest(parts: Sequence[str]) -> str:
+    """Return the SHA-256 of strings, which may contain undecodable bytes of file names."""
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -49,4 +52,4 @@ def _checksums(checkpoint):
         with zipfile.ZipFile(checkpoint) as archive:
             return [(entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in archive.infolist()]
     except zipfile.BadZipFile:
-        raise ValueError(f"{checkpoint} cannot be used as a checkpoint: it is cut off or damaged") from None
+        raise ValueError(f"{checkpoint} cannot be used as a checkpoint: it is truncated or damaged") from None

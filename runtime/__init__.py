@@ -1,4 +1,4 @@
-"""This machine and this process: the command line, devices, processes, signals, run folders and files.
+"""Infrastructure: command line, devices, distributed processes, signals, run folders and files.
 
-Knows nothing of data, models or training; everything above it may import it.
+This package knows nothing about data, models or training; all other packages may import it.
 """

@@ -1,4 +1,4 @@
-"""Files and folders that are replaced whole: at any moment there is the old one or the new one."""
+"""Atomic replacement of files and folders: readers see the previous version or the new one, never a partial one."""
 
 import contextlib
 import os
@@ -9,31 +9,33 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
-    replace_file(path, lambda unfinished: unfinished.write_text(text, "utf-8"))
+    """Write a UTF-8 text file atomically. Raises OSError as `replace_file` does."""
+    replace_file(path, lambda temporary: temporary.write_text(text, "utf-8"))
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary neighbour, then put it in the place of `path`: at any moment, power cuts included,
-    there is the old file or the new one, whole. OSError says what could not be written.
+    """Call `write` with a temporary path in the same folder, then rename that file to `path`.
+
+    After a crash or a power cut, `path` is the complete previous file or the complete new one. Raises OSError with the
+    path and the system's reason; the previous file is then unchanged.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        write(unfinished)
-        with unfinished.open("rb+") as file:
+        write(temporary)
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        kept = "; the one from before is kept" if path.exists() else ""
-        raise OSError(f"cannot write {path}: {error.strerror or error}{kept}") from None
+        previous = "; the previous file is unchanged" if path.exists() else ""
+        raise OSError(f"cannot write {path}: {error.strerror or error}{previous}") from None
     finally:
         with contextlib.suppress(OSError):
-            unfinished.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _sync_folder(folder):
-    """Put the new name on disk too; not every system can."""
+    """Flush the renamed directory entry to disk, on systems that support it."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -44,16 +46,17 @@ def _sync_folder(folder):
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty draft folder beside `path`, which becomes `path` when the block ends without an error.
+    """Yield an empty temporary folder beside `path`, and rename it to `path` when the block ends without an error.
 
-    `path` never exists half written; an empty draft is dropped. Raises OSError where `path` is a folder with files.
+    `path` never exists half written. An empty temporary folder is deleted instead of renamed. Raises OSError if `path`
+    is a folder that contains files.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        draft.mkdir()
-        yield draft
-        if any(draft.iterdir()):  # nothing to keep: no folder
-            draft.replace(path)
+        temporary.mkdir()
+        yield temporary
+        if any(temporary.iterdir()):
+            temporary.replace(path)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

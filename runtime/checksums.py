@@ -1,7 +1,8 @@
-"""Checksums of a run's checkpoints, as sha256sum writes them: a file that was changed or cut off is noticed.
+"""SHA-256 checksums of a run's checkpoints, which detect a file that was changed or truncated.
 
-`sha256sum -c checksums.txt` checks them too. A file may be noted with two sums for a moment: the new one is noted
-before the file takes its place, the old one is struck out after, so that a crash at any moment leaves a noted file.
+The format is that of sha256sum: `sha256sum -c checksums.txt` verifies them too. A file that is being replaced has two
+entries: the new checksum is added before the replacement, and the old one is removed after it. A crash at any moment
+therefore leaves a file whose checksum is listed.
 """
 
 import hashlib
@@ -11,12 +12,12 @@ from pathlib import Path
 from runtime.atomic_io import write_text
 from runtime.run_dir import CHECKSUMS
 
-BLOCK = 2**20  # bytes
+BLOCK_SIZE = 2**20  # bytes
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
 class HashingFile:
-    """A file open for writing that hashes what passes; of an error in writing it keeps the first."""
+    """A writable file that hashes all data written to it, and records the first write error in `error`."""
 
     def __init__(self, file):
         self.file, self.sha256, self.error = file, hashlib.sha256(), None
@@ -35,51 +36,53 @@ class HashingFile:
 
 
 def add_checksum(path: Path, checksum: str) -> None:
-    """Add a checksum to those under which `path` may be found."""
-    if (entry := (checksum, path.name)) not in (entries := _read(path.parent)):
-        _write(path.parent, [*entries, entry])
+    """Add a valid checksum for `path`; its other checksums remain valid."""
+    if (entry := (checksum, path.name)) not in (entries := _read_entries(path.parent)):
+        _write_entries(path.parent, [*entries, entry])
 
 
 def keep_checksum(path: Path, checksum: str) -> None:
-    """Let `path` be found under this checksum alone."""
-    others = [entry for entry in _read(path.parent) if entry[1] != path.name]
-    _write(path.parent, [*others, (checksum, path.name)])
+    """Make this the only valid checksum for `path`."""
+    others = [entry for entry in _read_entries(path.parent) if entry[1] != path.name]
+    _write_entries(path.parent, [*others, (checksum, path.name)])
 
 
 def verify_checksum(path: Path) -> None:
-    """ValueError where `path` is not the file that was noted; one that was never noted passes."""
-    before = _sums_of(path)
-    if not before:
+    """Raise ValueError if the content of `path` matches none of its checksums; a file without a checksum passes."""
+    expected = _read_checksums(path)
+    if not expected:
         return
-    if _checksum(path) not in before | _sums_of(path):  # a run that goes on meanwhile may just have replaced it
+    # The checksums are read again, because a training process may have replaced the file in the meantime.
+    if _compute_checksum(path) not in expected | _read_checksums(path):
         raise ValueError(
-            f"{path} is not the file that was written here: it was changed or cut off since (its checksum is not that "
-            f"in {CHECKSUMS}). Where it was replaced on purpose, delete its line there"
+            f"{path} was changed or truncated after it was written: its SHA-256 does not match {CHECKSUMS}. If you "
+            f"replaced the file on purpose, delete its line in {CHECKSUMS}"
         )
 
 
-def _checksum(path):
+def _compute_checksum(path):
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
+        while block := file.read(BLOCK_SIZE):
             sha256.update(block)
     return sha256.hexdigest()
 
 
-def _sums_of(path):
-    return {checksum for checksum, name in _read(path.parent) if name == path.name}
+def _read_checksums(path):
+    return {checksum for checksum, name in _read_entries(path.parent) if name == path.name}
 
 
-def _read(folder):
+def _read_entries(folder):
     path = folder / CHECKSUMS
     if not path.is_file():
         return []
     lines = path.read_text("utf-8", errors="replace").splitlines()
-    entries = [LINE.fullmatch(line) for line in lines]
-    if None in entries:
-        raise ValueError(f"{path}, line {entries.index(None) + 1}: not a checksum and a name; delete the line")
-    return [entry.groups() for entry in entries]
+    matches = [LINE.fullmatch(line) for line in lines]
+    if None in matches:
+        line_number = matches.index(None) + 1
+        raise ValueError(f"{path}, line {line_number}: expected a checksum and a file name; delete the line")
+    return [match.groups() for match in matches]
 
 
-def _write(folder, entries):
+def _write_entries(folder, entries):
     write_text(folder / CHECKSUMS, "".join(f"{checksum}  {name}\n" for checksum, name in entries))

@@ -1,30 +1,33 @@
-"""Where to compute, and in which precision."""
+"""Device, precision and number of loader processes."""
 
 import ctypes
 import os
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's mallopt
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the first of CUDA, MPS (Apple) and CPU that is there."""
+    """Return the device with that name; "auto" selects the first available one of CUDA, MPS (Apple) and CPU.
+
+    Raises ValueError if the device is not available.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        name = next(device for device, there in available.items() if there)
+        name = next(device for device, is_available in available.items() if is_available)
     if not available[name]:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} sees no such device here; use auto or cpu")
+        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device; use auto or cpu")
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
 
 
 def keep_freed_memory() -> None:
-    """Let what is freed stay with the process (glibc; elsewhere this does nothing).
+    """Stop glibc from returning freed memory to the system; without glibc this does nothing.
 
-    By default every large tensor's memory goes back to the system, which clears it page by page before the next one
-    may have it: a third of a training step on a CPU.
+    By default, the memory of every large tensor is returned, and the system clears it page by page before its next use.
+    That takes a third of a training step on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -35,41 +38,47 @@ def keep_freed_memory() -> None:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16 where the hardware has it, float16 on older GPUs, else float32."""
+    """Return the dtype with that name; "auto" selects bfloat16 if the hardware supports it.
+
+    Otherwise "auto" selects float16 on older CUDA GPUs and float32 elsewhere.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and _cpu_computes_bfloat16() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and _cpu_supports_bfloat16() else torch.float32
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """A context in which towers and heads compute in `precision`."""
+    """Return a context manager in which towers and heads compute in `precision`."""
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
 def pick_workers(num_workers: int, device: torch.device) -> int:
-    """How many loader processes; on a CPU the step itself wants the cores, and one process keeps ahead of it."""
+    """Return the number of DataLoader workers; a negative `num_workers` selects it automatically.
+
+    On a CPU the training step needs the cores, and one worker loads images faster than the step consumes them.
+    """
     if num_workers >= 0:
         return num_workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # that a launcher started on this machine
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // processes))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // local_world_size))
 
 
 def memory_advice(error: Exception, images: int) -> str | None:
-    """What to do about a lack of memory with so many images at a time; None where the error is another one."""
-    # torch.OutOfMemoryError is that of a GPU; the CPU allocator raises a plain RuntimeError.
+    """Return what to do if `error` means that memory ran out with this many images at a time, else None."""
+    # A GPU raises torch.OutOfMemoryError; PyTorch's CPU allocator raises a plain RuntimeError.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
         return (
-            f"out of memory with {images} images at a time: lower --micro-batch-size (the loss stays that of "
-            f"--batch-size) to {max(1, images // 2)} or less"
+            f"out of memory with {images} images at a time: lower --micro-batch-size (the loss still covers all images "
+            f"of --batch-size) to {max(1, images // 2)} or less"
         )
     if "DataLoader worker" in str(error):
-        return "a process that loads photos was killed, as a lack of memory does: lower --num-workers"
+        return "a process that loads photos was killed, probably because memory ran out: lower --num-workers"
     return None
 
 
-def _cpu_computes_bfloat16():
-    # Without these instructions bfloat16 is emulated and slower than float32.
+def _cpu_supports_bfloat16():
+    # Without these instructions bfloat16 is emulated, which is slower than float32.
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)

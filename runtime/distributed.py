@@ -1,9 +1,9 @@
-"""One process or many (`accelerate launch`, `torchrun`): which one this is, and what they exchange.
+"""Collective operations for training with several processes (`accelerate launch`, `torchrun`).
 
-Under a single process every function is free and gives back what it was given.
+In a single process, each function returns its input without communication.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,57 +12,85 @@ from torch import Tensor, nn
 
 
 def init(device: torch.device) -> None:
-    """Connect the processes that a launcher started, each with a GPU of its own; nothing without a launcher."""
+    """Initialize the process group and assign each process its own GPU; without a launcher this does nothing."""
     from accelerate import PartialState
 
     PartialState(cpu=device.type == "cpu")
 
 
 def cleanup() -> None:
-    """Part from the other processes, when all have finished: one that goes early would break the others' line."""
-    if _many():
+    """Wait for all processes, then destroy the process group, so that no rank exits during a collective."""
+    if _is_distributed():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def rank() -> int:
-    """The number of this process, from 0; process 0 is the one that writes and speaks."""
-    return dist.get_rank() if _many() else 0
+    """Return the number of this process, from 0; only rank 0 prints and writes files."""
+    return dist.get_rank() if _is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
-    return dist.get_world_size() if _many() else 1
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if _is_distributed() else 1
 
 
 def shard_slice(items: int) -> slice:
-    """This process's contiguous part of a range of items."""
+    """Return this process's contiguous slice of a range of items."""
     return slice(items * rank() // world_size(), items * (rank() + 1) // world_size())
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
-    """The rows of all processes in their order, (n,) or (n, D), and where this one's begin; no gradient flows back.
+    """Gather the rows (n,) or (n, D) of all processes: `gather_tensors` of a single tensor."""
+    return gather_tensors([rows])[0]
 
-    The processes may hold different numbers of rows, one without any needs no D. Rows stay on their device.
+
+def gather_tensors(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Gather several tensors of rows, (n,) or (n, D) each, from all processes in rank order; no gradient flows back.
+
+    Returns for each tensor the gathered rows, on its device, and the index of this process's first row among them. n
+    may differ between processes; a process without rows may pass an empty tensor without D. Sizes are exchanged once
+    for all tensors, which is the only time that the host waits for the device.
     """
-    if not _many():
-        return rows, 0
-    from accelerate.utils import gather, pad_across_processes
+    if not _is_distributed():
+        return [(tensor, 0) for tensor in tensors]
+    sizes = _gather_sizes(tensors)
+    return [_gather_padded(tensor, [of_rank[k] for of_rank in sizes]) for k, tensor in enumerate(tensors)]
 
-    device = rows.device if dist.get_backend() == "gloo" else torch.device("cuda")
-    shapes = gather(torch.tensor([[len(rows), *rows.shape[1:], 0][:2]], device=device)).tolist()
-    if not len(rows) and (width := max(width for _, width in shapes)):
-        rows = rows.new_empty(0, width)
-    most = max(length for length, _ in shapes)
-    padded = pad_across_processes(rows.detach().to(device).contiguous(), dim=0) if most else rows.detach()
-    everyone = gather(padded).split(most) if most else [padded] * len(shapes)
-    gathered = torch.cat([part[:length] for part, (length, _) in zip(everyone, shapes, strict=True)])
-    return gathered.to(rows.device), sum(length for length, _ in shapes[: rank()])
+
+def _gather_sizes(tensors):
+    """Length and number of columns (0: one-dimensional) of each tensor on each rank: rank -> tensor -> (n, D)."""
+    own = torch.tensor([[len(tensor), *tensor.shape[1:], 0][:2] for tensor in tensors])
+    own = (own.pin_memory() if dist.get_backend() == "nccl" else own).to(_device(own), non_blocking=True)
+    everyone = own.new_empty(world_size(), *own.shape)
+    dist.all_gather(list(everyone.unbind()), own)
+    return everyone.tolist()
+
+
+def _gather_padded(tensor, sizes):
+    longest, columns = max(length for length, _ in sizes), max(columns for _, columns in sizes)
+    shape = (columns,) if columns else ()
+    # collectives know no bool
+    rows = tensor.detach().view(torch.uint8) if tensor.dtype == torch.bool else tensor.detach()
+    padded = rows.new_zeros(longest, *shape, device=_device(rows))
+    if len(rows):
+        padded[: len(rows)] = rows
+    everyone = padded.new_empty(len(sizes), longest, *shape)
+    if longest:
+        dist.all_gather(list(everyone.unbind()), padded)
+    gathered = torch.cat([shard[:length] for shard, (length, _) in zip(everyone, sizes, strict=True)])
+    start = sum(length for length, _ in sizes[: rank()])
+    return gathered.to(tensor.device).view(tensor.dtype), start
+
+
+def _device(tensor):
+    """Where a collective takes a tensor from: NCCL knows GPUs only."""
+    return tensor.device if dist.get_backend() == "gloo" else torch.device("cuda", torch.cuda.current_device())
 
 
 def all_gather_list(items: list) -> list:
-    """The items of all processes, in their order."""
-    if not _many():
+    """Concatenate the lists of all processes in rank order."""
+    if not _is_distributed():
         return items
     from accelerate.utils import gather_object
 
@@ -70,8 +98,8 @@ def all_gather_list(items: list) -> list:
 
 
 def broadcast_object(value: Any) -> Any:
-    """What process 0 passes; the others' values are ignored."""
-    if not _many():
+    """Return the value that rank 0 passes; the values of the other ranks are ignored."""
+    if not _is_distributed():
         return value
     from accelerate.utils import broadcast_object_list
 
@@ -79,59 +107,65 @@ def broadcast_object(value: Any) -> Any:
 
 
 def broadcast_parameters(model: nn.Module) -> None:
-    """Give every process the weights of process 0."""
-    if _many():
+    """Copy the parameters and buffers of rank 0 to all processes."""
+    if _is_distributed():
         for tensor in (*model.parameters(), *model.buffers()):
             dist.broadcast(tensor.data, 0)
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up what the processes found, parameter by parameter."""
-    if _many():
+    """Sum each parameter's gradient over all processes; a missing gradient counts as zero."""
+    if _is_distributed():
         _wait([dist.all_reduce(_gradient(parameter), async_op=True) for parameter in parameters])
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """The largest value of all processes, in place."""
-    if _many():
+    """Replace `value` in place by its maximum over all processes, and return it."""
+    if _is_distributed():
         dist.all_reduce(value, dist.ReduceOp.MAX)
     return value
 
 
 def gather_batch_norm_stats(model: nn.Module) -> list[dict[str, Tensor]]:
-    """Every process's own running statistics, on the CPU; nothing from a single one, whose model holds them."""
-    if not _many():
+    """Return the running statistics of each process, on the CPU.
+
+    Returns [] in a single process, where the state dict of the model already contains them.
+    """
+    if not _is_distributed():
         return []
-    return all_gather_list([{name: buffer.cpu() for name, buffer in _statistics(model).items()}])
+    return all_gather_list([{name: buffer.cpu() for name, buffer in _running_stats(model).items()}])
 
 
 def restore_batch_norm_stats(model: nn.Module, statistics: list[dict[str, Tensor]]) -> None:
-    """Give every process its own of gather_statistics again, or the average where there were more or fewer of them.
+    """Restore the running statistics that `gather_batch_norm_stats` returned.
 
-    Raises ValueError where they are not those of the model.
+    With the same number of processes each gets its own, with another number each gets the average; [] changes nothing.
+    Raises ValueError if a buffer of the model is missing or has another shape.
     """
     if not statistics:
         return
-    own = [statistics[rank()]] if len(statistics) == world_size() else statistics
-    for name, buffer in _statistics(model).items():
-        found = [some.get(name) for some in own]
-        if not all(isinstance(tensor, Tensor) and tensor.shape == buffer.shape for tensor in found):
-            raise ValueError(f"its running statistics lack {name}, or have it in another shape")
-        buffer.copy_(torch.stack([tensor.to(buffer.device) for tensor in found]).mean(0))
+    sources = [statistics[rank()]] if len(statistics) == world_size() else statistics
+    for name, buffer in _running_stats(model).items():
+        tensors = [source.get(name) for source in sources]
+        if not all(isinstance(tensor, Tensor) and tensor.shape == buffer.shape for tensor in tensors):
+            raise ValueError(
+                f"its running statistics lack {name}, or contain it in another shape: use an intact checkpoint"
+            )
+        buffer.copy_(torch.stack([tensor.to(buffer.device) for tensor in tensors]).mean(0))
 
 
 def average_batch_norm_stats(model: nn.Module) -> None:
-    """Average the batch norms' running statistics, which every process took from its own part of the batches."""
-    if _many():
-        statistics = _statistics(model).values()
+    """Average the running statistics over the processes, each of which computed them from its own shard of batches."""
+    if _is_distributed():
+        statistics = _running_stats(model).values()
         _wait([dist.all_reduce(buffer.div_(world_size()), async_op=True) for buffer in statistics])
 
 
-def _many():
+def _is_distributed():
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _statistics(model):
+def _running_stats(model):
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM (a machine that is taken away): noted, so that training stops where it can go on exactly."""
+"""Handling of SIGINT (Ctrl-C) and SIGTERM (preemption): training stops at a point from which it can resume exactly."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ended the work; `signum` is its number."""
+    """Raised when a signal ended the work; `signum` is the number of that signal."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message)
@@ -18,60 +18,62 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, a first SIGINT or SIGTERM is noted in `received` (else 0); a second one ends the process at once.
+    """Context manager that records the first SIGINT or SIGTERM in `received`, which is 0 before.
 
-    Outside of the main thread, which alone gets signals, nothing is changed.
+    A second signal ends the process immediately. Only the main thread receives signals; in any other thread the context
+    manager changes nothing.
     """
 
     def __init__(self, *, verbose: bool):
-        self.received, self.verbose, self._immediately, self._previous = 0, verbose, False, {}
+        self.received, self.verbose, self._raise_immediately, self._previous_handlers = 0, verbose, False, {}
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+            self._previous_handlers = {signum: signal.signal(signum, self._handle) for signum in SIGNALS}
         return self
 
     def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
+        for signum, handler in self._previous_handlers.items():
             signal.signal(signum, handler)
 
     @contextmanager
     def immediately(self) -> Iterator[None]:
-        """For work that can be thrown away: within, a signal raises Stopped where it finds the program."""
-        self._immediately = True
+        """Within this context, raise Stopped as soon as a signal arrives; for work whose result may be discarded."""
+        self._raise_immediately = True
         try:
             self.check()
             yield
         finally:
-            self._immediately = False
+            self._raise_immediately = False
 
     def check(self) -> None:
-        """Raise Stopped if a signal came."""
+        """Raise Stopped if a signal was received."""
         if self.received:
             raise Stopped(self.received)
 
-    def _note(self, signum, _):
+    def _handle(self, signum, _):
         self.received = signum
         for other in SIGNALS:
             signal.signal(other, signal.SIG_DFL)
-        if self.verbose:  # print is not safe in here
-            os.write(2, b"\nstopping as soon as training can go on from there (once more: at once)\n")
-        if self._immediately:
+        if self.verbose:  # print is not reentrant, so it must not be called in a signal handler
+            os.write(2, b"\nstopping at the next point from which training can resume (again: stop immediately)\n")
+        if self._raise_immediately:
             raise Stopped(signum)
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C, and a SIGTERM to all that belongs to a run, reach loader processes too; only the main one should answer.
+    """Make a DataLoader worker ignore SIGINT, and SIGTERM from other processes than its parent.
 
-    Where the system tells who sent a signal, a worker ends by its parent's alone.
+    Ctrl-C, and a SIGTERM to the whole process group, reach the workers too, but only the main process may respond.
+    Systems without sigwaitinfo do not report a signal's sender; there, SIGTERM keeps its default action.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_by_parent, daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of_parent, daemon=True).start()
 
 
-def _end_by_parent():
+def _exit_on_sigterm_of_parent():
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -1,12 +1,12 @@
-"""Fixtures: a small data set on disk, and tiny towers in the hubs' own layouts."""
+"""Shared fixtures: a small data set on disk, and tiny towers in the folder layouts of timm and transformers."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # a test that wants the network fails at once
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network fails immediately
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["OMP_NUM_THREADS"] = "1"  # two threads on tiny tensors wait for each other, above all on a busy machine
+os.environ["OMP_NUM_THREADS"] = "1"  # on tiny tensors, synchronizing threads costs more than it saves
 
 import pytest
 from helpers import tiny_tokenizer, write_image_folder
@@ -14,13 +14,13 @@ from helpers import tiny_tokenizer, write_image_folder
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
-    """A folder of 30 photos with 2 captions each: 22 train, 2 val, 6 test. Not to be written to."""
+    """A folder of 30 photos with 2 captions each: 22 train, 2 val, 6 test. Tests must not write to it."""
     return write_image_folder(tmp_path_factory.mktemp("data") / "photos", 30)
 
 
 @pytest.fixture(scope="session")
 def image_tower(tmp_path_factory):
-    """A folder in timm's layout with a classifier of 7 classes, its batch norm statistics not the initial ones."""
+    """A folder in timm's layout: a ResNet with a classifier of 7 classes and non-default batch norm statistics."""
     import timm
     import torch
     from timm.models import save_for_hf
@@ -41,7 +41,7 @@ def image_tower(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def text_tower(tmp_path_factory):
-    """A folder in transformers' layout: a DistilBERT of 32 dimensions and its tokenizer."""
+    """A folder in transformers' layout: a DistilBERT with 32 dimensions, and its tokenizer."""
     import torch
     from transformers import DistilBertConfig, DistilBertModel
 
@@ -58,7 +58,7 @@ def text_tower(tmp_path_factory):
 
 @pytest.fixture
 def tiny_config(photos, image_tower, text_tower, tmp_path):
-    """Makes a Config that trains in a second; keywords go to Config."""
+    """A function that returns a Config whose training takes a second; keyword arguments override its fields."""
     from config import OWN_PHOTOS, Config
 
     settings = {name: value for name, (_, value) in OWN_PHOTOS.items()} | {

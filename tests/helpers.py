@@ -1,4 +1,4 @@
-"""What tests share: a small data set on disk, tiny models, and running the scripts as a person does."""
+"""Shared helpers: a small data set on disk, tiny models, and running scripts through the command line."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def write_image_folder(folder, count, *, captions=2, size=40):
-    """A data set: photos of two colours, left and right, with `captions` captions each."""
+    """Write a data set of photos with two colours, left and right, and `captions` captions each."""
     (folder / "Images").mkdir(parents=True)
     pairs = [(a, b) for a in COLOURS for b in COLOURS if a != b]
     rows = ["image,caption"]
@@ -35,15 +35,15 @@ def write_image_folder(folder, count, *, captions=2, size=40):
         pixels = np.empty((size, size, 3), np.uint8)
         pixels[:, : size // 2], pixels[:, size // 2 :] = COLOURS[left], COLOURS[right]
         Image.fromarray(pixels).save(folder / "Images" / f"photo_{number:02d}.png")
-        said = (f"{left} on the left and {right}", f"a picture of {left} beside {right}", f"{right} on the right")
-        rows += [f'photo_{number:02d}.png,"{text}"' for text in said[:captions]]
+        texts = (f"{left} on the left and {right}", f"a picture of {left} beside {right}", f"{right} on the right")
+        rows += [f'photo_{number:02d}.png,"{text}"' for text in texts[:captions]]
     (folder / "captions.txt").write_text("\n".join(rows) + "\n", "utf-8")
     return folder
 
 
 @cache
 def tiny_tokenizer():
-    """A tokenizer of colours and sides, always the same object."""
+    """Return a tokenizer trained on colours and sides; each call returns the same object."""
     from data.tokenizer import train_tokenizer
 
     sentences = [f"{a} on the left and {b} on the right" for a in COLOURS for b in COLOURS]
@@ -51,7 +51,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout=0.1):
-    """A dual encoder with random weights, and its tokenizer; two calls give the same weights."""
+    """Return a dual encoder with random weights and its tokenizer; each call returns the same weights."""
     import timm
     import torch
     from transformers import DistilBertConfig, DistilBertModel
@@ -61,10 +61,10 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
     tokenizer = tiny_tokenizer()
     torch.manual_seed(7)
     backbone = timm.create_model("test_resnet", num_classes=0)
-    text = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    text_config = DistilBertConfig(vocab_size=len(tokenizer), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
     model = CLIPModel(
         ImageEncoder(backbone, dim=backbone.num_features, mean=(0.4, 0.5, 0.6), std=(0.2,) * 3),
-        TextEncoder(DistilBertModel(text), pooling=pooling),
+        TextEncoder(DistilBertModel(text_config), pooling=pooling),
         embed_dim=16,
         dropout=dropout,
         temperature=0.07,
@@ -75,17 +75,17 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
 
 
 def open_data_of(config):
-    """The data set of a Config."""
+    """Open the data set of a Config."""
     from data.loading import open_data
 
     return open_data(config)
 
 
-def run_script(*words, cwd, check=True, **environment):
-    """Run `python WORDS` as a person does; with `check`, it must succeed."""
-    words = [str(ROOT / word) if word.endswith(".py") else str(word) for word in map(str, words)]
+def run_script(*arguments, cwd, check=True, **environment):
+    """Run `python ARGUMENTS` in a new process; with `check`, assert that it succeeds."""
+    arguments = [str(ROOT / word) if word.endswith(".py") else word for word in map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, *words],
+        [sys.executable, *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
@@ -96,22 +96,22 @@ def run_script(*words, cwd, check=True, **environment):
     return done
 
 
-def run_in_process(script, *words):
-    """Run `script` as `program` does, but in this process and folder, where torch is loaded already."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    argv, sys.argv = sys.argv, [script, *map(str, words)]
+def run_in_process(script, *arguments):
+    """Run `script` as `run_script` does, but in this process and its working folder, where torch is already loaded."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, [script, *map(str, arguments)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
             cli.run(importlib.import_module(script.removesuffix(".py")).main)
-    except SystemExit as stop:
-        code = stop.code or 0
+    except SystemExit as error:
+        code = error.code or 0
     finally:
         sys.argv = argv
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 def one_line_error(done):
-    """The one line of a refusal: exit code 2, nothing but that line on stderr."""
+    """Return the error line of a script; assert that it exited with code 2 and printed only this line to stderr."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

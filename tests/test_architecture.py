@@ -1,4 +1,7 @@
-"""The files at the top level import what is below them, and stay few; the packages' contract is in pyproject.toml."""
+"""Rules for the top-level files: what they import, how many there are, and how long files and functions are.
+
+The import rules of the packages are in pyproject.toml.
+"""
 
 import ast
 import re
@@ -10,7 +13,7 @@ from helpers import ROOT
 
 PACKAGES = ("runtime", "data", "models", "retrieval", "reporting", "training", "webui")
 SCRIPTS = ("train", "evaluate", "infer", "app", "export", "sweep", "average")
-# What each file to read and edit may import of the project. `python dataset.py` prints a report: its one exception.
+# The modules of the project that each top-level file may import. dataset.py imports reporting for `python dataset.py`.
 MAY_IMPORT = {
     "config": (),
     "losses": (),
@@ -20,7 +23,7 @@ MAY_IMPORT = {
 
 
 def imports(path):
-    """Top-level names of all modules that a file imports, anywhere in it."""
+    """Yield the top-level names of all modules that a file imports, in functions too."""
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
@@ -29,14 +32,14 @@ def imports(path):
 
 
 @pytest.mark.parametrize("name", MAY_IMPORT)
-def test_a_file_at_the_top_imports_only_what_is_below_it(name):
+def test_top_level_file_imports_only_allowed_modules(name):
     project = {*PACKAGES, *MAY_IMPORT}
     assert set(imports(ROOT / f"{name}.py")) & project <= set(MAY_IMPORT[name])
 
 
-def test_the_top_level_holds_eleven_files_and_no_file_or_function_is_long():
+def test_top_level_has_eleven_files_and_no_file_or_function_is_long():
     assert {path.stem for path in ROOT.glob("*.py")} == set(MAY_IMPORT)
-    for path in (path for place in (".", *PACKAGES) for path in (ROOT / place).glob("*.py")):
+    for path in (path for folder in (".", *PACKAGES) for path in (ROOT / folder).glob("*.py")):
         text = path.read_text("utf-8")
         assert text.count("\n") <= 420, path
         for node in ast.walk(ast.parse(text)):
@@ -45,14 +48,14 @@ def test_the_top_level_holds_eleven_files_and_no_file_or_function_is_long():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_importing_a_package_loads_nothing_heavy(package):
-    code = f"import sys, {package}; print(*{{'torch', 'numpy', 'pandas', 'gradio', 'transformers'}} & set(sys.modules))"
-    code = code.replace("print(*{", "print(*({").replace("set(sys.modules))", "set(sys.modules)))")
+def test_importing_a_package_loads_no_heavy_library(package):
+    heavy = {"torch", "numpy", "pandas", "gradio", "transformers"}
+    code = f"import sys, {package}; print(*({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
 
 
-def test_no_line_is_written_in_a_private_language():
+def test_no_line_contains_an_informal_idiom():
     idiom = re.compile(r"\b(says? of|is told|are told|told of|speaks)\b")
     files = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     lines = [(name, line) for name in files for line in (ROOT / name).read_text("utf-8").splitlines()]

@@ -1,7 +1,7 @@
-"""The objectives without their matrix: over B images and M captions, never B×M entries at a time.
+"""Chunked versions of the objectives for B images and M captions, which never store the (B, M) matrix of cosines.
 
-Each function equals its namesake in losses.py, values and gradients to rounding. Memory O((B + M) * D + B * chunk_size)
-instead of O(B * M); the backward pass computes each chunk a second time.
+Each function equals the function of losses.py that its docstring names, in value and gradient up to rounding.
+Memory O((B + M) * D + B * chunk_size) instead of O(B * M); the backward pass computes each chunk a second time.
 """
 
 from functools import cached_property
@@ -15,7 +15,7 @@ from losses import cosine_margin_loss, sigmoid_loss, soft_cross_entropy, triplet
 
 
 class ChunkedPairs:
-    """A batch whose captions are scored `chunk_size` at a time; what several terms need is computed once.
+    """A batch whose captions are scored `chunk_size` at a time; results that several terms need are cached.
 
     image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; image_ids (B,), caption_image_ids (M,): equal ids are
     positives.
@@ -28,23 +28,23 @@ class ChunkedPairs:
 
     @cached_property
     def positives(self) -> tuple[Tensor, Tensor]:
-        """Row and column of every positive pair, (P,) each."""
+        """Image and caption index of every positive pair, (P,) each."""
         return _positive_pairs(self.image_ids, self.caption_image_ids, self.chunk_size)
 
     @cached_property
     def scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One pass over the chunks: what _ChunkedScan returns."""
+        """The outputs of _ChunkedScan: log-sum-exps and hardest negatives, from one pass over the chunks."""
         return _ChunkedScan.apply(
             self.image_emb, self.text_emb, self.scale, self.image_ids, self.caption_image_ids, self.chunk_size
         )
 
     def cosines(self, image: Tensor, caption: Tensor) -> Tensor:
-        """Cosines of pairs (image, caption), (P,), (P,) -> (P,); -inf where either is -1."""
+        """Return the cosines of pairs (image, caption), (P,), (P,) -> (P,); -inf where either index is -1."""
         return _pair_cosines(self.image_emb, self.text_emb, image, caption, self.chunk_size)
 
 
 def chunked_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
-    """losses.info_nce by chunks of the captions -> ()."""
+    """Compute losses.info_nce in chunks of captions -> ()."""
     image, caption = pairs.positives
     row_lse, column_lse, _, _ = pairs.scan
     positive = pairs.cosines(image, caption)  # (P,)
@@ -54,35 +54,37 @@ def chunked_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tenso
 
 
 def chunked_sigmoid(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
-    """losses.sigmoid_loss by chunks of the captions -> ()."""
+    """Compute losses.sigmoid_loss in chunks of captions -> ()."""
     return _mean_over_captions(pairs, sigmoid_loss, temperature, bias)
 
 
 def chunked_cosine_margin(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
-    """losses.cosine_margin_loss by chunks of the captions -> ()."""
+    """Compute losses.cosine_margin_loss in chunks of captions -> ()."""
     return _mean_over_captions(pairs, cosine_margin_loss, objective.cosine_margin)
 
 
 def chunked_soft_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tensor:
-    """losses.soft_info_nce: rows of images, then rows of captions, as many at a time as keep B * chunk_size -> ()."""
-    resemblance_image, resemblance_text = _resemblance(pairs)
+    """Compute losses.soft_info_nce in chunks of images, then of captions, with B * chunk_size entries each -> ()."""
+    image_similarity, text_similarity = _similarity_features(pairs)
 
-    def rows(anchors, ids, own, others, other_ids, others_own, temperature):
+    def chunk_loss(anchors, ids, features, others, other_ids, other_features, temperature):
         sim, positives = anchors @ others.T, ids[:, None] == other_ids
-        return soft_cross_entropy(sim, positives, own @ others_own.T, temperature, objective.softness)
+        return soft_cross_entropy(sim, positives, features @ other_features.T, temperature, objective.softness)
 
-    def direction(anchors, others):
+    def one_direction(anchors, others):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others[0]))
         chunks = zip(*(tensor.split(size) for tensor in anchors), strict=True)
-        return torch.cat([checkpoint(rows, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks])
+        return torch.cat(
+            [checkpoint(chunk_loss, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks]
+        )
 
-    images = pairs.image_emb, pairs.image_ids, resemblance_image
-    texts = pairs.text_emb, pairs.caption_image_ids, resemblance_text
-    return (direction(images, texts).mean() + direction(texts, images).mean()) / 2
+    images = pairs.image_emb, pairs.image_ids, image_similarity
+    texts = pairs.text_emb, pairs.caption_image_ids, text_similarity
+    return (one_direction(images, texts).mean() + one_direction(texts, images).mean()) / 2
 
 
 def chunked_triplet(pairs: ChunkedPairs, objective) -> Tensor:
-    """The triplet term of an objective by chunks -> ()."""
+    """Compute the triplet term of an objective (losses.hardest_triplet, losses.mined_triplet) in chunks -> ()."""
     if objective.negatives != "hardest":
         return _mined_triplet(pairs, objective)
     image, caption = pairs.positives
@@ -97,10 +99,10 @@ def chunked_triplet(pairs: ChunkedPairs, objective) -> Tensor:
 
 
 class _ChunkedScan(torch.autograd.Function):
-    """Log-sum-exps of each row and column of scale * image_emb @ text_emb.T, and the indices of the hardest negatives.
+    """Log-sum-exp of each row and column of scale * image_emb @ text_emb.T, and the indices of the hardest negatives.
 
-    Returns row_lse (B,), column_lse (M,), hardest_caption (B,), hardest_image (M,), the last two -1 where a row or
-    column has no negative.
+    Returns row_lse (B,), column_lse (M,), hardest_caption (B,), hardest_image (M,); the indices are -1 where a row or
+    column has no negative. They carry no gradient.
     """
 
     @staticmethod
@@ -114,11 +116,11 @@ class _ChunkedScan(torch.autograd.Function):
             row_lse = torch.logaddexp(row_lse, logits.logsumexp(1))
             column_lse.append(logits.logsumexp(0))
             sim.masked_fill_(image_ids[:, None] == caption_image_ids[start : start + chunk_size], -torch.inf)
-            best, place = sim.max(1)
-            hardest_caption = torch.where(best > hardest, place + start, hardest_caption)
-            hardest = torch.maximum(best, hardest)
-            best, place = sim.max(0)
-            hardest_image.append(place.masked_fill(best == -torch.inf, -1))
+            chunk_max, index = sim.max(1)
+            hardest_caption = torch.where(chunk_max > hardest, index + start, hardest_caption)
+            hardest = torch.maximum(chunk_max, hardest)
+            chunk_max, index = sim.max(0)
+            hardest_image.append(index.masked_fill(chunk_max == -torch.inf, -1))
         column_lse, hardest_image = torch.cat(column_lse), torch.cat(hardest_image)
         ctx.save_for_backward(image_emb, text_emb, scale, row_lse, column_lse)
         ctx.chunk_size = chunk_size
@@ -133,7 +135,8 @@ class _ChunkedScan(torch.autograd.Function):
         for start in range(0, len(text_emb), ctx.chunk_size):
             chunk = slice(start, start + ctx.chunk_size)
             logits = scale * (image_emb @ text_emb[chunk].T)
-            # the softmax of each row and each column, weighted by what arrives at its log-sum-exp; in three buffers
+            # The gradient at the logits: each row's and column's softmax times the gradient at its log-sum-exp.
+            # In-place operations keep this to three buffers of the chunk's size.
             weights = (logits - row_lse[:, None]).exp_().mul_(row_grad[:, None])
             weights += (logits - column_lse[chunk]).exp_().mul_(column_grad[chunk])
             scale_grad += logits.mul_(weights).sum() / scale
@@ -143,18 +146,19 @@ class _ChunkedScan(torch.autograd.Function):
 
 
 def _mean_over_captions(pairs, loss, *settings):
-    """A loss that is a mean over captions, so that its chunks add up."""
+    """Compute a loss that is a mean over captions, as a sum over chunks -> ()."""
 
-    def chunk_sum(image_emb, text_emb, ids, *settings):
-        return len(text_emb) * loss(image_emb @ text_emb.T, pairs.image_ids[:, None] == ids, *settings)
+    def chunk_sum(image_emb, text_emb, caption_image_ids, *settings):
+        positives = pairs.image_ids[:, None] == caption_image_ids
+        return len(text_emb) * loss(image_emb @ text_emb.T, positives, *settings)
 
     chunks = zip(pairs.text_emb.split(pairs.chunk_size), pairs.caption_image_ids.split(pairs.chunk_size), strict=True)
     sums = [checkpoint(chunk_sum, pairs.image_emb, *chunk, *settings, use_reentrant=False) for chunk in chunks]
     return torch.stack(sums).sum() / len(pairs.text_emb)
 
 
-def _resemblance(pairs):
-    """losses.resembling, the mask of positives a chunk of captions at a time."""
+def _similarity_features(pairs):
+    """Compute losses.resembling from the positive pairs, without the (B, M) mask -> (B, 2D), (M, 2D)."""
     image_emb, text_emb = pairs.image_emb.detach(), pairs.text_emb.detach()
     image, caption = pairs.positives
     counts = image.bincount(minlength=len(image_emb)).clamp(min=1)[:, None]
@@ -164,30 +168,31 @@ def _resemblance(pairs):
 
 
 def _mined_triplet(pairs, objective):
-    """losses.mined_triplet, as many positive pairs at a time as keep B * chunk_size."""
+    """Compute losses.mined_triplet in chunks of positive pairs with B * chunk_size entries each -> ()."""
     image, caption = pairs.positives
 
     def chunk_sum(anchors, anchor_ids, anchor, others, other_ids, other):
         sim = anchors[anchor] @ others.T
-        positive = sim.gather(1, other[:, None]).squeeze(1)  # rounded as the negatives are: a tie stays one
+        # Gathered from sim, so that positives are rounded as negatives are: ties stay ties.
+        positive = sim.gather(1, other[:, None]).squeeze(1)
         is_negative = anchor_ids[anchor][:, None] != other_ids
-        kinds = {"negatives": objective.negatives, "distance": objective.distance}
-        return violations(sim, positive, is_negative, objective.margin, **kinds).sum()
+        settings = {"negatives": objective.negatives, "distance": objective.distance}
+        return violations(sim, positive, is_negative, objective.margin, **settings).sum()
 
-    def direction(anchors, anchor_ids, anchor, others, other_ids, other):
+    def one_direction(anchors, anchor_ids, anchor, others, other_ids, other):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others))
         sums = [
-            checkpoint(chunk_sum, anchors, anchor_ids, own, others, other_ids, theirs, use_reentrant=False)
-            for own, theirs in zip(anchor.split(size), other.split(size), strict=True)
+            checkpoint(chunk_sum, anchors, anchor_ids, chunk, others, other_ids, other_chunk, use_reentrant=False)
+            for chunk, other_chunk in zip(anchor.split(size), other.split(size), strict=True)
         ]
         return torch.stack(sums).sum()
 
     images, texts = (pairs.image_emb, pairs.image_ids, image), (pairs.text_emb, pairs.caption_image_ids, caption)
-    return (direction(*images, *texts) + direction(*texts, *images)) / (2 * len(image))
+    return (one_direction(*images, *texts) + one_direction(*texts, *images)) / (2 * len(image))
 
 
 def _positive_pairs(image_ids, caption_image_ids, chunk_size):
-    """Row and column of every positive, (P,) each."""
+    """Return the image and caption index of every positive pair, (P,) each, in chunks of captions."""
     pairs = [
         (image_ids[:, None] == ids).nonzero() + torch.tensor([0, number * chunk_size], device=ids.device)
         for number, ids in enumerate(caption_image_ids.split(chunk_size))
@@ -196,17 +201,20 @@ def _positive_pairs(image_ids, caption_image_ids, chunk_size):
 
 
 def _pair_cosines(image_emb, text_emb, image, caption, chunk_size):
-    """Cosines of the pairs (image, caption) → (P,), -inf where either is -1; the gathered rows are not kept."""
+    """Return the cosines of the pairs (image, caption) -> (P,), -inf where either index is -1.
+
+    Checkpointed: the gathered rows are not kept for the backward pass.
+    """
 
     def cosines(image_emb, text_emb, image, caption):
         products = (image_emb[image] * text_emb[caption]).sum(1)
         return products.masked_fill((image < 0) | (caption < 0), -torch.inf)
 
-    parts = zip(image.split(chunk_size), caption.split(chunk_size), strict=True)
-    return torch.cat([checkpoint(cosines, image_emb, text_emb, *part, use_reentrant=False) for part in parts])
+    chunks = zip(image.split(chunk_size), caption.split(chunk_size), strict=True)
+    return torch.cat([checkpoint(cosines, image_emb, text_emb, *chunk, use_reentrant=False) for chunk in chunks])
 
 
 def _group_mean(values, group, groups):
-    """Mean of the values of each group: (P,), (P,) → (groups,)."""
+    """Return the mean of the values of each group: values (P,), group index (P,) -> (groups,)."""
     sums = values.new_zeros(groups).index_add(0, group, values)
     return sums / group.bincount(minlength=groups)

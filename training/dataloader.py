@@ -1,4 +1,4 @@
-"""Items to batches: in which order they come, in how many pieces, and from how many loader processes."""
+"""Batches of images with captions: their order, their micro-batches, and the loader processes that read them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -12,12 +12,14 @@ from data.tokenizer import pad
 from dataset import CLIPDataset
 from runtime.signals import leave_signals_to_parent
 
-HELD_BYTES = 2**28  # of a batch's photos, decoded; a batch with more is read twice instead of held
+MAX_BATCH_BYTES = 2**28  # of a batch's decoded images; the images of a larger batch are read twice
 
 
 def collate(items: Sequence[dict], pad_id: int) -> dict:
-    """One batch of the readable items: pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), image_ids (B,),
-    caption_image_ids (M,), and the list of what was "unreadable". Without a readable item only that list.
+    """Collate the readable items into a batch.
+
+    Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), image_ids (B,), caption_image_ids (M,), and
+    "unreadable", a list of error messages; without a readable item only that list.
     """
     batch = {"unreadable": [item["unreadable"] for item in items if "unreadable" in item]}
     items = [item for item in items if "pixels" in item]
@@ -35,17 +37,18 @@ MicroBatchPasses = tuple[Iterable[dict], Iterable[dict] | None]
 
 
 class ImageCaptionLoader:
-    """The batches of an epoch: `batches.epoch(e)` iterates over them, len(batches) counts them.
+    """The batches of an epoch: `loader.epoch(e)` iterates over them, len(loader) is their number.
 
-    A batch comes as two passes over its micro-batches, or as one and None where it is a single one. A batch whose
-    photos would fill memory is read again for the second pass, which gives the same: an item depends on its key alone.
+    A batch is two passes over its micro-batches, or one pass and None if it is a single micro-batch. If the images of a
+    batch exceed MAX_BATCH_BYTES, the second pass reads them again; it yields the same, since an item depends only on
+    its key (epoch, index).
     """
 
     def __init__(
         self, dataset: CLIPDataset, sampler: "EpochSampler", *, pad_id: int, num_workers: int, pin_memory: bool
     ):
-        pixels = 3 * dataset.preprocess.size**2 * sampler.own_images  # bytes of a batch
-        self.sampler, self.reread = sampler, sampler.micro_batches > 1 and pixels > HELD_BYTES
+        batch_bytes = 3 * dataset.preprocess.size**2 * sampler.images_per_process
+        self.sampler, self.reread = sampler, sampler.micro_batches > 1 and batch_bytes > MAX_BATCH_BYTES
         self.paths = dataset.paths
         self.loader = DataLoader(
             dataset,
@@ -60,24 +63,24 @@ class ImageCaptionLoader:
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[MicroBatchPasses]:
-        """The batches of an epoch from number `first` on."""
-        self.sampler.go_to(epoch, first)
-        parts, micro_batches = iter(self.loader), self.sampler.micro_batches
-        for _ in range(first, len(self)):
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[MicroBatchPasses]:
+        """Iterate over the batches of an epoch, starting at number `first_batch`."""
+        self.sampler.set_epoch(epoch, first_batch)
+        stream, count = iter(self.loader), self.sampler.micro_batches
+        for _ in range(first_batch, len(self)):
             if self.reread:
-                yield islice(parts, micro_batches), islice(parts, micro_batches)
+                yield islice(stream, count), islice(stream, count)
             else:
-                held = list(islice(parts, micro_batches))
-                yield held, (held if micro_batches > 1 else None)
+                micro_batches = list(islice(stream, count))
+                yield micro_batches, (micro_batches if count > 1 else None)
 
 
 class EpochSampler:
-    """Shuffled batches of keys (epoch, index), this process's share of them cut into micro-batches.
+    """Shuffled batches of keys (epoch, index); each process gets its shard of a batch, split into micro-batches.
 
-    The epoch is cut into as few batches as batch_size allows, all of one size: that keeps the number of negatives, and
-    the shapes a compiled model sees, the same. The few images that are left over stay out of an epoch, others each
-    time. No image comes twice in an epoch.
+    An epoch has as few batches as batch_size allows, all of the same size. This keeps the number of negatives constant,
+    and the shapes of a compiled model. The remaining images are dropped, different ones in each epoch. No image appears
+    twice in an epoch.
     """
 
     def __init__(
@@ -86,28 +89,28 @@ class EpochSampler:
         self.images, self.seed, self.process = images, seed, process
         self.epoch_number, self.first_batch = 0, 0
         self.batches = -(-images // batch_size)
-        self.own_images = images // self.batches // processes
-        self.batch_images = self.own_images * processes
-        self.micro_batches = -(-self.own_images // micro_batch_size)
+        self.images_per_process = images // self.batches // processes  # of a batch
+        self.images_per_batch = self.images_per_process * processes
+        self.micro_batches = -(-self.images_per_process // micro_batch_size)
 
     def __len__(self):
         return self.batches
 
-    def go_to(self, epoch: int, first_batch: int = 0) -> None:
-        """Iterate over that epoch next, from that batch on."""
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Make the next iteration yield the batches of `epoch`, starting at number `first_batch`."""
         self.epoch_number, self.first_batch = epoch, first_batch
 
     def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
-        """For each batch this process's micro-batches, of sizes that differ by at most 1."""
+        """Yield this process's micro-batches of each batch; their sizes differ by at most 1."""
         order = np.random.default_rng((self.seed, self.epoch_number)).permutation(self.images)
         for batch in range(self.first_batch, self.batches):
-            start = batch * self.batch_images + self.process * self.own_images
-            own = np.array_split(order[start : start + self.own_images], self.micro_batches)
-            yield [[(self.epoch_number, int(index)) for index in part] for part in own]
+            start = batch * self.images_per_batch + self.process * self.images_per_process
+            shard = np.array_split(order[start : start + self.images_per_process], self.micro_batches)
+            yield [[(self.epoch_number, int(index)) for index in micro_batch] for micro_batch in shard]
 
 
 class MicroBatchSampler:
-    """The micro-batches of an EpochSampler one after another, those of each batch `repeat` times."""
+    """The micro-batches of an EpochSampler in order, those of each batch `repeat` times."""
 
     def __init__(self, sampler: EpochSampler, repeat: int):
         self.sampler, self.repeat = sampler, repeat
@@ -116,6 +119,6 @@ class MicroBatchSampler:
         return len(self.sampler) * self.sampler.micro_batches * self.repeat
 
     def __iter__(self):
-        for parts in self.sampler:
+        for micro_batches in self.sampler:
             for _ in range(self.repeat):
-                yield from parts
+                yield from micro_batches

@@ -1,4 +1,4 @@
-"""From a configuration and a data set to the batches of training and the embeddings of validation."""
+"""Build the training batches and the validation embedder from a Config and a data set."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,14 +22,20 @@ from training.feature_loader import CachedFeatureLoader, CachedSplit, add_flippe
 def build_batches(
     config: Config, model: CLIPModel, encoder: Encoder, data: CaptionData, *, first_epoch: int = 0
 ) -> tuple[CachedFeatureLoader | ImageCaptionLoader, Callable[[], Embeddings]]:
-    """The training batches from `first_epoch` on, and what embeds the validation part; both from stored features where
-    a part of the image tower never changes and `config.views` of each photo are to be kept."""
+    """Build the training batches from `first_epoch` on, and a function that embeds the validation split.
+
+    With `config.views` both use cached features of the frozen image trunk, else the image files. Raises ValueError if
+    the trunk cannot be split.
+    """
     train, val = data.split("train"), data.split("val")
     if encoder.max_tokens < config.max_tokens:
-        print(f"the text tower takes {encoder.max_tokens} tokens, fewer than --max-tokens {config.max_tokens}")
+        print(
+            f"the text tower accepts at most {encoder.max_tokens} tokens, fewer than --max-tokens "
+            f"{config.max_tokens}: longer captions are truncated"
+        )
     if config.views:
-        return _stored_batches(config, model, encoder, train, val, first_epoch)
-    return _photo_batches(config, encoder, train), partial(embed_split, encoder, val)
+        return _build_cached(config, model, encoder, train, val, first_epoch)
+    return _build_from_images(config, encoder, train), partial(embed_split, encoder, val)
 
 
 def _sampler(config, images):
@@ -43,48 +49,49 @@ def _sampler(config, images):
     )
 
 
-def _stored_batches(config, model, encoder, train, val, first_epoch):
+def _build_cached(config, model, encoder, train, val, first_epoch):
     tower = model.image_encoder
     try:
         split_trunk(tower)
     except ValueError as error:
         raise ValueError(f"--cached-views {config.cached_views}: {error}; try --cached-views 0") from None
-    fixed = config.text_pooling != "gpo"  # what a text tower that does not train says of a caption
-    texts_too = fixed and (config.freeze_text or first_epoch < config.freeze_epochs)
-    reads = not (fixed and config.freeze_text)
+    cacheable = config.text_pooling != "gpo"  # a learned pooling trains on a frozen text tower too
+    needs_text_features = cacheable and (config.freeze_text or first_epoch < config.freeze_epochs)
+    needs_tokens = not (cacheable and config.freeze_text)
 
-    def stored(part, name, views):
+    def cache(split, name, views):
         images = cache_image_features(
-            encoder, tower, part, name, views=views, min_crop=config.min_crop, cache_dir=config.cache_dir
+            encoder, tower, split, name, views=views, min_crop=config.min_crop, cache_dir=config.cache_dir
         )
-        report_unreadable(part, images.kept, name)
-        captions, mirrored = add_flipped_captions(part.captions, mirror=views > 1)
-        texts, tokens = None, _tokens(encoder, captions) if reads else None
-        if texts_too:
-            reader = replace(encoder, encode_text=model.text_encoder.eval())
-            texts = cache_text_features(reader, model.text_encoder, captions, name, cache_dir=config.cache_dir)
-        return CachedSplit(part, images, mirrored, texts=texts, tokens=tokens)
+        report_unreadable(split, images.readable, name)
+        captions, flipped_rows = add_flipped_captions(split.captions, flip=views > 1)
+        texts, tokens = None, _tokenize(encoder, captions) if needs_tokens else None
+        if needs_text_features:
+            text_encoder = replace(encoder, encode_text=model.text_encoder.eval())
+            texts = cache_text_features(text_encoder, model.text_encoder, captions, name, cache_dir=config.cache_dir)
+        return CachedSplit(split, images, flipped_rows, texts=texts, tokens=tokens)
 
-    training, validation = stored(train, "train", config.views), stored(val, "val", 1)
-    if reads:
-        _report_cut(encoder, train, replace(training.tokens, rows=training.tokens.rows[: len(train.captions)]))
-    batches = CachedFeatureLoader(
-        training,
-        _sampler(config, int(training.images.kept.sum())),
+    cached_train, cached_val = cache(train, "train", config.views), cache(val, "val", 1)
+    if needs_tokens:
+        original = cached_train.tokens.rows[: len(train.captions)]
+        _report_truncation(encoder, train, replace(cached_train.tokens, rows=original))
+    loader = CachedFeatureLoader(
+        cached_train,
+        _sampler(config, int(cached_train.images.readable.sum())),
         captions_per_image=config.captions_per_image,
         frozen_epochs=config.freeze_epochs,
         pad_id=encoder.tokenizer.pad_token_id,
         device=encoder.device,
     )
-    return batches, partial(embed_cached_split, model, encoder, validation)
+    return loader, partial(embed_cached_split, model, encoder, cached_val)
 
 
-def _photo_batches(config, encoder, part):
-    tokens = _tokens(encoder, [*part.captions, *map(flip_caption, part.captions)])
+def _build_from_images(config, encoder, split):
+    tokens = _tokenize(encoder, [*split.captions, *map(flip_caption, split.captions)])
     token_ids, flipped_ids = (replace(tokens, rows=rows) for rows in np.split(tokens.rows, 2))
-    _report_cut(encoder, part, token_ids)
-    photos = CLIPDataset(
-        part,
+    _report_truncation(encoder, split, token_ids)
+    dataset = CLIPDataset(
+        split,
         token_ids,
         flipped_ids,
         preprocess=encoder.preprocess,
@@ -92,21 +99,21 @@ def _photo_batches(config, encoder, part):
         augment=config.augment,
         min_crop=config.min_crop,
         seed=config.seed,
-        image_cache=encoder.image_cache(part.paths),
+        image_cache=encoder.image_cache(split.paths),
     )
     return ImageCaptionLoader(
-        photos,
-        _sampler(config, len(photos)),
+        dataset,
+        _sampler(config, len(dataset)),
         pad_id=encoder.tokenizer.pad_token_id,
         num_workers=encoder.num_workers,
         pin_memory=encoder.device.type == "cuda",
     )
 
 
-def _tokens(encoder, captions):
+def _tokenize(encoder, captions):
     return tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
 
 
-def _report_cut(encoder, part, token_ids):
-    if line := describe_truncation(encoder.tokenizer, part.captions, token_ids, max_tokens=encoder.max_tokens):
+def _report_truncation(encoder, split, token_ids):
+    if line := describe_truncation(encoder.tokenizer, split.captions, token_ids, max_tokens=encoder.max_tokens):
         print(line)

@@ -1,4 +1,4 @@
-"""Stored features: what the frozen part of a tower says never changes, so it is computed once and kept on disk."""
+"""Cached features of the frozen part of a tower: they never change, so they are computed once and stored on disk."""
 
 import hashlib
 import json
@@ -32,168 +32,178 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True)
 class CachedImageFeatures:
-    """What the frozen part of an image tower says of `views` views of N photos, a memory-mapped row for each."""
+    """Features of the frozen trunk for `views` augmented views of each of N images, in memory-mapped rows."""
 
-    rows: Tensor  # (N * views, ...); view v of photo n is row n * views + v
+    rows: Tensor  # (N * views, ...); view v of image n is row n * views + v
     views: int
-    kept: np.ndarray  # (N,) bool: which photos could be read; the others' rows mean nothing
+    readable: np.ndarray  # (N,) bool; the rows of unreadable images are undefined
 
 
 def cache_image_features(
     encoder: Encoder,
     tower: ImageEncoder,
-    part: Split,
+    split: Split,
     name: str,
     *,
     views: int,
     min_crop: float,
     cache_dir: str,
 ) -> CachedImageFeatures:
-    """What `tower.before` says of a part's photos, from disk if it was computed before from the same; see PhotoViews
-    for the views. Every process writes its share."""
-    # The text is that of the first release, whatever classes are called now: cached features stay usable.
+    """Return `tower.forward_frozen` of a split's images, from the cache or computed now.
+
+    views as in AugmentedViews. Each process computes its shard of the images. Raises ValueError if the disk is too
+    full, OSError if a write fails; an interrupted computation continues at the next call.
+    """
+    # This exact text is part of the cache key; with any other, existing caches would be computed again.
     structure = str(nn.ModuleList([tower.trunk_parts[0]]))
     crop = min_crop if views > 2 else None
     settings = f"({encoder.preprocess.cache_key()}, {encoder.precision}, {tower.pooling!r}, {views}, {crop})"
     tensors = [*_tensors(nn.ModuleList([tower.trunk_parts[0]])), ("mean", tower.mean), ("std", tower.std)]
-    stamps = [f"{path.resolve()}\0{file_stamp(path)}" for path in part.paths]
+    stamps = [f"{path.resolve()}\0{file_stamp(path)}" for path in split.paths]
     path = Path(cache_dir) / "features" / f"{_key(structure, settings, tensors, stamps)}.images"
-    if found := _open_everywhere(path, len(part.paths), views):
-        return found
+    if cached := _open_everywhere(path, len(split.paths), views):
+        return cached
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")) if rank() == 0 else nullcontext():
-        if found := _open_everywhere(path, len(part.paths), views):  # another run was at it
-            return found
-        files = AugmentedViews(part.paths, preprocess=encoder.preprocess, views=views, min_crop=min_crop)
-        _compute(encoder, tower, files, f"{name}: photos", path)
-    return _open(path, len(part.paths), views)
+        if cached := _open_everywhere(path, len(split.paths), views):  # another run computed them meanwhile
+            return cached
+        images = AugmentedViews(split.paths, preprocess=encoder.preprocess, views=views, min_crop=min_crop)
+        _compute(encoder, tower, images, f"{name}: photos", path)
+    return _open(path, len(split.paths), views)
 
 
 def cache_text_features(
     encoder: Encoder, tower: nn.Module, captions: Sequence[str], name: str, *, cache_dir: str
 ) -> Tensor:
-    """What the text tower, `encoder.encode_text`, says of captions, (M, H), from disk if it was computed before."""
-    inner = str(tower.backbone).replace("\n", "\n  ")
-    structure, settings = (
-        f"TextEncoder(\n  pooling={tower.pooling}\n  (backbone): {inner}\n)",
-        f"({encoder.precision},)",
-    )
-    read = fingerprint(encoder.tokenizer, captions, encoder.max_tokens)
-    path = Path(cache_dir) / "features" / f"{_key(structure, settings, _tensors(tower), [read])}.safetensors"
+    """Return `encoder.encode_text` of the captions, (M, H), from the cache or computed by all processes together."""
+    backbone = str(tower.backbone).replace("\n", "\n  ")
+    # The exact texts of both are part of the cache key, as above.
+    structure = f"TextEncoder(\n  pooling={tower.pooling}\n  (backbone): {backbone}\n)"
+    settings = f"({encoder.precision},)"
+    tokens = fingerprint(encoder.tokenizer, captions, encoder.max_tokens)
+    path = Path(cache_dir) / "features" / f"{_key(structure, settings, _tensors(tower), [tokens])}.safetensors"
     try:
         rows = load_file(path)["texts"]
     except (FileNotFoundError, SafetensorError, KeyError):
-        rows = None  # not there yet, or left incomplete by a full disk
+        rows = None  # missing, or truncated by a full disk
     if all(all_gather_list([rows is not None])):
         return rows
-    rows = encoder.encode_captions(captions, f"{name}: captions")  # by all processes together
+    rows = encoder.encode_captions(captions, f"{name}: captions")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda unfinished: _save_texts(rows, unfinished))
+        replace_file(path, lambda temporary: _save_texts(rows, temporary))
     return rows
 
 
 def _save_texts(rows, path):
     try:
         save_file({"texts": rows.contiguous()}, path)
-    except SafetensorError as error:  # a full disk, in its own words
+    except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(str(error)) from None
 
 
-def _open_everywhere(path, photos, views):
-    """As _open, and None in every process where one of them finds nothing."""
-    found = _open(path, photos, views)
-    return found if all(all_gather_list([found is not None])) else None
+def _open_everywhere(path, images, views):
+    """Return what _open returns, or None in all processes if it is None in one of them."""
+    cached = _open(path, images, views)
+    return cached if all(all_gather_list([cached is not None])) else None
 
 
-def _open(path, photos, views):
-    """The features of a finished file, or None."""
+def _open(path, images, views):
+    """Open a complete file of features; return None if it is missing or damaged."""
     try:
-        what = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        dtype, shape, unreadable = DTYPES[what["dtype"]], what["shape"], what["unreadable"]
-        size = photos * views * math.prod(shape)
+        metadata = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        dtype, shape, unreadable = DTYPES[metadata["dtype"]], metadata["shape"], metadata["unreadable"]
+        size = images * views * math.prod(shape)
         if path.stat().st_size != size * dtype.itemsize:
             return None
         rows = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
-        kept = np.ones(photos, bool)
-        kept[unreadable] = False
+        readable = np.ones(images, bool)
+        readable[unreadable] = False
     except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError):
-        return None  # not there yet, or damaged
-    return CachedImageFeatures(rows.view(photos * views, *shape), views, kept)
+        return None
+    return CachedImageFeatures(rows.view(images * views, *shape), views, readable)
 
 
-def _compute(encoder, tower, files, progress, path):
-    """Write the file of features, and when it is whole the one that says so. Goes on where an earlier try ended."""
+def _compute(encoder, tower, images, desc, path):
+    """Compute the features into a temporary file, then rename it and write its metadata.
+
+    Continues an interrupted computation after the images that its journals list.
+    """
     size = encoder.preprocess.size
     example = encoder.run(tower.eval().forward_frozen, torch.zeros(1, 3, size, size, dtype=torch.uint8))[0]
-    row_bytes = example.numel() * example.dtype.itemsize * files.views
-    unfinished = path.with_name(f".{path.name}")
+    row_bytes = example.numel() * example.dtype.itemsize * images.views
+    temporary = path.with_name(f".{path.name}")
     try:
         if rank() == 0:
-            if not (unfinished.is_file() and unfinished.stat().st_size == row_bytes * len(files)):
-                _forget(unfinished)  # of other features, or damaged: its journals are void
+            if not (temporary.is_file() and temporary.stat().st_size == row_bytes * len(images)):
+                _delete_temporary(temporary)  # missing or damaged: its journals are void too
             reserve_file(
-                unfinished,
-                row_bytes * len(files),
-                purpose="the features",
-                advice="lower --cached-views, or name another place with --cache-dir",
+                temporary,
+                row_bytes * len(images),
+                purpose="the cached features",
+                advice="lower --cached-views, or choose another disk with --cache-dir",
             )
-        all_gather_list([])  # the others wait for the file
-        unreadable = all_gather_list(_write_share(encoder, tower, files, progress, unfinished, row_bytes))
+        all_gather_list([])  # barrier: the file exists now
+        unreadable = all_gather_list(_write_shard(encoder, tower, images, desc, temporary, row_bytes))
         if rank() == 0:
-            os.replace(unfinished, path)
+            os.replace(temporary, path)
             dtype = str(example.dtype).removeprefix("torch.")
-            what = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
-            write_text(path.with_suffix(".json"), json.dumps(what) + "\n")
-            _forget(unfinished)
-        all_gather_list([])
+            metadata = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
+            write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")
+            _delete_temporary(temporary)
+        all_gather_list([])  # barrier: the metadata is complete
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("What was computed is kept; the same command goes on from there.") from None
+        raise KeyboardInterrupt(
+            "The features computed so far are saved; run the same command again to continue."
+        ) from None
     except Exception:
         if rank() == 0:
-            _forget(unfinished)
+            _delete_temporary(temporary)
         raise
 
 
-def _write_share(encoder, tower, files, progress, path, row_bytes):
-    """Write this process's rows, and return the numbers of its photos that cannot be read."""
-    own, rest = shard_slice(len(files)), copy(files)
+def _write_shard(encoder, tower, images, desc, path, row_bytes):
+    """Write the rows of this process's images; return the indices of those that cannot be read.
+
+    A row is what all views of an image take: row_bytes. The journal counts finished images after each batch.
+    """
+    shard, remaining = shard_slice(len(images)), copy(images)
     journal = path.with_name(f"{path.name}.{rank()}-{world_size()}.done")
-    done, unreadable = _read_journal(journal)
-    rest.paths = files.paths[own][done:]
-    number = own.start + done
+    finished, unreadable = _read_journal(journal)
+    remaining.paths = images.paths[shard][finished:]
+    index = shard.start + finished
     with path.open("r+b") as file:
-        for pixels, reasons in encoder.pixel_batches(rest, progress, batch_size=max(1, IMAGE_BATCH // files.views)):
+        for pixels, reasons in encoder.pixel_batches(remaining, desc, batch_size=max(1, IMAGE_BATCH // images.views)):
             rows = None if pixels is None else encoder.run(tower.forward_frozen, pixels.flatten(0, 1)).contiguous()
             rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
             for reason in reasons:
                 if reason is None:
-                    write_at(file, number * row_bytes, next(rows))
+                    write_at(file, index * row_bytes, next(rows))
                 else:
-                    unreadable.append(number)
-                number += 1
+                    unreadable.append(index)
+                index += 1
             os.fsync(file.fileno())
-            write_text(journal, json.dumps([number - own.start, unreadable]))
+            write_text(journal, json.dumps([index - shard.start, unreadable]))
     return unreadable
 
 
 def _read_journal(path):
-    """How many photos an earlier try is done with, and which of them it could not read."""
+    """Return how many images an interrupted computation finished, and the indices of those it could not read."""
     try:
-        done, unreadable = json.loads(path.read_text("utf-8"))
-        return int(done), list(map(int, unreadable))
+        finished, unreadable = json.loads(path.read_text("utf-8"))
+        return int(finished), list(map(int, unreadable))
     except (OSError, ValueError, TypeError):
         return 0, []
 
 
-def _forget(path):
-    """Delete an unfinished file, and the journals of those who wrote it."""
+def _delete_temporary(path):
+    """Delete a temporary file and the journals of all processes that wrote it."""
     for file in (path, *path.parent.glob(f"{path.name}.*.done")):
         file.unlink(missing_ok=True)
 
 
 def _key(structure: str, settings: str, tensors: Iterable[tuple[str, Tensor]], items: Iterable[str]) -> str:
-    """A file name that changes with anything that changes the features: layers, settings, weights, images, captions."""
+    """Hash everything that determines the features into a file name: layers, settings, weights, images or captions."""
     digest = hashlib.sha256(f"({structure!r}, {settings})".encode())
     for name, tensor in tensors:
         digest.update(name.encode())

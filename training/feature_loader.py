@@ -1,4 +1,6 @@
-"""Batches and validation from stored features: what trains sees them in place of photos, and of captions too."""
+"""Training batches and validation embeddings from cached features, in place of images and, for a frozen text tower,
+captions.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,41 +18,48 @@ from runtime.distributed import gather_rows, shard_slice
 from training.dataloader import EpochSampler, MicroBatchPasses
 from training.feature_cache import CachedImageFeatures
 
-ON_DEVICE = 2**30  # bytes; fewer wait on the device, more are copied there batch by batch
+MAX_DEVICE_BYTES = 2**30  # smaller features stay on the device; larger ones are copied there batch by batch
 
 
 @dataclass(frozen=True)
 class CachedSplit:
-    """A part with its photos' features, and its captions': what the text tower says of them while it is frozen or held
-    (texts), their tokens for when it trains.
+    """A split with cached image features, and its captions as cached text features, as tokens, or as both.
 
-    Both have more rows than captions: `mirrored` (M,) says which row a caption is in a mirror image.
+    Both have a row for each of the M captions, and further rows for captions that change in a flipped image:
+    flipped_rows[m] is the row of caption m in a flipped image. Text features are used while the text tower is frozen,
+    tokens while it trains.
     """
 
     split: Split
     images: CachedImageFeatures
-    mirrored: np.ndarray
-    texts: Tensor | None = None
+    flipped_rows: np.ndarray  # (M,) int64
+    texts: Tensor | None = None  # (rows, H)
     tokens: Tokens | None = None
 
 
-def add_flipped_captions(captions: Sequence[str], *, mirror: bool) -> tuple[list[str], np.ndarray]:
-    """The captions and, to be mirrored, behind them those that then read otherwise; and each one's row in a mirror."""
-    rows, everything = np.arange(len(captions)), list(captions)
-    for number, caption in enumerate(captions if mirror else ()):
-        if (other := flip_caption(caption)) != caption:
-            rows[number] = len(everything)
-            everything.append(other)
-    return everything, rows
+def add_flipped_captions(captions: Sequence[str], *, flip: bool) -> tuple[list[str], np.ndarray]:
+    """Append the flipped captions that differ from the original; also return the row of each caption's flip, (M,).
+
+    Without `flip` nothing is appended, and each caption is its own flip.
+    """
+    rows, extended = np.arange(len(captions)), list(captions)
+    for number, caption in enumerate(captions if flip else ()):
+        if (flipped := flip_caption(caption)) != caption:
+            rows[number] = len(extended)
+            extended.append(flipped)
+    return extended, rows
 
 
 class CachedFeatureLoader:
-    """The batches of an epoch as TrainingBatches gives them, but with image_features, and with text_features in the
-    first `held_epochs`, tokens after them. View and captions depend on (seed, epoch, index) alone."""
+    """The batches of an ImageCaptionLoader, but with image_features instead of pixels.
+
+    In the first `frozen_epochs` a batch has text_features, afterwards tokens; without tokens always text_features.
+    The augmented view and the captions of an image depend only on (seed, epoch, index).
+    """
 
     def __init__(
         self,
-        stored: CachedSplit,
+        cached: CachedSplit,
         sampler: EpochSampler,
         *,
         captions_per_image: int,
@@ -58,73 +67,73 @@ class CachedFeatureLoader:
         pad_id: int,
         device: torch.device,
     ):
-        self.paths, self.photos = stored.split.paths, np.flatnonzero(stored.images.kept)
+        self.paths, self.readable = cached.split.paths, np.flatnonzero(cached.images.readable)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
-        self.mirrored, self.tokens, self.views = stored.mirrored, stored.tokens, stored.images.views
-        self.images, self.frozen_epochs = _near(stored.images.rows, device), frozen_epochs
-        self.texts = None if stored.texts is None else _near(stored.texts, device)
-        self.first_caption = np.searchsorted(stored.split.caption_image_ids, np.arange(len(self.paths) + 1))
+        self.flipped_rows, self.tokens, self.views = cached.flipped_rows, cached.tokens, cached.images.views
+        self.images, self.frozen_epochs = _to_device_if_small(cached.images.rows, device), frozen_epochs
+        self.texts = None if cached.texts is None else _to_device_if_small(cached.texts, device)
+        self.first_caption = np.searchsorted(cached.split.caption_image_ids, np.arange(len(self.paths) + 1))
 
     def __len__(self):
         return len(self.sampler)
 
-    def epoch(self, epoch: int, first: int = 0) -> Iterator[MicroBatchPasses]:
-        """The batches of an epoch from number `first` on."""
-        self.sampler.go_to(epoch, first)
-        for keys in self.sampler:
-            if len(keys) == 1:
-                yield [self._micro_batch(keys[0])], None
-            else:  # they are cheap to gather twice, and large to hold
-                yield map(self._micro_batch, keys), map(self._micro_batch, keys)
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[MicroBatchPasses]:
+        """Iterate over the batches of an epoch, starting at number `first_batch`."""
+        self.sampler.set_epoch(epoch, first_batch)
+        for micro_batches in self.sampler:
+            if len(micro_batches) == 1:
+                yield [self._micro_batch(micro_batches[0])], None
+            else:  # gathering rows twice is cheap; keeping all of a batch would need much memory
+                yield map(self._micro_batch, micro_batches), map(self._micro_batch, micro_batches)
 
     def _micro_batch(self, keys):
-        rows, captions = zip(*(self._draw(*key) for key in keys), strict=True)
-        rows = torch.tensor(rows)
-        image_ids = rows // self.views
+        image_rows, caption_rows = zip(*(self._draw(*key) for key in keys), strict=True)
+        image_rows = torch.tensor(image_rows)
+        image_ids = image_rows // self.views
         batch = {
             "unreadable": [],
-            "image_features": self.images[rows],
+            "image_features": self.images[image_rows],
             "image_ids": image_ids,
-            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(own) for own in captions])),
+            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(rows) for rows in caption_rows])),
         }
-        captions = np.concatenate(captions)
+        caption_rows = np.concatenate(caption_rows)
         epoch, _ = keys[0]
         if self.texts is not None and (self.tokens is None or epoch < self.frozen_epochs):
-            return batch | {"text_features": self.texts[torch.from_numpy(captions)]}
-        ids, mask = pad([self.tokens[row] for row in captions], self.pad_id)
+            return batch | {"text_features": self.texts[torch.from_numpy(caption_rows)]}
+        ids, mask = pad([self.tokens[row] for row in caption_rows], self.pad_id)
         return batch | {"input_ids": ids, "attention_mask": mask}
 
     def _draw(self, epoch, index):
-        """The row of a photo's view, and the rows of its captions."""
-        rng, photo = np.random.default_rng((self.sampler.seed, epoch, index)), self.photos[index]
-        captions = sample_captions(rng, self.first_caption, photo, self.captions_per_image)
+        """Draw an augmented view and captions for an item; returns the row of the view and the rows of the captions."""
+        rng, image = np.random.default_rng((self.sampler.seed, epoch, index)), self.readable[index]
+        captions = sample_captions(rng, self.first_caption, image, self.captions_per_image)
         view = int(rng.integers(self.views)) if self.views > 1 else 0
-        return photo * self.views + view, self.mirrored[captions] if is_flipped(view) else captions
+        return image * self.views + view, self.flipped_rows[captions] if is_flipped(view) else captions
 
 
-def embed_cached_split(model: CLIPModel, encoder: Encoder, stored: CachedSplit) -> Embeddings:
-    """The embeddings of a validation part from its stored features, each process its share; its first view counts."""
-    kept, owner = stored.images.kept, stored.split.caption_image_ids
-    rows, captions = np.flatnonzero(kept) * stored.images.views, np.flatnonzero(kept[owner])
+def embed_cached_split(model: CLIPModel, encoder: Encoder, cached: CachedSplit) -> Embeddings:
+    """Embed a validation split from its cached features, sharded over the processes; the first view of each image."""
+    readable, caption_image_ids = cached.images.readable, cached.split.caption_image_ids
+    rows, captions = np.flatnonzero(readable) * cached.images.views, np.flatnonzero(readable[caption_image_ids])
 
     def project_image(features):
         return model.project_image(model.image_encoder.forward_trainable(features))
 
-    image_emb = _embed(encoder, project_image, stored.images.rows, rows)
-    if stored.texts is not None and model.text_encoder.is_frozen:
-        text_emb = _embed(encoder, model.project_text, stored.texts, captions)
+    image_emb = _embed(encoder, project_image, cached.images.rows, rows)
+    if cached.texts is not None and model.text_encoder.is_frozen:
+        text_emb = _embed(encoder, model.project_text, cached.texts, captions)
     else:
-        text_emb = encoder.encode_captions([stored.split.captions[m] for m in captions], "val: captions")
-    new_row = np.cumsum(kept) - 1
-    return image_emb, text_emb, torch.from_numpy(new_row[owner[captions]])
+        text_emb = encoder.encode_captions([cached.split.captions[m] for m in captions], "val: captions")
+    new_row = np.cumsum(readable) - 1
+    return image_emb, text_emb, torch.from_numpy(new_row[caption_image_ids[captions]])
 
 
 def _embed(encoder, function, features, rows):
-    """The embeddings of these rows of features, float32, batch by batch."""
+    """Apply `function` to these rows of features, batch by batch -> float32 embeddings of all processes."""
     rows = torch.from_numpy(rows[shard_slice(len(rows))])
-    parts = [encoder.run(function, features[batch]).float() for batch in rows.split(IMAGE_BATCH)]
-    return gather_rows(torch.cat(parts) if parts else torch.empty(0))[0]
+    batches = [encoder.run(function, features[batch]).float() for batch in rows.split(IMAGE_BATCH)]
+    return gather_rows(torch.cat(batches) if batches else torch.empty(0))[0]
 
 
-def _near(rows, device):
-    return rows.to(device) if rows.numel() * rows.element_size() < ON_DEVICE else rows
+def _to_device_if_small(rows, device):
+    return rows.to(device) if rows.numel() * rows.element_size() < MAX_DEVICE_BYTES else rows

@@ -1,4 +1,4 @@
-"""Cached gradients (GradCache, arXiv 2101.06983): the exact loss over a large batch at the memory of a small one."""
+"""Gradient caching (GradCache, arXiv 2101.06983): the exact gradient of a large batch in the memory of a small one."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,71 +21,72 @@ def cached_backward(
     model: nn.Module,
     backward: Callable[[Tensor], None],
     seed: Sequence[int],
-    first_number: int = 0,
+    first_micro_batch: int = 0,
 ) -> LossTerms | None:
     """Add the gradients of objective(image_emb, text_emb, image_ids, caption_image_ids) to the model's parameters.
 
-    passes holds the micro-batches of the step twice, or once and None where a single one keeps its graph. The first
-    pass encodes without graph and finds the loss and its gradient at the embeddings; the second encodes again, one
-    graph at a time, and pushes that gradient through the model (section 3). encode runs the model. The embeddings of
-    all processes meet in the objective; each pushes its own rows' gradient. backward is called on the loss alone, so
-    that a scaler's factor reaches all gradients once. Dropout is drawn from (*seed, number of the micro-batch, from
-    first_number on) and so repeats in both passes. None without a single image in any process.
+    passes contains the micro-batches twice, or once and None: a single one keeps its graph. The first pass encodes
+    without a graph and computes the gradient at the embeddings of all processes. The second encodes again, one graph
+    at a time, and backpropagates the rows of this process (section 3). backward gets the loss alone, so that a gradient
+    scaler applies once. Dropout is drawn from (*seed, first_micro_batch + number), the same in both passes. Returns
+    None if no process has an image. Raises ValueError if a photo was read in one pass only.
     """
 
-    def embed(part: dict, number: int) -> tuple[Tensor, Tensor]:
-        entropy = np.random.SeedSequence([*seed, first_number + number])
+    def embed(micro_batch: dict, number: int) -> tuple[Tensor, Tensor]:
+        entropy = np.random.SeedSequence([*seed, first_micro_batch + number])
         torch.manual_seed(entropy.generate_state(1, np.uint64).item())
-        return encode(part)
+        return encode(micro_batch)
 
     first, second = passes
-    parts, ids = [], []
-    with torch.set_grad_enabled(second is None), _batch_norm_statistics_held(model, held=second is not None):
-        for number, part in enumerate(first):
-            parts.append(embed(part, number))
-            ids.append([part[key] for key in IDS])
-    own = [torch.cat(side).detach() for side in zip(*parts, strict=True)] if parts else [torch.empty(0)] * 2
-    sizes = [[len(side) for side in part] for part in parts]
-    embedded = parts
+    embeddings, ids = [], []
+    with torch.set_grad_enabled(second is None), _freeze_batch_norm_stats(model, enabled=second is not None):
+        for number, micro_batch in enumerate(first):
+            embeddings.append(embed(micro_batch, number))
+            ids.append([micro_batch[key] for key in IDS])
+    local = [torch.cat(rows).detach() for rows in zip(*embeddings, strict=True)] if embeddings else [torch.empty(0)] * 2
+    sizes = [[len(rows) for rows in pair] for pair in embeddings]
+    with_graph = embeddings
     if second is not None:
-        parts.clear()  # all are in `own` now
-        embedded = (embed(part, number) for number, part in enumerate(second))
-    terms, gradients = _at_the_embeddings(own, sizes, ids, objective, backward)
-    del own
-    for sides, gradient in zip(embedded, gradients, strict=True):
-        if [side.shape for side in sides] != [part.shape for part in gradient]:
-            raise ValueError("a photo could be read once and not again: is something changing the data set's files?")
-        torch.autograd.backward(sides, gradient)
+        embeddings.clear()  # `local` has copies of them
+        with_graph = (embed(micro_batch, number) for number, micro_batch in enumerate(second))
+    terms, gradients = _embedding_gradients(local, sizes, ids, objective, backward)
+    del local
+    for pair, gradient in zip(with_graph, gradients, strict=True):
+        if [rows.shape for rows in pair] != [rows.shape for rows in gradient]:
+            raise ValueError(
+                "a photo could be read once and not again within a step: do not change the data set during training"
+            )
+        torch.autograd.backward(pair, gradient)
     return terms
 
 
-def _at_the_embeddings(own, sizes, ids, objective, backward):
-    """The loss over all processes' rows, and its gradient at this one's, a pair per micro-batch of these sizes."""
-    own_ids = [torch.cat(side) for side in zip(*ids, strict=True)] if ids else [torch.empty(0, dtype=torch.int64)] * 2
-    gathered = [gather_rows(rows) for rows in own]
+def _embedding_gradients(local, sizes, ids, objective, backward):
+    """Return the loss over the rows of all processes, and its gradients at this process's rows, per micro-batch."""
+    local_ids = [torch.cat(rows) for rows in zip(*ids, strict=True)] if ids else [torch.empty(0, dtype=torch.int64)] * 2
+    gathered = [gather_rows(rows) for rows in local]
     leaves = [rows.requires_grad_() for rows, _ in gathered]
-    everyone = [gather_rows(rows)[0].to(leaves[0].device) for rows in own_ids]
-    if not len(everyone[0]):
+    all_ids = [gather_rows(rows)[0].to(leaves[0].device) for rows in local_ids]
+    if not len(all_ids[0]):
         return None, []
-    terms = objective(*leaves, *everyone)
+    terms = objective(*leaves, *all_ids)
     backward(terms.total)
     gradients = []
-    for side, (leaf, (_, start)) in enumerate(zip(leaves, gathered, strict=True)):
-        rows = leaf.grad[start : start + len(own[side])]
-        gradients.append(rows.split([size[side] for size in sizes]))
-    # without their graph, which would hold the embeddings while the second pass needs the memory
+    for modality, (leaf, (_, start)) in enumerate(zip(leaves, gathered, strict=True)):
+        rows = leaf.grad[start : start + len(local[modality])]
+        gradients.append(rows.split([size[modality] for size in sizes]))
+    # Detached: the graph would keep the embeddings in memory while the second pass needs it.
     return LossTerms(*(term.detach() for term in terms)), list(zip(*gradients, strict=True))
 
 
 @contextmanager
-def _batch_norm_statistics_held(model: nn.Module, *, held: bool) -> Iterator[None]:
-    """Batch norms go on normalising by the batch, but do not count it: the second pass will."""
+def _freeze_batch_norm_stats(model: nn.Module, *, enabled: bool) -> Iterator[None]:
+    """Let batch norms normalize by the batch without updating their running statistics: the second pass does that."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    counting = [norm for norm in norms if held and norm.training and norm.track_running_stats]
-    for norm in counting:
+    tracking = [norm for norm in norms if enabled and norm.training and norm.track_running_stats]
+    for norm in tracking:
         norm.track_running_stats = False
     try:
         yield
     finally:
-        for norm in counting:
+        for norm in tracking:
             norm.track_running_stats = True

@@ -1,4 +1,4 @@
-"""The objectives that `--objective` names, in one table: a new one is a function and a line in OBJECTIVES."""
+"""The table of objectives for `--objective`; to add one, write a function and add a line to OBJECTIVES."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from training.chunked_losses import (
 
 @dataclass(frozen=True)
 class Objective:
-    """Which loss is trained: a main term over all pairs of a batch, and alpha times a triplet term.
+    """The loss to train: a main term over all pairs of a batch, plus alpha times a triplet term.
 
     Raises ValueError for a name that is not in OBJECTIVES.
     """
@@ -38,17 +38,17 @@ class Objective:
     name: str = "info_nce"
     negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # of the triplet term
     distance: Literal["euclidean", "cosine"] = "euclidean"  # of unit vectors, or 1 - cosine
-    margin: float = 0.2  # in that distance
-    cosine_margin: float = 0.0  # of "cosine": negatives below this cosine cost nothing
-    softness: float = 0.2  # of "soft": share of the targets that follows similarity
+    margin: float = 0.2  # in units of `distance`
+    cosine_margin: float = 0.0  # of "cosine": negatives below this cosine add no loss
+    softness: float = 0.2  # of "soft": share of the similarities in the targets, in 0..1
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
-            raise ValueError(f"no objective {self.name!r}: choose one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"unknown objective {self.name!r}: choose one of {', '.join(OBJECTIVES)}")
 
 
 class Pairs(NamedTuple):
-    """A batch as a main term sees it: images in rows, captions in columns, at least float32."""
+    """The inputs of a main term: a batch with images in rows and captions in columns, at least float32."""
 
     image_emb: Tensor  # (B, D) unit rows
     text_emb: Tensor  # (M, D) unit rows
@@ -57,10 +57,10 @@ class Pairs(NamedTuple):
 
 
 class MainTerm(NamedTuple):
-    """A main term: `plain(pairs, objective, temperature, bias) -> ()` over the whole matrix of cosines.
+    """A main term: `plain(pairs, objective, temperature, bias) -> ()` over the full (B, M) matrix of cosines.
 
-    `chunked` computes the same from a ChunkedPairs, never B×M entries at a time; without it, large batches keep the
-    whole matrix. `label` stands in plots and log lines.
+    `chunked` computes the same from ChunkedPairs without that matrix. If it is None, batches of any size use `plain`.
+    `label` is its name in plots and log lines.
     """
 
     label: str
@@ -108,7 +108,7 @@ def objective_loss(
 
     image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives. With
     alpha 0 the triplet term is reported, but has no gradient and costs no backward pass. chunk_size: captions scored at
-    a time, in memory O((B + M) * D + B * chunk_size) and with a second forward in the backward pass; None: all.
+    a time, in memory O((B + M) * D + B * chunk_size), with recomputation in the backward pass; None scores all at once.
     """
     term = OBJECTIVES[objective.name]
     with torch.autocast(image_emb.device.type, enabled=False):
@@ -126,7 +126,7 @@ def objective_loss(
 
 
 def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective) -> Tensor:
-    """The triplet term of an objective -> (); sim (B,M) cosines of unit vectors, positives (B,M) bool."""
+    """Compute the triplet term of an objective -> (); sim (B,M) cosines of unit vectors, positives (B,M) bool."""
     margin, distance = objective.margin, objective.distance
     if objective.negatives == "hardest":
         return hardest_triplet(sim, positives, margin, distance=distance)

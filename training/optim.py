@@ -1,4 +1,4 @@
-"""AdamW with a learning rate per part of the model, and its schedule."""
+"""AdamW with one learning rate for each tower and one for the heads, and its schedule."""
 
 import math
 from functools import partial
@@ -12,33 +12,33 @@ from modules import CLIPModel
 def build_optimizer(
     model: CLIPModel, *, lr_image: float, lr_text: float, lr_heads: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over what trains: no weight decay on norms, biases and the temperature."""
+    """Build AdamW (arXiv 1711.05101) over the trainable parameters; norms, biases and the temperature do not decay."""
     rates = {"image_encoder": lr_image, "text_encoder": lr_text}
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             tower, _, rest = name.partition(".")
-            part = tower if tower in rates and rest.startswith("backbone.") else "heads"
-            groups.setdefault((part, parameter.ndim > 1), []).append(parameter)
+            module = tower if tower in rates and rest.startswith("backbone.") else "heads"
+            groups.setdefault((module, parameter.ndim > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "lr": rates.get(part, lr_heads),
+                "lr": rates.get(module, lr_heads),
                 "weight_decay": weight_decay if decays else 0.0,
-                "tower": part in rates,
+                "tower": module in rates,
             }
-            for (part, decays), parameters in groups.items()
+            for (module, decays), parameters in groups.items()
         ]
     )
 
 
 def build_schedule(
-    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, towers_from: int = 0
+    optimizer: torch.optim.Optimizer, *, warmup_steps: int, total_steps: int, towers_start: int = 0
 ) -> LambdaLR:
-    """Learning rates rise linearly over the warm-up steps, then fall to 0 along a cosine (arXiv 1608.03983).
+    """Raise the learning rates linearly over the warm-up steps, then decay them to 0 by a cosine (arXiv 1608.03983).
 
-    Towers that are released at step `towers_from` warm up from there, on the same cosine.
+    Towers that are frozen before step `towers_start` warm up from that step, on the same cosine.
     """
 
     def factor(step: int, start: int) -> float:
@@ -46,5 +46,5 @@ def build_schedule(
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
         return cosine * min(1.0, max(0, step - start + 1) / (warmup_steps + 1))
 
-    starts = [towers_from if group.get("tower") else 0 for group in optimizer.param_groups]
+    starts = [towers_start if group.get("tower") else 0 for group in optimizer.param_groups]
     return LambdaLR(optimizer, [partial(factor, start=start) for start in starts])

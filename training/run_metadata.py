@@ -1,4 +1,4 @@
-"""What a run was made with: the command, the versions, the program's own commit, and the data."""
+"""Metadata of a run: the command, package versions, the commit of this repository, and a hash of the data."""
 
 import hashlib
 import platform
@@ -20,7 +20,7 @@ PACKAGES = (
 
 
 def describe_launch(data: CaptionData, device: torch.device) -> dict:
-    """What decides how a run goes beside its settings, for config.json."""
+    """Return what influences the results of a run beside its configuration, for config.json."""
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(Path(__file__).parents[1]),
@@ -32,20 +32,20 @@ def describe_launch(data: CaptionData, device: torch.device) -> dict:
     }
 
 
-def describe_changes(starts: list[dict], now: dict) -> str | None:
-    """What is not as it was at the last start and may change results, for the terminal; None without any."""
-    if not starts:
+def describe_changes(launches: list[dict], launch: dict) -> str | None:
+    """Name what differs from the last launch and may change results, for a message; None if nothing does."""
+    if not launches:
         return None
-    before = starts[-1]
-    changed = [name for name in ("data", "commit", "device", "processes", "threads") if before.get(name) != now[name]]
-    old = before.get("versions")
-    old = old if isinstance(old, dict) else {}
-    changed += [name for name, number in now["versions"].items() if old.get(name) != number]
+    last = launches[-1]
+    changed = [name for name in ("data", "commit", "device", "processes", "threads") if last.get(name) != launch[name]]
+    versions = last.get("versions")
+    versions = versions if isinstance(versions, dict) else {}
+    changed += [name for name, number in launch["versions"].items() if versions.get(name) != number]
     return ", ".join(changed) or None
 
 
 def fingerprint(data: CaptionData) -> str:
-    """A hash of which images there are, what their captions say and which split they are in; not of the pixels."""
+    """Hash the image names, captions and splits of a data set, but not the pixels."""
     digest = hashlib.sha256()
     for column in ("image", "caption", "split"):
         digest.update("\0".join(map(str, data.table[column])).encode("utf-8", "surrogatepass") + b"\1")
@@ -53,9 +53,9 @@ def fingerprint(data: CaptionData) -> str:
 
 
 def git_commit(folder: Path) -> str | None:
-    """The commit that is checked out, with a + where files differ from it; None where that is not known."""
+    """Return the commit that is checked out in `folder`, with a + if tracked files differ from it; None if unknown."""
     try:
-        # The folder itself, and not a repository that it happens to lie in.
+        # --git-dir: the folder itself must be the repository, not a folder above it.
         commit = _git(folder, "--git-dir", str(folder / ".git"), "rev-parse", "HEAD")
         changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
@@ -63,8 +63,10 @@ def git_commit(folder: Path) -> str | None:
     return commit + ("+" if changed else "")
 
 
-def _git(folder, *words):
-    done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=10)
+def _git(folder, *arguments):
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True, timeout=10
+    )
     return done.stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""Where training stands: finished epochs, and what the finished steps of the current one add up to."""
+"""The training state: finished epochs, the log, and the running sums of the current epoch."""
 
 import time
 from dataclasses import dataclass, field
@@ -11,23 +11,23 @@ COUNTS = ("steps", "images", "pairs")
 
 @dataclass
 class EpochMeters:
-    """The finished steps of an epoch."""
+    """Counts, sums and seconds over the finished steps of an epoch."""
 
     steps: int = 0
     images: int = 0
     pairs: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TERMS, 0.0))  # over images
-    averaged: bool = False  # the steps are over, and so the processes' running statistics have been averaged
+    averaged: bool = False  # after the last step: batch norm statistics have been averaged over the processes
     clock: float | None = None
 
     def add(self, terms: dict[str, float], images: int, pairs: int) -> None:
-        """Count a batch: its loss and terms, its images and pairs."""
+        """Add a batch: the loss and its terms, the number of images and the number of pairs."""
         self.images, self.pairs = self.images + images, self.pairs + pairs
         self.sums = {key: self.sums[key] + terms[key] * images for key in self.sums}
 
     def means(self) -> dict[str, float]:
-        """The loss and its terms over the epoch's images."""
+        """Return the loss and its terms as means over the images of the epoch."""
         return {key: total / self.images for key, total in self.sums.items()}
 
     def start_clock(self) -> None:
@@ -37,13 +37,13 @@ class EpochMeters:
         self.seconds, self.clock = self.elapsed(), None
 
     def elapsed(self) -> float:
-        """Seconds that the steps have taken, those before a resume included."""
+        """Return the seconds that the steps have taken, including those before a resume."""
         return self.seconds + (time.perf_counter() - self.clock if self.clock else 0.0)
 
 
 @dataclass
 class TrainState:
-    """Where training stands, and what it has recorded."""
+    """The position of training, and what it has recorded so far."""
 
     epoch: int = 0  # finished epochs
     best_rsum: float = -1.0
@@ -52,23 +52,26 @@ class TrainState:
     meters: EpochMeters = field(default_factory=EpochMeters)
 
     def finish_epoch(self, record: dict) -> None:
-        """Keep an epoch's record and begin the next one."""
+        """Append the record of an epoch to the history, and reset the meters for the next one."""
         self.epoch += 1
         self.history.append(record)
         self.meters = EpochMeters()
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Finished steps of all epochs; counted anew, as --batch-size may have changed."""
+        """Return the number of finished steps of all epochs, as if each had had today's number of steps.
+
+        A resumed run may have another --batch-size, and so another number of steps per epoch.
+        """
         return self.epoch * steps_per_epoch + self.meters.steps
 
     def position(self, steps_per_epoch: int) -> str:
-        """Where training stands, for a message."""
+        """Return the position of training in words, for a message."""
         if not self.meters.steps:
             return f"epoch {self.epoch}"
         return f"epoch {self.epoch + 1}, step {self.meters.steps} of {steps_per_epoch},"
 
     def state(self, steps_per_epoch: int) -> dict:
-        """Plain values for a checkpoint."""
+        """Return the state as plain values, for a checkpoint."""
         meters = self.meters
         return {
             "epoch": self.epoch,
@@ -84,9 +87,9 @@ class TrainState:
 
     @classmethod
     def from_state(cls, state: dict, steps_per_epoch: int) -> "TrainState":
-        """What `state` gave; where an epoch has another number of steps now, the same share of it is taken as done.
+        """Restore what `state` returned; the finished steps are scaled to today's number of steps per epoch.
 
-        Raises ValueError where the values cannot be that.
+        Raises ValueError if the values are damaged.
         """
         try:
             saved = state["meters"]
@@ -95,20 +98,20 @@ class TrainState:
             counts = {name: saved[name] for name in COUNTS}
             counts["steps"] = counts["steps"] * steps_per_epoch // saved["steps_per_epoch"]
             meters = EpochMeters(**counts, seconds=saved["seconds"], sums=saved["sums"], averaged=saved["averaged"])
-            progress = cls(state["epoch"], state["best_rsum"], list(state["history"]), set(state["unreadable"]), meters)
-            numbers = [progress.epoch, progress.best_rsum, meters.seconds, *counts.values(), *meters.sums.values()]
-            sound = all(isinstance(number, Real) for number in numbers) and meters.sums.keys() == set(TERMS)
-            sound = sound and isinstance(progress.epoch + meters.steps, int) and 0 <= meters.steps <= steps_per_epoch
-            sound = sound and progress.epoch == len(progress.history)
+            restored = cls(state["epoch"], state["best_rsum"], list(state["history"]), set(state["unreadable"]), meters)
+            numbers = [restored.epoch, restored.best_rsum, meters.seconds, *counts.values(), *meters.sums.values()]
+            valid = all(isinstance(number, Real) for number in numbers) and meters.sums.keys() == set(TERMS)
+            valid = valid and isinstance(restored.epoch + meters.steps, int) and 0 <= meters.steps <= steps_per_epoch
+            valid = valid and restored.epoch == len(restored.history)
         except (
             LookupError,
             TypeError,
             ValueError,
             AttributeError,
-            RuntimeError,
+            RuntimeError,  # raised by operations on tensors
             ArithmeticError,
-        ):  # tensors raise their own
-            sound = False
-        if not sound:
-            raise ValueError("the position of training in it is damaged")
-        return progress
+        ):
+            valid = False
+        if not valid:
+            raise ValueError("the training position in its checkpoint is damaged")
+        return restored

@@ -1,4 +1,4 @@
-"""One optimisation step: a batch through the model and the objective, its gradient back, the weights updated."""
+"""One optimization step: forward and backward pass over a batch, and the update of the parameters."""
 
 import math
 
@@ -17,29 +17,29 @@ from training.optim import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 TERMS = ("loss", "main", "triplet")
-LOSS_ENTRIES = 2**23  # cosines held at a time; a batch with more is scored by chunks of its captions
+LOSS_ENTRIES = 2**23  # cosines in memory at a time; the captions of a larger batch are scored in chunks
 
 
 class StepMetrics:
-    """What a step found, on its way to the CPU: `read` waits for that step alone, not for what was queued after it."""
+    """Step metrics, copied to the CPU asynchronously; `read` waits for this step's event only."""
 
     def __init__(self, step: int, values: dict[str, torch.Tensor], image_ids: torch.Tensor, pairs: int):
         self.step, self.image_ids, self.pairs, self.names = step, image_ids, pairs, tuple(values)
-        found = torch.stack([value.detach().float() for value in values.values()])
-        self.values = found.to("cpu", non_blocking=found.is_cuda)
-        self.arrived = torch.cuda.Event() if found.is_cuda else None
-        if self.arrived:
-            self.arrived.record()
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self.values = stacked.to("cpu", non_blocking=stacked.is_cuda)
+        self.event = torch.cuda.Event() if stacked.is_cuda else None
+        if self.event:
+            self.event.record()
 
     def read(self) -> dict[str, float]:
-        """The loss and its terms, the length of the gradient ("gradient") and the highest `stop` of all processes."""
-        if self.arrived:
-            self.arrived.synchronize()
+        """Return the loss and its terms, the gradient norm ("gradient"), and the maximum of `stop` over all processes."""
+        if self.event:
+            self.event.synchronize()
         return dict(zip(self.names, self.values.tolist(), strict=True))
 
 
 class TrainStep:
-    """Forward, backward and update over batches of this process, or of all processes together."""
+    """Forward pass, backward pass and update for batches of this process, or of all processes together."""
 
     def __init__(self, config: Config, model: CLIPModel, encoder: Encoder, *, steps_per_epoch: int, micro_batches: int):
         self.config, self.device, self.unwrapped = config, encoder.device, model
@@ -52,7 +52,7 @@ class TrainStep:
             cosine_margin=config.cosine_margin,
             softness=config.softness,
         )
-        self.first_number = distributed.rank() * micro_batches
+        self.first_micro_batch = distributed.rank() * micro_batches
         self.accelerator = Accelerator(
             mixed_precision=ACCELERATE_NAMES[encoder.precision], cpu=encoder.device.type == "cpu"
         )
@@ -67,16 +67,19 @@ class TrainStep:
             optimizer,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
             total_steps=config.epochs * steps_per_epoch,
-            towers_from=config.freeze_epochs * steps_per_epoch,
+            towers_start=config.freeze_epochs * steps_per_epoch,
         )
         if config.compile:
             model.image_encoder.compile()
-        # Not as a model to train: cached gradients exchange the embeddings and the sums of gradients on their own.
+        # evaluation_mode avoids DistributedDataParallel: gradient caching gathers embeddings and sums gradients itself.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
 
     def __call__(self, passes: MicroBatchPasses, step: int, stop: int = 0) -> StepMetrics | None:
-        """One update; dropout depends on (seed, step) alone. None where no process had a photo that could be read."""
+        """Update the parameters once. Returns None if no process could read a photo of the batch.
+
+        Dropout depends on (seed, step) alone. stop: number of a received signal, which all processes then learn.
+        """
         alpha, batch = self.alpha(step), {}
 
         def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
@@ -95,13 +98,13 @@ class TrainStep:
             )
 
         terms = cached_backward(
-            lambda part: self.model({key: part[key].to(self.device, non_blocking=True) for key in part}),
+            self._encode,
             passes,
             objective,
             model=self.unwrapped,
             backward=self.accelerator.backward,
             seed=(self.config.seed, step),
-            first_number=self.first_number,
+            first_micro_batch=self.first_micro_batch,
         )
         if terms is None:
             return None
@@ -109,47 +112,52 @@ class TrainStep:
         values["stop"] = distributed.all_reduce_max(torch.tensor(float(stop), device=self.device))
         return StepMetrics(step, values, **batch)
 
-    def find_nonfinite(self, found: dict[str, float]) -> str | None:
-        """What is not finite in an Outcome's values, for a message. A gradient beyond float16's range is no fault: the
-        scaler skips that step and lowers its factor, until even a factor of 1 does not help.
+    def _encode(self, micro_batch):
+        return self.model({key: rows.to(self.device, non_blocking=True) for key, rows in micro_batch.items()})
+
+    def find_nonfinite(self, values: dict[str, float]) -> str | None:
+        """Return "the loss is nan" or the like if a value of StepMetrics is not finite, else None.
+
+        A gradient beyond float16's range is no error: the gradient scaler skips that step and lowers its factor, until
+        a factor below 1 would be needed.
         """
-        if not math.isfinite(found["loss"]):
-            return f"the loss is {found['loss']}"
+        if not math.isfinite(values["loss"]):
+            return f"the loss is {values['loss']}"
         scaler = self.accelerator.scaler
-        if not math.isfinite(found["gradient"]) and not (scaler and scaler.get_scale() >= 1):
-            return f"the gradient is {found['gradient']}"
+        if not math.isfinite(values["gradient"]) and not (scaler and scaler.get_scale() >= 1):
+            return f"the gradient is {values['gradient']}"
         return None
 
     def alpha(self, step: int) -> float:
-        """The triplet term's weight at a step: it grows linearly over the warm-up."""
+        """Return the weight of the triplet term at a step: it grows linearly over the warm-up."""
         warmup = max(1.0, self.config.alpha_warmup_epochs * self.steps_per_epoch)
         return self.config.alpha * min(1.0, (step + 1) / warmup)
 
     def _update(self) -> torch.Tensor:
-        """Returns the length of the gradient before it is cut, ()."""
+        """Update the parameters; return the norm of the gradient before clipping, ()."""
         for parameter in (self.unwrapped.logit_scale, self.unwrapped.logit_bias):
             if parameter is not None and parameter.grad is not None:
-                # Every process found all of it, not a share as of the other parameters.
+                # Each process computed the full gradient of these two, but only its own share of all others.
                 parameter.grad /= distributed.world_size()
         distributed.all_reduce_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
-        length = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.unwrapped.clamp_temperature()
         self.schedule.step()
-        return length
+        return norm
 
     def state(self) -> dict:
-        """What a checkpoint keeps beside the model, to go on exactly."""
+        """Return what a checkpoint needs beside the model to continue exactly: the optimizer's and scaler's states."""
         scaler = self.accelerator.scaler
         return {"optimizer": self.optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else {}}
 
     def restore(self, state: dict, step: int) -> None:
-        """Go on from `step`; the rates given beside --resume win over what the checkpoint holds.
+        """Continue at `step`; learning rates and weight decay come from the configuration, not from the checkpoint.
 
-        Raises ValueError where other parameters were trained, or the optimizer's state does not fit them.
+        Raises ValueError if other parameters were trained, or if the optimizer's state does not fit them.
         """
-        self._require_fitting(state["optimizer"])
+        self._check_optimizer_state(state["optimizer"])
         rates = [(group["initial_lr"], group["weight_decay"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         factors = [factor(step) for factor in self.schedule.lr_lambdas]
@@ -159,7 +167,7 @@ class TrainStep:
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _require_fitting(self, state: dict):
+    def _check_optimizer_state(self, state: dict):
         groups, saved = self.optimizer.param_groups, state.get("param_groups")
         sizes = [len(group["params"]) for group in groups]
         try:
@@ -167,16 +175,16 @@ class TrainStep:
             moments = [state["state"].get(number, {}) for group in saved for number in group["params"]]
             shapes = [{k: tuple(v.shape) for k, v in m.items() if isinstance(v, torch.Tensor)} for m in moments]
         except (TypeError, KeyError, AttributeError):
-            raise ValueError("the optimizer's state in it is damaged") from None
+            raise ValueError("the optimizer state in its checkpoint is damaged") from None
         if saved_sizes != sizes:
             raise ValueError(
-                "other parts were trained: leave out flags that say what trains (--freeze-image, "
+                "it was trained with other trainable parameters; leave out flags that choose them (--freeze-image, "
                 "--unfreeze-image-stages, --lora, --objective and so on)"
             )
         names = {parameter: name for name, parameter in self.unwrapped.named_parameters()}
         parameters = [parameter for group in groups for parameter in group["params"]]
-        for parameter, found in zip(parameters, shapes, strict=True):
-            for key, shape in found.items():
+        for parameter, saved_shapes in zip(parameters, shapes, strict=True):
+            for key, shape in saved_shapes.items():
                 if shape not in ((), tuple(parameter.shape)):
                     raise ValueError(
                         f"the optimizer's {key} of {names[parameter]} has shape {list(shape)} instead of "

@@ -1,4 +1,4 @@
-"""Training: a new run or a resumed one, its epochs with a validation after each, and its checkpoints."""
+"""The training loop: starts or resumes a run, validates after each epoch, and writes checkpoints."""
 
 import json
 import math
@@ -49,12 +49,16 @@ from training.run_metadata import describe_changes, describe_launch
 from training.train_state import TrainState
 from training.train_step import TERMS, StepMetrics, TrainStep
 
-PLOT_EVERY = 30  # seconds; short epochs should not spend their time on drawing
+PLOT_EVERY = 30  # seconds; with short epochs, plotting would take longer than training
 
 
 def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
-    """Train on `data`, in a new run's folder or from where the run in `resume` stopped; returns the run's folder."""
-    with ExitStack() as locks:  # on the run's folder, against other processes that would train in it
+    """Train on `data` in a new run, or continue the run in the folder `resume`; return the folder of the run.
+
+    Raises ValueError for settings that do not fit the data or the run, FileNotFoundError for a missing checkpoint, and
+    Stopped after SIGINT or SIGTERM.
+    """
+    with ExitStack() as locks:  # on the run's folder: no other process may train in it
         return _train(config, data, resume, locks)
 
 
@@ -72,11 +76,11 @@ def _train(config, data, resume, locks):
     encoder = build_training_encoder(config, model, tokenizer)
     distributed.broadcast_parameters(model)  # after the move to the device: NCCL has no CPU tensors
     if images < config.batch_size:
-        print(f"every step sees all {images} training images; --batch-size {config.batch_size} would take more")
+        print(f"each step uses all {images} training photos: there are fewer than --batch-size {config.batch_size}")
     precision = str(encoder.precision).removeprefix("torch.")
     print(f"{describe_model(model)}; {encoder.device.type}, {precision}; run {folder}")
     if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
-        print(f"only the heads will train: --freeze-epochs {config.freeze_epochs} freezes the towers in every epoch")
+        print(f"only the heads train: --freeze-epochs {config.freeze_epochs} freezes the towers in all epochs")
     trainer = Trainer(config, folder, model, encoder, data, state)
     if rank() == 0:  # only once all settings have been checked against the run
         _record_launch(folder, config, describe_launch(data, pick_device(config.device)))
@@ -87,18 +91,16 @@ def _train(config, data, resume, locks):
 
 def _check_batch_size(config, images):
     size, processes = config.batch_size, world_size()
-    if images < (least := max(2, processes)):  # one for each process, and one to compare it with
-        raise ValueError(f"training needs at least {least} images, the data set has {images} for it")
+    if images < (least := max(2, processes)):  # one per process, and at least one negative
+        raise ValueError(f"training needs at least {least} photos, but the training split has {images}")
     if size % processes:
-        near = f"{size // processes * processes} or {(size // processes + 1) * processes}"
-        near = near if size > processes else f"{processes}"
-        raise ValueError(
-            f"--batch-size {size} cannot be divided among {processes} processes: make it a multiple, {near}"
-        )
+        nearest = f"{size // processes * processes} or {(size // processes + 1) * processes}"
+        nearest = nearest if size > processes else f"{processes}"
+        raise ValueError(f"--batch-size {size} cannot be divided among {processes} processes: use {nearest}")
 
 
 def _new_run(config, data, locks):
-    """Create the run's folder with what never changes: the towers' settings, and the weights of frozen towers."""
+    """Create the run's folder, and write the towers' specifications and the weights of frozen towers."""
     if config.start_from is None:
         model, tokenizer, specification = build_model(config, data)
     else:
@@ -118,12 +120,12 @@ def _new_run(config, data, locks):
 
 
 def _load_checkpoint(config, folder, checkpoint):
-    """The model of a run's checkpoint with `config`'s freezing and dropout, and the rest of the checkpoint."""
+    """Load a checkpoint of the run in `folder`, and apply the freezing and dropout of `config` to its model."""
     trained = read_config(folder)
     for name in ARCHITECTURE:
-        if (ours := getattr(config, name)) != (theirs := getattr(trained, name)):
-            ours, theirs = _as_flag(name, ours), _as_flag(name, theirs)
-            raise ValueError(f"{ours}: the weights of {folder} were trained with {theirs}; leave the flag out")
+        if (value := getattr(config, name)) != (trained_value := getattr(trained, name)):
+            flag, trained_flag = _as_flag(name, value), _as_flag(name, trained_value)
+            raise ValueError(f"{flag}: the weights of {folder} were trained with {trained_flag}; leave the flag out")
     run = load_run(folder, checkpoint)
     apply_config(config, run.model)
     return run.model, run.tokenizer, run.state
@@ -137,15 +139,15 @@ def _as_flag(name, value):
 def _record_launch(folder, config, launch):
     remove_partial_files(folder)
     if changed := describe_changes(read_launches(folder), launch):
-        print(f"changed since this run was last started: {changed}; it continues, but perhaps not bit for bit")
+        print(f"changed since this run was last started: {changed}; results may not be identical bit for bit")
     write_config(folder, config, launch)
 
 
 class Trainer:
-    """One run: its model, optimizer and batches, and its position.
+    """A run in training: its model, optimizer, batches and training state.
 
-    No step depends on a running random state: order, crops and captions are drawn from (seed, epoch, image), dropout
-    from (seed, step). To continue exactly, a checkpoint needs the position, the weights and the optimizer.
+    No step depends on a global random state: order, crops and captions are drawn from (seed, epoch, image), dropout
+    from (seed, step). A checkpoint with the position, the weights and the optimizer is enough to continue exactly.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Trainer:
     ):
         self.config, self.folder, self.encoder, self.model = config, folder, encoder, model
         epoch = (state or {}).get("epoch")
-        first_epoch = epoch if isinstance(epoch, int) else 0  # a damaged state is reported when it is restored
+        first_epoch = epoch if isinstance(epoch, int) else 0  # if it is damaged, _restore raises
         self.batches, self.embed_validation = build_batches(config, model, encoder, data, first_epoch=first_epoch)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
         self.step = TrainStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
@@ -165,7 +167,7 @@ class Trainer:
             self._restore(state)
 
     def fit(self) -> Path:
-        """Train the epochs that are left. SIGINT and SIGTERM raise Stopped, after a checkpoint at that step."""
+        """Train the remaining epochs; return the run's folder. SIGINT and SIGTERM raise Stopped after a checkpoint."""
         config, state = self.config, self.state
         with self.signals:
             try:
@@ -208,7 +210,7 @@ class Trainer:
                 )
                 bar.update()
                 if meters.steps == steps:
-                    break  # the epoch's own checkpoint follows
+                    break  # the checkpoint at the end of the epoch follows
                 if values.get("stop"):
                     raise Stopped(int(values["stop"]))
                 if every and (number + 1) % every == 0:
@@ -221,7 +223,10 @@ class Trainer:
         self._report_unreadable()
 
     def _read_metrics(self, lag: int) -> dict[str, float]:
-        """Add the metrics of finished steps, all but the `lag` newest, to the meters; returns the last one's, or {}."""
+        """Add all pending metrics but the `lag` newest to the meters; return the last ones added, or {}.
+
+        Raises ValueError at a loss or gradient that is not finite.
+        """
         values = {}
         while len(self.pending) > lag:
             metrics = self.pending.pop(0)
@@ -245,7 +250,7 @@ class Trainer:
         )
 
     def _epoch_record(self) -> dict:
-        """The epoch's line in log.jsonl, without validation."""
+        """Return the training part of the epoch's line in log.jsonl."""
         state, meters = self.state, self.state.meters
         return {
             "epoch": state.epoch + 1,
@@ -258,12 +263,12 @@ class Trainer:
         }
 
     def _drop_unreadable(self, passes: MicroBatchPasses) -> MicroBatchPasses:
-        """Drop micro-batches without a single readable photo; remember the photos that could not be read."""
+        """Drop micro-batches without a readable photo, and record the photos that cannot be read."""
 
         def readable(micro_batches, first_pass):
             for micro_batch in micro_batches:
                 if first_pass and world_size() == 1:
-                    self.signals.check()  # nothing has changed yet: the step can be dropped
+                    self.signals.check()  # no weight has changed yet: the step can be discarded
                 self.state.unreadable.update(micro_batch["unreadable"])
                 if "image_ids" in micro_batch:
                     yield {key: micro_batch[key] for key in micro_batch if key != "unreadable"}
@@ -273,7 +278,7 @@ class Trainer:
 
     @torch.inference_mode()
     def _validate(self) -> dict:
-        """Retrieval metrics of the validation split over its full pool, for all processes; keeps its query bank."""
+        """Return the retrieval metrics of the validation split over its full pool, and set its query bank."""
         self.model.eval()
         with self.signals.immediately():
             embeddings = self.embed_validation()
@@ -289,7 +294,7 @@ class Trainer:
             print(f"train: {format_skipped(len(unreadable))}: {format_examples(unreadable)}")
 
     def _save_epoch(self, record: dict):
-        """Write best.pt for the best epoch so far, then last.pt, then the log: a crash in between loses no epoch."""
+        """Write best.pt for the best epoch so far, then last.pt, then the log; a crash in between loses no epoch."""
         folder, state = self.folder, self.state
         if rank() > 0:
             return
@@ -309,8 +314,8 @@ class Trainer:
             plot_curves(self.state.history, self.folder / CURVES, main_term=main_term)
 
     def _save_last(self):
-        """Write last.pt, from which training continues exactly here."""
-        self._read_metrics(0)  # nothing that is not finite is ever saved
+        """Write last.pt, from which training resumes exactly at this step."""
+        self._read_metrics(0)  # raises before weights that are not finite are saved
         meters = self.state.meters
         within_epoch = meters.steps > 0 and not meters.averaged
         statistics = distributed.gather_batch_norm_stats(self.model) if within_epoch else []
@@ -320,14 +325,14 @@ class Trainer:
         self.saved = self.state.position(len(self.batches))
 
     def _save_and_describe(self) -> str:
-        """Save where a stopped run stands, for the message about it."""
+        """Save a stopped run, and describe its checkpoint for a message."""
         if self.state.meters.steps:
             self._save_last()
         described = self._describe_saved()
         return described[0].upper() + described[1:]
 
     def _describe_saved(self) -> str:
-        """What the last checkpoint holds and how to continue, for a message."""
+        """Describe the last checkpoint and how to continue, for a message."""
         if self.saved is None:
             return "nothing was saved yet"
         return f"{self.saved} is saved; continue with: python train.py --resume {self.folder}"
@@ -341,6 +346,10 @@ class Trainer:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / LAST} cannot be used as a checkpoint: {error!r} in it") from None
         except ValueError as error:
-            raise ValueError(f"{self.folder} cannot continue: {error}, or --start-from it") from None
+            raise ValueError(
+                f"{self.folder} cannot be resumed: {error}; or start a new run from its best weights with --start-from"
+            ) from None
         if self.state.epoch >= self.config.epochs:
-            raise ValueError(f"{self.folder} has trained its {self.state.epoch} epochs: to continue, raise --epochs")
+            raise ValueError(
+                f"{self.folder} has already trained its {self.state.epoch} epochs: to continue, raise --epochs"
+            )

@@ -79,7 +79,7 @@ def _captions_tab(gr, catalog, run):
         from retrieval.searcher import search_captions
 
         searcher, captions = catalog.searcher(run), catalog.captions(run)
-        query = searcher.embed_images([checked(photo)], among="captions")
+        query = searcher.embed_images([checked(photo)], target="captions")
         (matches,) = search_captions(query, searcher.embed_captions(captions), captions, MOST_CAPTIONS)
         return [[round(match.score, 3), match.item] for match in matches]
 

@@ -97,7 +97,7 @@ def test_batches_are_of_one_size_and_hold_no_image_twice_in_an_epoch(images, bat
 def test_every_epoch_and_every_seed_has_its_own_order():
     def order(epoch, seed):
         sampler = EpochSampler(50, 8, seed, micro_batch_size=8)
-        sampler.go_to(epoch)
+        sampler.set_epoch(epoch)
         return [index for batch in whole_batches(sampler) for index in batch]
 
     assert order(1, 0) == order(1, 0)
@@ -138,12 +138,12 @@ def test_every_process_gets_as_many_images_where_a_batch_cannot_be_shared_evenly
 
 
 def test_a_batch_too_large_to_hold_is_read_again_and_comes_out_the_same(paths, monkeypatch):
-    monkeypatch.setattr(batches_module, "HELD_BYTES", 1)
+    monkeypatch.setattr(batches_module, "MAX_BATCH_BYTES", 1)
     photos = tiny_dataset(paths)
     sampler = EpochSampler(len(photos), 4, photos.seed, micro_batch_size=2)
     batches = ImageCaptionLoader(photos, sampler, pad_id=0, num_workers=1, pin_memory=False)
     read_again = [[list(first), list(second)] for first, second in batches.epoch(3)]
-    monkeypatch.setattr(batches_module, "HELD_BYTES", 2**30)
+    monkeypatch.setattr(batches_module, "MAX_BATCH_BYTES", 2**30)
     held = ImageCaptionLoader(photos, sampler, pad_id=0, num_workers=0, pin_memory=False)
     assert batches.reread and not held.reread and len(read_again) == len(batches)
     for (first, second), (parts, again) in zip(read_again, held.epoch(3), strict=True):

@@ -117,7 +117,7 @@ def test_a_checkpoint_that_was_changed_is_noticed_though_it_loads(tmp_path):
     path.write_bytes(whole.replace(b"\0" * 100, b"\0" * 99 + b"\1", 1))
     assert torch.load(path, weights_only=True)["model"]["w"].shape == (1000,)
     line = one_line(lambda: load_state(path))
-    assert str(path) in line and "changed or cut off" in line and "checksums.txt" in line
+    assert str(path) in line and "changed or truncated" in line and "checksums.txt" in line
     path.write_bytes(whole)
     load_state(path)
 
@@ -395,7 +395,7 @@ def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
     )
     try:
         assert other.stdout.readline() == b"held\n"
-        assert "another training is at work" in one_line(lambda: create_run(config))
+        assert "another process is training" in one_line(lambda: create_run(config))
         assert (tmp_path / "runs/x/towers/image.json").exists()
     finally:
         other.kill()
@@ -409,7 +409,7 @@ def test_a_folder_that_no_run_left_is_not_touched(tmp_path, theirs):
     path = tmp_path / "runs" / "x" / theirs
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    assert "exists already" in one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
+    assert "already exists" in one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
     assert path.read_text() == "{}"
 
 

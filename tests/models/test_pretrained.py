@@ -193,7 +193,7 @@ def test_the_program_trains_measures_and_searches_with_a_pair(saved, photos, tmp
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "runs" / "again" / "config.json").read_text())["model"] == str(saved / "clip")
     both = run_in_process("train.py", "--dataset", photos, "--model", saved / "clip", "--image-encoder", "resnet50")
-    assert "--model is both towers" in one_line_error(both)
+    assert "--model sets both towers" in one_line_error(both)
     line = one_line_error(
         run_in_process("train.py", "--dataset", photos, "--model", "clip-vit-base", *small, "--name", "x")
     )

@@ -22,7 +22,7 @@ def test_it_prints_what_it_understood_and_draws_examples(tmp_path):
         "format: table with commas, captions.txt",
         "images: 30 in my photos",
         "captions: 61; per image at least 2, on average 2.0, at most 3",
-        "1 images have captions but no file, left out: gone.png",
+        "1 images have captions but no file and are skipped: gone.png",
         "line 63: expected 2 columns, found 1 in 'photo_03.png'",
         "bad rows: 1 of 62, left out",
     ):

@@ -1,4 +1,4 @@
-"""Encoding: every row stands where its photo or caption stood."""
+"""Encoder: rows keep the order of photos and captions, and unreadable photos are skipped."""
 
 import dataclasses
 import platform
@@ -26,30 +26,30 @@ def model_and_tokenizer():
 
 
 @pytest.fixture
-def part(tmp_path):
-    """The 7 training photos of a folder of their own, with 2 captions each."""
+def split(tmp_path):
+    """A training split of 7 photos with 2 captions each."""
     folder = write_image_folder(tmp_path / "photos", 10)
     return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 
-def same(encoded, other):
+def equal(encoded, other):
     return all(
         torch.equal(getattr(encoded, field.name), getattr(other, field.name))
         for field in dataclasses.fields(EncodedSplit)
     )
 
 
-def test_rows_keep_the_order_of_photos_and_captions(model_and_tokenizer, part):
+def test_rows_keep_the_order_of_photos_and_captions(model_and_tokenizer, split):
     encoder = encoder_of(*model_and_tokenizer)
-    encoded = encoder.encode_split(part, "train")
+    encoded = encoder.encode_split(split, "train")
     assert encoded.image_emb.dtype == encoded.text_emb.dtype == torch.float32
-    for row, path in enumerate(part.paths):
-        alone, _ = encoder.encode_images([path], "")
-        torch.testing.assert_close(encoded.image_emb[row], alone[0], atol=1e-5, rtol=0)
-    for row, caption in enumerate(part.captions):
+    for row, path in enumerate(split.paths):
+        expected, _ = encoder.encode_images([path], "")
+        torch.testing.assert_close(encoded.image_emb[row], expected[0], atol=1e-5, rtol=0)
+    for row, caption in enumerate(split.captions):
         torch.testing.assert_close(encoded.text_emb[row], encoder.encode_captions([caption], "")[0], atol=1e-5, rtol=0)
-    assert encoded.caption_image_ids.tolist() == part.caption_image_ids.tolist()
-    assert encoded.kept_images.tolist() == list(range(7)) and encoded.kept_captions.tolist() == list(range(14))
+    assert encoded.caption_image_ids.tolist() == split.caption_image_ids.tolist()
+    assert encoded.readable_images.tolist() == list(range(7)) and encoded.readable_captions.tolist() == list(range(14))
 
 
 def test_captions_of_more_than_one_batch_keep_their_order(model_and_tokenizer):
@@ -61,66 +61,70 @@ def test_captions_of_more_than_one_batch_keep_their_order(model_and_tokenizer):
         torch.testing.assert_close(rows[k], encoder.encode_captions([captions[k]], "")[0], atol=1e-5, rtol=0)
 
 
-def test_a_mirrored_encoder_gives_a_photo_and_its_mirror_image_one_place(model_and_tokenizer, part):
+def test_tta_flip_gives_a_photo_and_its_flip_the_same_embedding(model_and_tokenizer, split):
     plain = encoder_of(*model_and_tokenizer)
-    both = dataclasses.replace(plain, tta_flip=True)
-    photo, mirror_image = part.paths[0], part.paths[0].with_name("mirrored.png")
-    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(mirror_image)
-    one, other = plain.encode_images([photo, mirror_image], "")[0]
-    assert not torch.allclose(one, other, atol=1e-3)
-    expected = (one + other) / (one + other).norm()
-    for row in both.encode_images([photo, mirror_image], "")[0]:
+    with_flip = dataclasses.replace(plain, tta_flip=True)
+    photo, flipped_photo = split.paths[0], split.paths[0].with_name("flipped.png")
+    Image.open(photo).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(flipped_photo)
+    emb, flipped_emb = plain.encode_images([photo, flipped_photo], "")[0]
+    assert not torch.allclose(emb, flipped_emb, atol=1e-3)
+    expected = (emb + flipped_emb) / (emb + flipped_emb).norm()
+    for row in with_flip.encode_images([photo, flipped_photo], "")[0]:
         torch.testing.assert_close(row, expected, atol=1e-5, rtol=0)
 
 
-def test_loader_processes_change_nothing(model_and_tokenizer, part):
-    alone, shared = (encoder_of(*model_and_tokenizer, num_workers=workers).encode_split(part, "") for workers in (0, 1))
-    assert same(alone, shared)
+def test_worker_processes_give_the_same_rows(model_and_tokenizer, split):
+    in_process, in_worker = (
+        encoder_of(*model_and_tokenizer, num_workers=workers).encode_split(split, "") for workers in (0, 1)
+    )
+    assert equal(in_process, in_worker)
 
 
-def test_photos_that_cannot_be_read_are_named_and_left_out_with_their_captions(model_and_tokenizer, part, capsys):
+def test_unreadable_photos_are_reported_and_skipped_with_their_captions(model_and_tokenizer, split, capsys):
     encoder = encoder_of(*model_and_tokenizer)
-    whole = encoder.encode_split(part, "train")
-    broken = [0, 3]
-    part.paths[0].write_bytes(b"garbage")
-    part.paths[3].unlink()
-    encoded = encoder.encode_split(part, "train")
-    kept = [k for k in range(7) if k not in broken]
-    assert encoded.kept_images.tolist() == kept
-    assert encoded.kept_captions.tolist() == [m for m in range(14) if part.caption_image_ids[m] not in broken]
+    expected = encoder.encode_split(split, "train")
+    unreadable = [0, 3]
+    split.paths[0].write_bytes(b"garbage")
+    split.paths[3].unlink()
+    encoded = encoder.encode_split(split, "train")
+    readable = [k for k in range(7) if k not in unreadable]
+    assert encoded.readable_images.tolist() == readable
+    assert encoded.readable_captions.tolist() == [m for m in range(14) if split.caption_image_ids[m] not in unreadable]
     assert encoded.caption_image_ids.tolist() == [row for row in range(5) for _ in range(2)]
-    torch.testing.assert_close(encoded.image_emb, whole.image_emb[kept], atol=1e-5, rtol=0)
-    torch.testing.assert_close(encoded.text_emb, whole.text_emb[encoded.kept_captions], atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded.image_emb, expected.image_emb[readable], atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoded.text_emb, expected.text_emb[encoded.readable_captions], atol=1e-5, rtol=0)
     message = capsys.readouterr().out
-    assert "2 photos could not be read" in message and all(part.paths[k].name in message for k in broken)
+    assert "2 photos could not be read" in message and all(split.paths[k].name in message for k in unreadable)
 
 
-def test_no_readable_photo_at_all_is_an_error(model_and_tokenizer, part):
-    for path in part.paths:
+def test_a_split_without_a_readable_photo_raises(model_and_tokenizer, split):
+    for path in split.paths:
         path.write_bytes(b"garbage")
     with pytest.raises(ValueError, match=r"none of the 7 photos of val could be read: photo_\d\d\.png"):
-        encoder_of(*model_and_tokenizer).encode_split(part, "val")
+        encoder_of(*model_and_tokenizer).encode_split(split, "val")
 
 
-def test_a_caption_longer_than_max_tokens_is_cut(model_and_tokenizer):
+def test_a_caption_longer_than_max_tokens_is_truncated(model_and_tokenizer):
     long, longer = "red green " * 30, "red green " * 60
     encoder = encoder_of(*model_and_tokenizer)
     assert torch.equal(encoder.encode_captions([long], ""), encoder.encode_captions([longer], ""))
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u200b", "🐕", "zzz qqq"])
-def test_a_sentence_without_a_known_word_still_has_an_embedding(model_and_tokenizer, text):
+def test_a_sentence_without_a_known_word_has_a_finite_embedding(model_and_tokenizer, text):
     rows = encoder_of(*model_and_tokenizer).encode_captions([text], "")
     assert rows.shape == (1, 16) and rows.isfinite().all()
 
 
-def test_bfloat16_encodes_to_float32_rows_near_those_of_float32(model_and_tokenizer, part):
-    full, half = (encoder_of(*model_and_tokenizer, precision=p).encode_split(part, "") for p in ("float32", "bfloat16"))
+def test_bfloat16_gives_float32_rows_close_to_those_of_float32(model_and_tokenizer, split):
+    full, half = (
+        encoder_of(*model_and_tokenizer, precision=p).encode_split(split, "") for p in ("float32", "bfloat16")
+    )
     assert half.image_emb.dtype == half.text_emb.dtype == torch.float32
     assert (full.image_emb * half.image_emb).sum(1).min() > 0.98 and (full.text_emb * half.text_emb).sum(1).min() > 0.98
 
 
-def test_device_and_precision_are_chosen_by_name():
+def test_device_precision_and_workers_follow_their_flags():
     cpu = torch.device("cpu")
     assert pick_device("cpu") == cpu
     assert pick_precision("float16", cpu) is torch.float16 and pick_precision("float32", cpu) is torch.float32
@@ -128,23 +132,23 @@ def test_device_and_precision_are_chosen_by_name():
     assert pick_workers(3, cpu) == 3 and pick_workers(0, cpu) == 0 and pick_workers(-1, cpu) == 1
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
-def test_memory_of_large_tensors_is_faulted_in_once():
-    faults = """
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_memory_of_freed_tensors_is_reused_without_page_faults():
+    code = """
 import resource, torch
 from runtime.device import pick_device
 pick_device("cpu")
 def faults():
     torch.ones(32, 1024, 1024)  # 128 MiB, 32,768 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-counts = [faults() for _ in range(12)]  # the first few still find no place that fits
+counts = [faults() for _ in range(12)]  # the first allocations do not fit into freed memory yet
 print(counts[-1] - counts[-2])
 """
-    found = subprocess.run([sys.executable, "-c", faults], capture_output=True, text=True, check=True)
-    assert int(found.stdout) < 1000
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000
 
 
-def test_a_device_that_is_not_there_is_an_error_that_names_the_flag(monkeypatch):
+def test_an_unavailable_device_raises_and_names_the_flag(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--device cuda.*use auto or cpu"):
         pick_device("cuda")

@@ -136,7 +136,7 @@ def test_a_file_of_embeddings_that_is_cut_off_is_refused_in_one_line(tmp_path, l
 @pytest.mark.parametrize("rows", [np.ones((3, 4)), np.ones(3, np.float16), np.ones((2, 2), np.int64)])
 def test_a_file_of_something_else_is_refused(tmp_path, rows):
     np.save(tmp_path / "rows.npy", rows)
-    with pytest.raises(ValueError, match=r"holds no embeddings: expected .*, found"):
+    with pytest.raises(ValueError, match=r"contains no embeddings: expected .*, found"):
         open_embeddings(tmp_path / "rows.npy")
     with pytest.raises(FileNotFoundError, match=r"other\.npy"):
         open_embeddings(tmp_path / "other.npy")

@@ -1,4 +1,4 @@
-"""Two processes train as one does: the same weights, one writer, metrics over the full pool."""
+"""Training with two processes equals training with one: same weights, one writer, metrics over the full pool."""
 
 import pytest
 import torch
@@ -17,7 +17,10 @@ FROZEN = ["--freeze-image", "--freeze-text"]
 
 @pytest.fixture
 def flags(photos, image_tower, text_tower):
-    """Five steps, of all 22 training photos each; two micro-batches, so that dropout falls as in two processes."""
+    """Flags for five steps with all 22 training photos each.
+
+    Two micro-batches per step make dropout draw the same masks as two processes do.
+    """
     settings = {
         "dataset": photos,
         "image-encoder": image_tower,
@@ -34,16 +37,16 @@ def flags(photos, image_tower, text_tower):
     return [word for name, value in settings.items() for word in (f"--{name}", value)]
 
 
-def launched(launcher, *words, cwd, check=True):
-    # gloo looks up the machine's own name, which not every sandbox can resolve
-    return run_script(*LAUNCHERS[launcher], "train.py", *words, cwd=cwd, check=check, GLOO_SOCKET_IFNAME="lo")
+def run_train_with(launcher, *arguments, cwd, check=True):
+    # By default gloo resolves the host name, which fails in some sandboxes.
+    return run_script(*LAUNCHERS[launcher], "train.py", *arguments, cwd=cwd, check=check, GLOO_SOCKET_IFNAME="lo")
 
 
 @pytest.mark.parametrize(("launcher", "freezing"), [("torchrun", []), ("accelerate launch", FROZEN)])
-def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tmp_path):
-    alone = run_script("train.py", *flags, *freezing, "--name", "one", cwd=tmp_path)
-    together = launched(launcher, *flags, *freezing, "--name", "two", cwd=tmp_path)
-    assert together.stdout.replace("two", "one").count("\n") == alone.stdout.count("\n")  # one of them speaks
+def test_two_processes_reach_the_weights_of_one(launcher, freezing, flags, tmp_path):
+    single = run_script("train.py", *flags, *freezing, "--name", "one", cwd=tmp_path)
+    double = run_train_with(launcher, *flags, *freezing, "--name", "two", cwd=tmp_path)
+    assert double.stdout.replace("two", "one").count("\n") == single.stdout.count("\n")  # only rank 0 prints
     one, two = (load_state(tmp_path / "runs" / name / "last.pt") for name in ("one", "two"))
     assert one["model"].keys() == two["model"].keys()
     for key, tensor in one["model"].items():
@@ -51,13 +54,13 @@ def test_two_processes_end_with_the_weights_of_one(launcher, freezing, flags, tm
             torch.testing.assert_close(two["model"][key], tensor, rtol=1e-5, atol=1e-6 * tensor.abs().max().item())
     logs = [read_log(tmp_path / "runs" / name) for name in ("one", "two")]
     for record, other in zip(*logs, strict=True):
-        timed = {"seconds", "images_per_s", "pairs_per_s"}
-        assert {k: v for k, v in record.items() if k not in timed} == pytest.approx(
-            {k: v for k, v in other.items() if k not in timed}, rel=1e-5
+        timings = {"seconds", "images_per_s", "pairs_per_s"}
+        assert {k: v for k, v in record.items() if k not in timings} == pytest.approx(
+            {k: v for k, v in other.items() if k not in timings}, rel=1e-5
         )
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_they_can(flags, tmp_path, monkeypatch):
+def test_indivisible_batch_size_is_an_error_with_the_nearest_divisible_ones(flags, tmp_path, monkeypatch):
     monkeypatch.setattr("training.trainer.world_size", lambda: 4)
     monkeypatch.chdir(tmp_path)
     line = one_line_error(run_in_process("train.py", *flags, "--batch-size", 18))
@@ -65,18 +68,23 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_with_the_sizes_that_
     assert not (tmp_path / "runs").exists()
 
 
-EXCHANGE = """
+COLLECTIVES = """
 import torch
 from runtime import distributed
 distributed.init(torch.device("cpu"))
 rank = distributed.rank()
-rows = [torch.arange(6.0).view(3, 2), torch.empty(0)][rank]  # the second has none, and does not know their width
+rows = [torch.arange(6.0).view(3, 2), torch.empty(0)][rank]  # rank 1 has no rows and does not know D
 gathered, start = distributed.gather_rows(rows)
 assert torch.equal(gathered, torch.arange(6.0).view(3, 2)) and start == [0, 3][rank]
 gathered, start = distributed.gather_rows(torch.arange(1 + rank, dtype=torch.int64))
 assert gathered.tolist() == [0, 0, 1] and start == rank
 gathered, _ = distributed.gather_rows(torch.empty(0, dtype=torch.bool))
 assert len(gathered) == 0 and gathered.dtype == torch.bool
+gathered, start = distributed.gather_rows(torch.tensor([[True, False, True], [False]][rank]))  # does not divide by 2
+assert gathered.tolist() == [True, False, True, False] and gathered.dtype == torch.bool and start == [0, 3][rank]
+images, ids = distributed.gather_tensors([torch.full((rank, 2), 1.5), torch.arange(3 - rank)])
+assert images[0].tolist() == [[1.5, 1.5]] and images[1] == 0
+assert ids[0].tolist() == [0, 1, 2, 0, 1] and ids[1] == [0, 3][rank]
 slices = [[slice(0, 2), slice(0, 0)], [slice(2, 5), slice(0, 0)]][rank]
 assert [distributed.shard_slice(5), distributed.shard_slice(0)] == slices
 assert distributed.all_gather_list([rank]) == [0, 1] and distributed.broadcast_object(f"of {rank}") == "of 0"
@@ -87,26 +95,26 @@ assert not layer.weight.any()
 layer.running_mean.fill_(rank)
 distributed.average_batch_norm_stats(layer)
 assert layer.running_mean.tolist() == [0.5, 0.5]
-layer.weight.grad = torch.full((2,), 2.0) if rank else None  # nothing could be read here
+layer.weight.grad = torch.full((2,), 2.0) if rank else None  # no photo could be read on rank 0
 distributed.all_reduce_gradients([layer.weight])
 assert layer.weight.grad.tolist() == [2.0, 2.0]
 distributed.cleanup()
 """
 
 
-def test_what_two_processes_exchange_arrives_in_their_order_and_from_empty_hands_too(tmp_path):
-    (tmp_path / "exchange.py").write_text(EXCHANGE)
-    run_script(*LAUNCHERS["torchrun"], tmp_path / "exchange.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+def test_collectives_keep_rank_order_and_accept_ranks_without_data(tmp_path):
+    (tmp_path / "collectives.py").write_text(COLLECTIVES)
+    run_script(*LAUNCHERS["torchrun"], tmp_path / "collectives.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
 
 
-def test_one_process_exchanges_nothing_and_gets_back_what_it_gave():
+def test_collectives_of_a_single_process_return_their_input():
     rows = torch.ones(3, 2, requires_grad=True)
     assert distributed.gather_rows(rows) == (rows, 0) and distributed.shard_slice(7) == slice(0, 7)
     assert distributed.all_gather_list([1]) == [1] and distributed.broadcast_object("x") == "x"
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
 
 
-STOPPED = """
+INTERRUPTED = """
 import dataclasses, signal, sys
 from pathlib import Path
 import torch
@@ -117,40 +125,40 @@ from models.checkpoint import load_state
 from runtime.distributed import rank
 from runtime.signals import Stopped
 
-trainer.distributed.cleanup = lambda: None  # the processes train three times
-whole, _ = train.parse_flags()
-data = open_data(whole)
-trainer.train(whole, data, None)
-parts = dataclasses.replace(whole, name="parts")
-real = train_step.TrainStep.__call__
+trainer.distributed.cleanup = lambda: None  # because train() is called three times
+uninterrupted, _ = train.parse_flags()
+data = open_data(uninterrupted)
+trainer.train(uninterrupted, data, None)
+interrupted = dataclasses.replace(uninterrupted, name="interrupted")
+original = train_step.TrainStep.__call__
 
 def call(self, passes, number, **options):
     if number == 4 and rank() == 1:
-        signal.raise_signal(signal.SIGTERM)  # one of them is told, between two checkpoints
-    return real(self, passes, number, **options)
+        signal.raise_signal(signal.SIGTERM)  # one rank receives the signal, between two checkpoints
+    return original(self, passes, number, **options)
 
 train_step.TrainStep.__call__ = call
 try:
-    trainer.train(parts, data, None)
+    trainer.train(interrupted, data, None)
     sys.exit("not stopped")
-except Stopped as stop:
-    assert stop.signum == signal.SIGTERM
-folder = Path("runs/parts")
+except Stopped as error:
+    assert error.signum == signal.SIGTERM
+folder = Path("runs/interrupted")
 torch.distributed.barrier()
 state = load_state(folder / "last.pt")
 assert (state["epoch"], len(state["statistics"])) == (1, 2) and state["meters"]["steps"] in (2, 3), state["meters"]
 assert not all(torch.equal(state["statistics"][0][k], v) for k, v in state["statistics"][1].items())
-train_step.TrainStep.__call__ = real
-trainer.train(parts, data, folder)
+train_step.TrainStep.__call__ = original
+trainer.train(interrupted, data, folder)
 torch.distributed.barrier()
-ends = [load_state(Path("runs") / name / "last.pt")["model"] for name in ("whole", "parts")]
-assert all(torch.equal(tensor, ends[1][key]) for key, tensor in ends[0].items())
+weights = [load_state(Path("runs") / name / "last.pt")["model"] for name in ("uninterrupted", "interrupted")]
+assert all(torch.equal(tensor, weights[1][key]) for key, tensor in weights[0].items())
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_of_which_one_is_told_to_end_go_on_as_if_neither_had_been(flags, tmp_path):
-    (tmp_path / "stopped.py").write_text(STOPPED)
-    words = [*flags, "--batch-size", 6, "--micro-batch-size", 6, "--no-fold-batch-norm", "--epochs", 3]
-    words = [tmp_path / "stopped.py", *words, "--name", "whole"]
-    run_script(*LAUNCHERS["torchrun"], *words, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+def test_run_interrupted_by_a_signal_to_one_rank_resumes_exactly(flags, tmp_path):
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    flags = [*flags, "--batch-size", 6, "--micro-batch-size", 6, "--no-fold-batch-norm", "--epochs", 3]
+    arguments = [tmp_path / "interrupted.py", *flags, "--name", "uninterrupted"]
+    run_script(*LAUNCHERS["torchrun"], *arguments, cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")

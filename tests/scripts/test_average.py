@@ -1,4 +1,4 @@
-"""Averaging runs: the mean of their weights is a run like any other."""
+"""Averaging runs: the mean of their weights is saved as an ordinary run."""
 
 import json
 
@@ -13,13 +13,13 @@ TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precisi
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory, image_tower, text_tower):
-    """Runs that started from runs/parent, and one that did not."""
-    place = tmp_path_factory.mktemp("average")
-    write_image_folder(place / "my_photos", 30)
+def working_folder(tmp_path_factory, image_tower, text_tower):
+    """A folder with runs that started from runs/parent, and one that did not."""
+    folder = tmp_path_factory.mktemp("average")
+    write_image_folder(folder / "my_photos", 30)
     towers = ["--image-encoder", image_tower, "--text-encoder", text_tower]
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(folder)
         runs = {
             "parent": [*towers],
             "a": ["--start-from", "runs/parent", "--freeze-text", "--seed", 1],
@@ -27,23 +27,23 @@ def place(tmp_path_factory, image_tower, text_tower):
             "d": ["--start-from", "runs/a", "--freeze-text"],
             "e": ["--start-from", "runs/parent/", "--freeze-text", "--objective", "sigmoid"],
         }
-        for name, words in runs.items():
+        for name, flags in runs.items():
             done = run_in_process(
-                "train.py", "--dataset", "my_photos", *TRAINING, "--epochs", 1, *words, "--name", name
+                "train.py", "--dataset", "my_photos", *TRAINING, "--epochs", 1, *flags, "--name", name
             )
             assert done.returncode == 0, done.stderr
-    return place
+    return folder
 
 
 @pytest.fixture(autouse=True)
-def _working_folder(place, monkeypatch):
-    monkeypatch.chdir(place)
+def _change_folder(working_folder, monkeypatch):
+    monkeypatch.chdir(working_folder)
 
 
-def test_the_average_is_the_mean_of_the_weights_and_a_run_like_any_other(place):
+def test_average_is_the_mean_of_the_weights_and_an_ordinary_run(working_folder):
     done = run_in_process("average.py", "runs/a", "runs/b", "--name", "soup", "--precision", "float32")
     assert done.returncode == 0, done.stderr
-    a, b, soup = (load_run(place / "runs" / name).model.state_dict() for name in ("a", "b", "soup"))
+    a, b, soup = (load_run(working_folder / "runs" / name).model.state_dict() for name in ("a", "b", "soup"))
     assert any(not torch.equal(a[key], b[key]) for key in a)
     for key, tensor in soup.items():
         torch.testing.assert_close(tensor, (a[key] + b[key]) / 2 if tensor.is_floating_point() else a[key])
@@ -51,19 +51,19 @@ def test_the_average_is_the_mean_of_the_weights_and_a_run_like_any_other(place):
             assert torch.equal(tensor, a[key])
 
     assert finished_runs("runs")[0].name == "soup"
-    said = run_in_process("evaluate.py", "--split", "val", "--precision", "float32").stdout
-    rsum = json.loads((place / "runs/soup/log.jsonl").read_text())["rsum"]
-    assert said.startswith("runs/soup") and f"rsum {rsum:.1f}" in said and f"rsum {rsum:.1f}" in done.stdout
+    report = run_in_process("evaluate.py", "--split", "val", "--precision", "float32").stdout
+    rsum = json.loads((working_folder / "runs/soup/log.jsonl").read_text())["rsum"]
+    assert report.startswith("runs/soup") and f"rsum {rsum:.1f}" in report and f"rsum {rsum:.1f}" in done.stdout
     assert "my_photos" in run_in_process("infer.py", "red on the left").stdout
     assert "--start-from" in one_line_error(run_in_process("train.py", "--resume", "runs/soup"))
     done = run_in_process("train.py", "--dataset", "my_photos", "--start-from", "runs/soup", *TRAINING, "--epochs", 1)
     assert done.returncode == 0, done.stderr
-    assert "exists already" in one_line_error(run_in_process("average.py", "runs/a", "runs/b", "--name", "soup"))
+    assert "already exists" in one_line_error(run_in_process("average.py", "runs/a", "runs/b", "--name", "soup"))
 
 
-def test_an_average_of_three_weighs_them_alike(place):
+def test_average_of_three_weights_them_equally(working_folder):
     assert run_in_process("average.py", "runs/a", "runs/b", "runs/a", "--name", "three").returncode == 0
-    a, b, three = (load_state(place / "runs" / name / "best.pt")["model"] for name in ("a", "b", "three"))
+    a, b, three = (load_state(working_folder / "runs" / name / "best.pt")["model"] for name in ("a", "b", "three"))
     key = "image_head.hidden.weight"
     torch.testing.assert_close(three[key], (2 * a[key] + b[key]) / 3)
 
@@ -79,5 +79,5 @@ def test_an_average_of_three_weighs_them_alike(place):
         (["runs/e", "runs/a"], "differ in bias"),
     ],
 )
-def test_what_has_no_meaningful_average_is_refused(runs, message):
+def test_runs_without_a_meaningful_average_are_an_error(runs, message):
     assert message in one_line_error(run_in_process("average.py", *runs, "--name", "no"))

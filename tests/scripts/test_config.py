@@ -1,4 +1,4 @@
-"""Settings and flags: each field is a flag, a wrong one is told in one line and before anything slow is loaded."""
+"""Settings and flags: each field is a flag; a wrong flag is a one-line error, reported before slow imports."""
 
 import dataclasses
 import json
@@ -16,45 +16,44 @@ import train
 from config import FLAGS_WITHOUT_RECIPE, OWN_PHOTOS, SAMPLE, Config, default_config
 from runtime import cli
 
-OWN = default_config("my_photos")
+DEFAULTS = default_config("my_photos")
 
 
-def flags(*argv, kind=train.Flags, default=None):
-    default = default or train.Flags(**dataclasses.asdict(OWN))
-    return cli.parse_flags(kind, default=default, argv=list(argv))
+def parse(*argv):
+    return cli.parse_flags(train.Flags, default=train.Flags(**dataclasses.asdict(DEFAULTS)), argv=list(argv))
 
 
 def error_line(capsys, *argv):
-    with pytest.raises(SystemExit) as stop:
-        flags(*argv)
-    assert stop.value.code == 2
+    with pytest.raises(SystemExit) as error:
+        parse(*argv)
+    assert error.value.code == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
     return lines[0]
 
 
-def test_the_defaults_are_a_valid_configuration():
+def test_defaults_are_a_valid_configuration():
     assert Config() == Config(**dataclasses.asdict(Config()))
 
 
-NEEDS = {"cached_views": {"freeze_image": True}}  # flags that make sense beside others only
+REQUIRED_FLAGS = {"cached_views": {"freeze_image": True}}  # field -> other fields without which it is an error
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(Config), ids=lambda field: field.name)
 def test_every_field_is_a_flag_of_its_name(field):
-    flag, default = f"--{field.name.replace('_', '-')}", getattr(OWN, field.name)
+    flag, default = f"--{field.name.replace('_', '-')}", getattr(DEFAULTS, field.name)
     if isinstance(default, bool):
-        words, value = [flag if not default else f"--no-{flag[2:]}"], not default
+        argv, value = [flag if not default else f"--no-{flag[2:]}"], not default
     elif isinstance(default, float):
-        words, value = [flag, "0.5"], 0.5
+        argv, value = [flag, "0.5"], 0.5
     elif isinstance(default, int) or "int" in str(field.type):
-        words, value = [flag, "17"], 17
+        argv, value = [flag, "17"], 17
     else:
         value = typing.get_args(field.type)[-1] if typing.get_origin(field.type) is typing.Literal else "word"
-        words = [flag, value]
-    beside = NEEDS.get(field.name, {})
-    parsed = flags(*words, *(f"--{name.replace('_', '-')}" for name in beside))
-    expected = dataclasses.asdict(OWN) | {field.name: value, "resume": None} | beside
+        argv = [flag, value]
+    required = REQUIRED_FLAGS.get(field.name, {})
+    parsed = parse(*argv, *(f"--{name.replace('_', '-')}" for name in required))
+    expected = dataclasses.asdict(DEFAULTS) | {field.name: value, "resume": None} | required
     assert dataclasses.asdict(parsed) == expected
 
 
@@ -96,34 +95,34 @@ def test_every_field_is_a_flag_of_its_name(field):
         ("name", ""),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_its_flag_and_the_value(name, value):
+def test_value_out_of_range_is_an_error_with_flag_and_value(name, value):
     with pytest.raises(ValueError) as error:
         Config(**{name: value})
     assert f"--{name.replace('_', '-')} " in str(error.value)
     assert str(error.value).endswith(f"got {value!r}")
 
 
-def test_the_preset_of_a_data_set_replaces_defaults():
+def test_preset_of_a_data_set_replaces_defaults():
     own, sample = default_config("my_photos"), default_config("sample")
     assert own.text_encoder == OWN_PHOTOS["text_encoder"][1] != Config.text_encoder
     assert not sample.pretrained and sample.image_encoder == SAMPLE["image_encoder"][1] != Config.image_encoder
 
 
 @pytest.mark.parametrize("name", ["OWN_PHOTOS", "SAMPLE", "PRETRAINED_DUAL_ENCODER"])
-def test_a_preset_knows_the_defaults_that_it_replaces(name):
-    """Else an entry would take its default for an edited one, and never apply."""
+def test_preset_lists_the_current_defaults(name):
+    """With an outdated default, an entry would be taken for one that the user edited, and never apply."""
     assert {field: shipped for field, (shipped, _) in getattr(defaults, name).items()} == {
         field: getattr(Config, field) for field in getattr(defaults, name)
     }
 
 
-DATA_SETS = {"sample": "sample", "flickr8k": "flickr8k", "own photos": "my_photos", "pretrained": "my_photos"}
+DATASETS = {"sample": "sample", "flickr8k": "flickr8k", "own photos": "my_photos", "pretrained": "my_photos"}
 
 
-@pytest.mark.parametrize("dataset", DATA_SETS)
+@pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize(("field", "edited"), [("alpha", 0.5), ("batch_size", 64), ("epochs", 7), ("tta_flip", "x")])
-def test_an_edited_default_is_what_every_data_set_trains_with(tmp_path, dataset, field, edited):
-    """A copy of the program in whose config.py one default was edited, as people do."""
+def test_edited_default_applies_to_every_data_set(tmp_path, dataset, field, edited):
+    """Edit one default in the config.py of a copy of the program."""
     edited = {"x": not Config.tta_flip}.get(edited, edited)
     for name in ("train.py", "config.py", "losses.py", "runtime", "data"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
@@ -132,13 +131,13 @@ def test_an_edited_default_is_what_every_data_set_trains_with(tmp_path, dataset,
     )
     assert count == 1
     (tmp_path / "config.py").write_text(text, "utf-8")
-    flags = ["--dataset", DATA_SETS[dataset], *(["--model", "openai/clip"] if dataset == "pretrained" else [])]
+    flags = ["--dataset", DATASETS[dataset], *(["--model", "openai/clip"] if dataset == "pretrained" else [])]
     code = f"import sys, train; sys.argv = ['train.py', *{flags!r}]; print(train.parse_flags()[0].{field})"
     done = run_script("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.stdout.strip() == str(edited)
 
 
-def test_a_run_says_which_defaults_the_preset_replaced(monkeypatch):
+def test_run_prints_which_defaults_the_preset_replaced(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--batch-size", "16"])
     line = train.describe_preset(train.parse_flags()[0])
     assert line.startswith("sample: ") and "epochs 40" in line and "image_encoder resnet10t" in line
@@ -148,7 +147,7 @@ def test_a_run_says_which_defaults_the_preset_replaced(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "name", "value"),
+    ("argv", "name", "value"),
     [
         (["--image-stages", "2"], "unfreeze_image_stages", 2),
         (["--text_layers=3"], "unfreeze_text_layers", 3),
@@ -158,43 +157,50 @@ def test_a_run_says_which_defaults_the_preset_replaced(monkeypatch):
         (["--search-mirrored"], "tta_flip", True),
     ],
 )
-def test_flags_of_version_1_work_and_name_the_new_ones(monkeypatch, capsys, words, name, value):
-    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", *words])
+def test_flags_of_version_1_work_and_print_their_new_names(monkeypatch, capsys, argv, name, value):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", *argv])
     assert getattr(train.parse_flags()[0], name) == value
-    said = capsys.readouterr().err
-    assert f"is now --{'no-' if value is False else ''}{name.replace('_', '-')}\n" in said and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert f"is now --{'no-' if value is False else ''}{name.replace('_', '-')}\n" in stderr
+    assert stderr.count("\n") == 1
 
 
-def test_help_shows_the_groups_of_config_the_most_used_flags_first_and_whose_defaults(tmp_path):
-    said = run_script("train.py", "--help", "--dataset", "flickr8k", cwd=tmp_path).stdout
+def test_help_lists_most_used_flags_first_then_groups_with_choices_and_defaults_of_the_data_set(tmp_path):
+    text = run_script("train.py", "--help", "--dataset", "flickr8k", cwd=tmp_path).stdout
     order = ["--dataset flickr8k", "Most used:", "--alpha", "Data:", "Model:", "Evaluation", "Objective:"]
     order += ["Optimisation:", "Run:"]
-    places = [said.index(words) for words in order]
-    assert places == sorted(places) and "[256]" in said
+    positions = [text.index(heading) for heading in order]
+    assert positions == sorted(positions) and "[256]" in text
     flags = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(train.Flags)}
-    assert flags == {flag for flag in re.findall(r"^  (--[\w-]+)", said, re.MULTILINE)}
-    assert all(re.search(rf"^  {flag}\b", said, re.MULTILINE) for flag in flags)
+    assert flags == {flag for flag in re.findall(r"^  (--[\w-]+)", text, re.MULTILINE)}
+    assert all(re.search(rf"^  {flag}\b", text, re.MULTILINE) for flag in flags)
+    literals = [field for field in dataclasses.fields(Config) if typing.get_origin(field.type) is typing.Literal]
+    assert {field.name for field in literals} >= {"device", "precision", "negatives", "distance"}
+    for field in literals:
+        choices = "{" + ",".join(typing.get_args(field.type)) + "}"
+        assert re.search(rf"^  --{field.name.replace('_', '-')} {re.escape(choices)}$", text, re.MULTILINE)
+    assert text.count("{") == len(literals)
 
 
-def test_the_beginning_of_several_flags_is_answered_with_all_of_them(capsys):
+def test_prefix_of_several_flags_suggests_all_of_them(capsys):
     line = error_line(capsys, "--lr", "1e-3")
     assert "did you mean --lr-heads, --lr-image, --lr-text?" in line
 
 
-@pytest.mark.parametrize("words", [["--dataset", "flickr8k"], ["--dataset=flickr8k"]])
-def test_the_data_set_named_by_a_flag_decides_the_defaults(monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["train.py", *words])
+@pytest.mark.parametrize("argv", [["--dataset", "flickr8k"], ["--dataset=flickr8k"]])
+def test_dataset_flag_decides_the_defaults(monkeypatch, argv):
+    monkeypatch.setattr("sys.argv", ["train.py", *argv])
     config, _ = train.parse_flags()
     assert config == default_config("flickr8k") == Config(dataset="flickr8k")
 
 
-def test_the_flags_that_leave_a_recipe_out_are_flags():
+def test_flags_without_recipe_are_fields_of_config():
     names = [flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in FLAGS_WITHOUT_RECIPE]
     assert all(hasattr(Config, name) for name in names)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "argv",
     [
         ["--freeze-text"],
         ["--freeze_text"],
@@ -204,23 +210,23 @@ def test_the_flags_that_leave_a_recipe_out_are_flags():
         ["--freeze-image", "--lora", "4"],
     ],
 )
-def test_flags_that_say_what_trains_leave_the_recipe_of_the_data_set_out(monkeypatch, words):
-    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--alpha", "0.7", *words])
+def test_flags_that_decide_what_trains_replace_the_recipe_of_the_data_set(monkeypatch, argv):
+    monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--alpha", "0.7", *argv])
     config, _ = train.parse_flags()
-    message = {"freeze_text": "text" in words[0], "freeze_image": "--freeze-image" in words}
-    message |= {"pretrained": "--no-pretrained" not in words, "lora": 4 if "lora" in " ".join(words) else 0}
-    own = default_config("flickr8k", recipe=False)
-    assert own.batch_size == OWN_PHOTOS["batch_size"][1]
-    assert config == dataclasses.replace(own, alpha=0.7, **message)
+    expected = {"freeze_text": "text" in argv[0], "freeze_image": "--freeze-image" in argv}
+    expected |= {"pretrained": "--no-pretrained" not in argv, "lora": 4 if "lora" in " ".join(argv) else 0}
+    defaults_without_recipe = default_config("flickr8k", recipe=False)
+    assert defaults_without_recipe.batch_size == OWN_PHOTOS["batch_size"][1]
+    assert config == dataclasses.replace(defaults_without_recipe, alpha=0.7, **expected)
 
 
-def test_a_flag_wins_over_the_preset(monkeypatch):
+def test_flag_overrides_the_preset(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--epochs", "3"])
     config, _ = train.parse_flags()
     assert config == dataclasses.replace(default_config("sample"), epochs=3)
 
 
-def test_a_resumed_run_keeps_its_settings_and_flags_beside_it_win(monkeypatch, tmp_path):
+def test_resumed_run_keeps_its_settings_except_for_flags(monkeypatch, tmp_path):
     settings = dataclasses.asdict(Config(dataset="flickr8k", alpha=0.3, margin=0.4))
     (tmp_path / "config.json").write_text(json.dumps(settings))
     monkeypatch.setattr("sys.argv", ["train.py", "--resume", str(tmp_path), "--margin", "0.5"])
@@ -229,7 +235,7 @@ def test_a_resumed_run_keeps_its_settings_and_flags_beside_it_win(monkeypatch, t
     assert config == Config(dataset="flickr8k", alpha=0.3, margin=0.5)
 
 
-def test_a_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
+def test_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
     (tmp_path / "my_photos").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "my_photos", "--data-dir", "elsewhere"])
@@ -237,7 +243,7 @@ def test_a_data_set_folder_is_stored_as_an_absolute_path(monkeypatch, tmp_path):
     assert (config.dataset, config.data_dir) == (str(tmp_path / "my_photos"), str(tmp_path / "elsewhere"))
 
 
-def test_a_linked_caption_file_keeps_the_name_that_says_its_kind(monkeypatch, tmp_path):
+def test_linked_caption_file_keeps_the_name_of_the_link(monkeypatch, tmp_path):
     (tmp_path / "0f3a").write_text("image,caption\n")
     (tmp_path / "captions.csv").symlink_to(tmp_path / "0f3a")
     monkeypatch.chdir(tmp_path)
@@ -245,43 +251,44 @@ def test_a_linked_caption_file_keeps_the_name_that_says_its_kind(monkeypatch, tm
     assert train.parse_flags()[0].dataset == str(tmp_path / "captions.csv")
 
 
-def test_an_unknown_flag_is_one_line_that_names_it_and_the_one_meant(capsys):
+def test_unknown_flag_is_a_one_line_error_that_suggests_a_similar_flag(capsys):
     line = error_line(capsys, "--alhpa", "0.2")
     assert "--alhpa" in line and "did you mean --alpha?" in line
 
 
-def test_a_word_that_is_given_without_a_flag_says_so(capsys):
+def test_flag_of_a_positional_argument_is_an_error_that_explains_it(capsys):
     with pytest.raises(SystemExit):
         cli.parse_flags(evaluate.Flags, argv=["--run", "runs/x"])
-    assert "--run" in (line := capsys.readouterr().err) and "alone, without the flag" in line
+    line = capsys.readouterr().err
+    assert "--run" in line and "positional: pass its value without the flag" in line
 
 
-def test_a_value_of_the_wrong_type_is_one_line_that_names_flag_and_value(capsys):
+def test_value_of_the_wrong_type_is_a_one_line_error_with_flag_and_value(capsys):
     line = error_line(capsys, "--epochs", "many")
     assert "--epochs" in line and "many" in line
 
 
-def test_a_choice_that_does_not_exist_is_one_line_with_the_choices(capsys):
+def test_invalid_choice_is_a_one_line_error_with_the_choices(capsys):
     line = error_line(capsys, "--device", "tpu")
     assert "--device" in line and "tpu" in line and "cuda" in line
 
 
-def test_an_out_of_range_flag_is_one_line_that_names_flag_and_value(capsys):
+def test_flag_out_of_range_is_a_one_line_error_with_flag_and_value(capsys):
     line = error_line(capsys, "--epochs", "0")
     assert "--epochs" in line and line.count("got 0") == 1
 
 
-def test_a_missing_value_is_one_line_that_names_the_flag(capsys):
+def test_missing_value_is_a_one_line_error_with_the_flag(capsys):
     assert "--epochs" in error_line(capsys, "--epochs")
 
 
-def test_error_lines_hold_no_frame(capsys):
-    for words in (["--alhpa", "1"], ["--epochs", "many"], ["--device", "tpu"], ["--epochs", "0"], ["word"]):
-        assert not re.search("[│╭╮╰╯─]|---", error_line(capsys, *words))
+def test_error_lines_contain_no_frame(capsys):
+    for argv in (["--alhpa", "1"], ["--epochs", "many"], ["--device", "tpu"], ["--epochs", "0"], ["word"]):
+        assert not re.search("[│╭╮╰╯─]|---", error_line(capsys, *argv))
 
 
 @pytest.mark.parametrize(
-    ("words", "value"),
+    ("argv", "value"),
     [
         (["--a", "1"], "1"),
         (["--b", "--a=2"], "2"),
@@ -293,11 +300,11 @@ def test_error_lines_hold_no_frame(capsys):
         (["--a", "1", "--b", "--a", "3", "4"], "3"),
     ],
 )
-def test_given_reads_one_flag_ahead_of_the_others(words, value):
-    assert cli.peek_flag("--a", words) == value
+def test_peek_flag_reads_the_last_value_of_one_flag(argv, value):
+    assert cli.peek_flag("--a", argv) == value
 
 
-def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path):
+def test_data_set_name_takes_precedence_over_a_folder_with_that_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "flickr8k").mkdir()
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "flickr8k", "--data-dir", "flickr8k"])
@@ -305,14 +312,14 @@ def test_a_name_stays_a_name_beside_a_folder_of_that_name(monkeypatch, tmp_path)
     assert config.dataset == "flickr8k" and config.data_dir == str(tmp_path / "flickr8k")
 
 
-def test_of_a_repeated_data_set_the_last_decides_the_defaults_too(monkeypatch):
+def test_last_of_several_dataset_flags_decides_the_defaults(monkeypatch):
     monkeypatch.setattr("sys.argv", ["train.py", "--dataset", "sample", "--dataset", "my_photos"])
     config, _ = train.parse_flags()
     assert config == default_config("my_photos")
 
 
-def test_a_typo_is_answered_without_importing_torch(tmp_path):
-    loaded = "import sys; heavy = {'torch', 'transformers', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)"
+def test_typo_is_reported_without_importing_torch(tmp_path):
+    check = "import sys; heavy = {'torch', 'transformers', 'timm', 'pandas', 'matplotlib'} & set(sys.modules)"
     script = f"""
 import sys, train
 from runtime import cli
@@ -320,7 +327,7 @@ sys.argv = ["train.py", "--alhpa", "1"]
 try:
     cli.run(train.main)
 finally:
-    {loaded}; print("heavy:", sorted(heavy))
+    {check}; print("heavy:", sorted(heavy))
 """
     done = run_script("-c", script, cwd=tmp_path, check=False)
     assert "heavy: []" in done.stdout
@@ -328,7 +335,7 @@ finally:
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "infer.py"])
-def test_help_names_the_flags_and_is_quick(script, tmp_path):
+def test_help_lists_the_flags_without_slow_imports(script, tmp_path):
     done = run_script("-X", "importtime", script, "--help", cwd=tmp_path)
     assert "--runs-dir" in done.stdout
     assert "import time" in done.stderr and not re.search(r"\| +(torch|pandas|transformers)$", done.stderr, re.M)
@@ -342,19 +349,19 @@ def test_help_names_the_flags_and_is_quick(script, tmp_path):
         (KeyboardInterrupt("Epoch 1 is saved"), 130, "stopped. Epoch 1 is saved"),
     ],
 )
-def test_a_script_ends_with_one_line_and_an_exit_code(capsys, error, code, line):
+def test_script_ends_with_one_line_and_an_exit_code(capsys, error, code, line):
     def main():
         raise error
 
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as exit_error:
         cli.run(main)
-    assert stop.value.code == code
+    assert exit_error.value.code == code
     assert capsys.readouterr().err.strip() == line
 
 
-def test_a_fault_of_the_program_itself_keeps_its_traceback():
+def test_bug_in_the_program_keeps_its_traceback():
     def main():
-        raise KeyError("our own mistake")
+        raise KeyError("a bug")
 
     with pytest.raises(KeyError):
         cli.run(main)

@@ -1,4 +1,4 @@
-"""Disks that are full or cannot be written, for real: the checkpoint from before stands, and one line says so."""
+"""Full and read-only disks, with real mounts: the previous checkpoint is unchanged, and the error is one line."""
 
 import contextlib
 import dataclasses
@@ -20,16 +20,16 @@ from training.trainer import train
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 
 
-def mount(*words):
+def mount(*arguments):
     try:
-        subprocess.run(["mount", *map(str, words)], check=True, capture_output=True, timeout=10)
+        subprocess.run(["mount", *map(str, arguments)], check=True, capture_output=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         pytest.skip("mounting is not permitted here")
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 8 MB."""
+    """A mounted disk of 8 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount("-t", "tmpfs", "-o", "size=8m", "tmpfs", folder)
@@ -46,24 +46,26 @@ def read_only(folder):
         mount("-o", "remount,rw", folder)
 
 
-def files(folder):
+def read_files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def fill(disk, left):
-    """Leave this many bytes free."""
+def fill(disk, free_bytes):
+    """Fill the disk so that this many bytes are free."""
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    (disk / "filler").write_bytes(bytes(max(0, free - left)))
+    (disk / "filler").write_bytes(bytes(max(0, free - free_bytes)))
 
 
-@pytest.mark.parametrize("left", [0, 4096, 100_000])
-def test_a_full_disk_leaves_the_checkpoint_from_before_and_nothing_half_written(disk, left):
+@pytest.mark.parametrize("free_bytes", [0, 4096, 100_000])
+def test_full_disk_leaves_the_previous_checkpoint_and_no_partial_file(disk, free_bytes):
     save_state(disk / "last.pt", {"w": torch.ones(100_000)})
-    fill(disk, left)
-    before = files(disk)
-    with pytest.raises(OSError, match=r"cannot write .*last\.pt: No space left on device; the one from before is kept"):
+    fill(disk, free_bytes)
+    before = read_files(disk)
+    with pytest.raises(
+        OSError, match=r"cannot write .*last\.pt: No space left on device; the previous file is unchanged"
+    ):
         save_state(disk / "last.pt", {"w": torch.zeros(200_000)})
-    after = files(disk)
+    after = read_files(disk)
     assert after.pop(Path("checksums.txt")).startswith(before.pop(Path("checksums.txt"))[:64]) and after == before
     assert load_state(disk / "last.pt")["w"].sum() == 100_000
     (disk / "filler").unlink()
@@ -71,44 +73,42 @@ def test_a_full_disk_leaves_the_checkpoint_from_before_and_nothing_half_written(
     assert load_state(disk / "last.pt")["w"].sum() == 0
 
 
-def test_a_disk_that_cannot_be_written_leaves_every_file_as_it_was(disk):
+def test_read_only_disk_leaves_every_file_unchanged(disk):
     save_state(disk / "last.pt", {"w": torch.ones(10)})
-    before = files(disk)
+    before = read_files(disk)
     with read_only(disk), pytest.raises(OSError, match=r"cannot write .*last\.pt: Read-only file system"):
         save_state(disk / "last.pt", {"w": torch.zeros(10)})
-    assert files(disk) == before
+    assert read_files(disk) == before
 
 
-def test_training_that_meets_a_full_disk_says_what_is_kept_and_goes_on_from_there(
-    tiny_config, disk, tmp_path, monkeypatch
-):
+def test_training_on_a_full_disk_reports_the_saved_epoch_and_resumes_from_it(tiny_config, disk, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "plot_curves", lambda *_, **__: None)
-    whole = tiny_config(epochs=3, name="whole", embed_dim=8, freeze_image=True)
-    expected = load_state(train(whole, open_data_of(whole), None) / "last.pt")["model"]
-    config = dataclasses.replace(whole, runs_dir=str(disk / "runs"), name="parts")
-    real = trainer.Trainer._save_epoch
+    uninterrupted = tiny_config(epochs=3, name="uninterrupted", embed_dim=8, freeze_image=True)
+    expected = load_state(train(uninterrupted, open_data_of(uninterrupted), None) / "last.pt")["model"]
+    config = dataclasses.replace(uninterrupted, runs_dir=str(disk / "runs"), name="interrupted")
+    original = trainer.Trainer._save_epoch
 
     def save(self, record):
         if self.state.epoch == 2:
             fill(disk, 10_000)
-        real(self, record)
+        original(self, record)
 
-    with monkeypatch.context() as full, pytest.raises(OSError) as error:
-        full.setattr(trainer.Trainer, "_save_epoch", save)
+    with monkeypatch.context() as full_disk, pytest.raises(OSError) as error:
+        full_disk.setattr(trainer.Trainer, "_save_epoch", save)
         train(config, open_data_of(config), None)
-    folder = disk / "runs" / "parts"
+    folder = disk / "runs" / "interrupted"
     line = str(error.value)
     assert "No space left" in line and "epoch 1 is saved" in line and f"--resume {folder}" in line and "\n" not in line
     assert len(read_log(folder)) == 1 and not list(folder.glob(".*"))
     (disk / "filler").unlink()
     train(config, open_data_of(config), folder)
-    ended = load_state(folder / "last.pt")["model"]
-    assert all(torch.equal(tensor, ended[key]) for key, tensor in expected.items())
+    resumed = load_state(folder / "last.pt")["model"]
+    assert all(torch.equal(tensor, resumed[key]) for key, tensor in expected.items())
 
 
 @pytest.fixture
 def flags(tiny_config, photos, tmp_path, monkeypatch):
-    """What trains for a second from the folder that holds the disk."""
+    """Flags for a training of one second; the working folder is the one that contains the disk."""
     monkeypatch.chdir(tmp_path)
     config = tiny_config()
     flags = ["--dataset", photos, "--image-encoder", config.image_encoder, "--text-encoder", config.text_encoder]
@@ -116,29 +116,29 @@ def flags(tiny_config, photos, tmp_path, monkeypatch):
     return [*flags, "--num-workers", 0, "--device", "cpu", "--name", "x"]
 
 
-@pytest.mark.parametrize("place", ["--runs-dir", "--cache-dir"])
-def test_the_program_ends_with_one_line_where_it_may_not_write(disk, flags, place):
+@pytest.mark.parametrize("flag", ["--runs-dir", "--cache-dir"])
+def test_read_only_folder_is_a_one_line_error(disk, flags, flag):
     with read_only(disk):
-        line = one_line_error(run_in_process("train.py", *flags, "--freeze-image", "--freeze-text", place, "disk/new"))
+        line = one_line_error(run_in_process("train.py", *flags, "--freeze-image", "--freeze-text", flag, "disk/new"))
     assert "disk/new" in line and "Read-only" in line
 
 
-def test_a_disk_that_is_full_from_the_start_is_one_line_wherever_it_runs_out(disk, flags):
-    for left in (0, 4096, 8192, 16384, 65536, 500_000, 2_000_000):
+def test_disk_that_fills_up_during_training_is_a_one_line_error_at_any_size(disk, flags):
+    for free_bytes in (0, 4096, 8192, 16384, 65536, 500_000, 2_000_000):
         shutil.rmtree(disk / "runs", ignore_errors=True)
         (disk / "filler").unlink(missing_ok=True)
-        fill(disk, left)
+        fill(disk, free_bytes)
         line = one_line_error(run_in_process("train.py", *flags, "--runs-dir", "disk/runs"))
-        assert "space" in line, (left, line)
+        assert "space" in line, (free_bytes, line)
         assert not list(disk.rglob(".*"))
 
 
-def test_features_that_fill_the_disk_are_one_line_and_leave_nothing_behind(disk, flags):
-    for left in (0, 4096, 16384):
+def test_disk_that_is_too_small_for_cached_features_is_a_one_line_error_and_leaves_no_files(disk, flags):
+    for free_bytes in (0, 4096, 16384):
         shutil.rmtree(disk / "cache", ignore_errors=True)
         (disk / "filler").unlink(missing_ok=True)
-        fill(disk, left)
-        views = ["--unfreeze-image-stages", 1, "--cached-views", 4]
-        line = one_line_error(run_in_process("train.py", *flags, *views, "--cache-dir", "disk/cache"))
-        assert "space" in line or "where 0.0 GB are free" in line, (left, line)
+        fill(disk, free_bytes)
+        caching = ["--unfreeze-image-stages", 1, "--cached-views", 4]
+        line = one_line_error(run_in_process("train.py", *flags, *caching, "--cache-dir", "disk/cache"))
+        assert "space" in line or "but only 0.0 GB are free" in line, (free_bytes, line)
         assert not list(disk.rglob("*.images"))

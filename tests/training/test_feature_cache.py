@@ -1,4 +1,4 @@
-"""Stored features: the tower cut in two says what the whole says, and what the first half says is kept right."""
+"""A split trunk equals the whole tower, and training on cached features equals training on images."""
 
 import dataclasses
 import os
@@ -30,33 +30,33 @@ from training.trainer import train
 
 
 @pytest.fixture
-def part(tmp_path):
-    """The 7 training photos of a folder of their own, with 2 captions each."""
+def split(tmp_path):
+    """The training split of a new data set: 7 photos with 2 captions each. Tests may change its files."""
     folder = write_image_folder(tmp_path / "photos", 10)
     return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
 
 
-def pixels(count=3, size=32):
+def random_pixels(count=3, size=32):
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("pooling", ["own", "mean", "gpo"])
 @pytest.mark.parametrize("stages", [None, 1, 2, 4])
 @pytest.mark.parametrize("fold", [True, False])
-def test_both_halves_one_after_another_are_the_tower(image_tower, fold, stages, pooling):
+def test_both_trunk_parts_in_sequence_equal_the_tower(image_tower, fold, stages, pooling):
     name = str(image_tower)
     tower, _ = build_image_encoder(name, pretrained=True, fold_batch_norm=fold, pooling=pooling)
     tower.freeze(stages is None, trainable=stages and last_stage_parameters(tower.backbone, stages))
-    tensors = set(tower.state_dict())
+    keys = set(tower.state_dict())
     split_trunk(tower)
     with torch.no_grad():
-        expected = tower.eval()(pixels())
-        assert torch.equal(tower.forward_trainable(tower.forward_frozen(pixels())), expected)
-    assert set(tower.state_dict()) == tensors  # the halves hold no weights of their own
+        expected = tower.eval()(random_pixels())
+        assert torch.equal(tower.forward_trainable(tower.forward_frozen(random_pixels())), expected)
+    assert set(tower.state_dict()) == keys  # the trunk parts are not registered as submodules
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_gradients_through_the_second_half_are_those_of_the_tower(image_tower, stages):
+def test_gradients_through_the_trainable_trunk_part_equal_those_of_the_tower(image_tower, stages):
     tower, _ = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
     tower.freeze(False, trainable=last_stage_parameters(tower.backbone, stages))
     split_trunk(tower)
@@ -66,116 +66,115 @@ def test_gradients_through_the_second_half_are_those_of_the_tower(image_tower, s
         features.square().sum().backward()
         return {name: p.grad.clone() for name, p in tower.named_parameters() if p.grad is not None}
 
-    whole, half = (
-        gradients(tower(pixels())),
-        gradients(tower.forward_trainable(tower.forward_frozen(pixels()).detach())),
-    )
-    assert whole.keys() == half.keys() == {f"backbone.{name}" for name in tower.trainable}
-    for name in whole:
-        torch.testing.assert_close(half[name], whole[name])
+    expected = gradients(tower(random_pixels()))
+    actual = gradients(tower.forward_trainable(tower.forward_frozen(random_pixels()).detach()))
+    assert actual.keys() == expected.keys() == {f"backbone.{name}" for name in tower.trainable}
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "convnext_atto"])
-def test_towers_of_other_kinds_can_be_cut_too(name):
+def test_transformer_and_convnext_trunks_can_be_split(name):
     import timm
 
-    small = {"vit": {"img_size": 32, "depth": 3}, "swin": {"img_size": 56, "depths": (1, 1, 1, 1)}}
-    arguments = next((small[kind] for kind in small if name.startswith(kind)), {"depths": (1, 1, 1, 1)})
+    small_settings = {"vit": {"img_size": 32, "depth": 3}, "swin": {"img_size": 56, "depths": (1, 1, 1, 1)}}
+    matches = (settings for kind, settings in small_settings.items() if name.startswith(kind))
+    arguments = next(matches, {"depths": (1, 1, 1, 1)})
     backbone = timm.create_model(name, num_classes=0, **arguments).eval()
-    before, after = split_backbone(backbone, last_stage_parameters(backbone, 1))
+    frozen, trainable = split_backbone(backbone, last_stage_parameters(backbone, 1))
     for count in (1, 3):
-        photos = torch.randn(count, 3, *[arguments.get("img_size", 64)] * 2)
+        images = torch.randn(count, 3, *[arguments.get("img_size", 64)] * 2)
         with torch.no_grad():
-            assert torch.equal(after(before(photos)), backbone(photos))
+            assert torch.equal(trainable(frozen(images)), backbone(images))
 
 
-class Skipping(torch.nn.Module):
-    """Two tensors go from its first layers to its second."""
+class SkipConnection(torch.nn.Module):
+    """Two tensors pass from its first layers to its second."""
 
     def __init__(self):
         super().__init__()
-        self.first, self.beside, self.second = (torch.nn.Linear(4, 4) for _ in range(3))
+        self.first, self.skip, self.second = (torch.nn.Linear(4, 4) for _ in range(3))
 
     def forward(self, x):
-        return self.second(self.first(x)) + self.beside(x)
+        return self.second(self.first(x)) + self.skip(x)
 
 
-class Branching(Skipping):
+class DataDependentBranch(SkipConnection):
     def forward(self, x):
         return self.second(x) if x.sum() > 0 else self.first(x)
 
 
-@pytest.mark.parametrize("backbone, why", [(Skipping(), "2 tensors"), (Branching(), "control flow")])
-def test_a_tower_that_cannot_be_cut_says_so(backbone, why):
-    with pytest.raises(ValueError, match=f"cannot be split into stages.*{why}"):
+@pytest.mark.parametrize("backbone, reason", [(SkipConnection(), "2 tensors"), (DataDependentBranch(), "control flow")])
+def test_trunk_that_cannot_be_split_is_refused_with_the_reason(backbone, reason):
+    with pytest.raises(ValueError, match=f"cannot be split into stages.*{reason}"):
         split_backbone(backbone, {"second.weight", "second.bias"})
 
 
-class Store:
-    """stored() with one tiny model, and how many photos and captions were encoded for it so far."""
+class CountingCache:
+    """Caches features of one tiny model, and counts the images and captions that are encoded."""
 
     def __init__(self, cache_dir, monkeypatch):
         self.model, self.tokenizer = tiny_model()
         self.model.image_encoder.freeze(True)
         split_trunk(self.model.image_encoder)
         self.cache_dir, self.images, self.captions = cache_dir, 0, 0
-        before, captions = ImageEncoder.forward_frozen, encoder.Encoder.encode_captions
+        forward_frozen, encode_captions = ImageEncoder.forward_frozen, encoder.Encoder.encode_captions
 
-        def counted_before(tower, images):
+        def counting_forward_frozen(tower, images):
             self.images += len(images)
-            return before(tower, images)
+            return forward_frozen(tower, images)
 
-        def counted_captions(encoder, texts, progress):
-            self.captions += len(texts)
-            return captions(encoder, texts, progress)
+        def counting_encode_captions(encoder, captions, desc):
+            self.captions += len(captions)
+            return encode_captions(encoder, captions, desc)
 
-        monkeypatch.setattr(ImageEncoder, "forward_frozen", counted_before)
-        monkeypatch.setattr(encoder.Encoder, "encode_captions", counted_captions)
+        monkeypatch.setattr(ImageEncoder, "forward_frozen", counting_forward_frozen)
+        monkeypatch.setattr(encoder.Encoder, "encode_captions", counting_encode_captions)
 
-    def __call__(self, part, *, views=1, min_crop=0.5, **changes):
+    def __call__(self, split, *, views=1, min_crop=0.5, **changes):
         settings = {"image_size": 32, "max_tokens": 16, "device": "cpu", "precision": "float32", "num_workers": 0}
         encoder = build_encoder(self.model.eval(), self.tokenizer, **settings | changes)
         encoder = dataclasses.replace(encoder, encode_text=self.model.text_encoder)
         cache_dir = str(self.cache_dir)
         tower = self.model.image_encoder
-        images = cache_image_features(encoder, tower, part, "x", views=views, min_crop=min_crop, cache_dir=cache_dir)
-        return images, cache_text_features(encoder, self.model.text_encoder, part.captions, "x", cache_dir=cache_dir)
+        images = cache_image_features(encoder, tower, split, "x", views=views, min_crop=min_crop, cache_dir=cache_dir)
+        return images, cache_text_features(encoder, self.model.text_encoder, split.captions, "x", cache_dir=cache_dir)
 
-    def computed(self):
-        """How many photos and captions were encoded since this was last asked."""
-        found = self.images, self.captions
+    def take_counts(self):
+        """Return how many images and captions were encoded since the last call."""
+        counts = self.images, self.captions
         self.images = self.captions = 0
-        return found
+        return counts
 
 
 @pytest.fixture
-def store(monkeypatch, tmp_path):
-    return Store(tmp_path / "cache", monkeypatch)
+def cache(monkeypatch, tmp_path):
+    return CountingCache(tmp_path / "cache", monkeypatch)
 
 
-def rows_of(stored):
-    images, texts = stored
+def clone_rows(features):
+    images, texts = features
     return images.rows.clone(), texts.clone()
 
 
-def test_the_second_call_computes_nothing_and_gives_the_same(store, part):
-    first = rows_of(store(part))
-    assert store.computed() == (7 + 1, 14)  # and a grey photo, for the shape
-    second = rows_of(store(part))
-    assert store.computed() == (0, 0) and all(map(torch.equal, first, second))
+def test_second_call_computes_nothing_and_returns_the_same(cache, split):
+    first = clone_rows(cache(split))
+    assert cache.take_counts() == (7 + 1, 14)  # and one blank image, for the shape of the features
+    second = clone_rows(cache(split))
+    assert cache.take_counts() == (0, 0) and all(map(torch.equal, first, second))
 
 
-def test_rows_are_what_the_tower_says_of_each_photo(store, part):
-    images, texts = store(part)
-    seen = [AugmentedViews([path], preprocess=Preprocess(32), views=1, min_crop=1.0)[0] for path in part.paths]
+def test_rows_equal_the_output_of_the_tower_for_each_image(cache, split):
+    images, texts = cache(split)
+    views = [AugmentedViews([path], preprocess=Preprocess(32), views=1, min_crop=1.0)[0] for path in split.paths]
     with torch.inference_mode():
-        expected = store.model.image_encoder(torch.from_numpy(np.concatenate(seen)))
+        expected = cache.model.image_encoder(torch.from_numpy(np.concatenate(views)))
     torch.testing.assert_close(images.rows, expected, atol=1e-5, rtol=0)
-    assert images.kept.all() and texts.shape == (14, store.model.text_encoder.dim)
+    assert images.readable.all() and texts.shape == (14, cache.model.text_encoder.dim)
 
 
 @pytest.mark.parametrize(
-    "change, computed",
+    "change, counts",
     [
         ({"image_size": 48}, (8, 0)),
         ({"max_tokens": 4}, (0, 14)),
@@ -184,277 +183,286 @@ def test_rows_are_what_the_tower_says_of_each_photo(store, part):
         ({"min_crop": 0.9}, (0, 0)),  # one view is never cropped
     ],
 )
-def test_other_settings_compute_what_they_change(store, part, change, computed):
-    store(part)
-    store.computed()
-    store(part, **change)
-    assert store.computed() == computed
+def test_changed_settings_compute_only_the_features_they_affect(cache, split, change, counts):
+    cache(split)
+    cache.take_counts()
+    cache(split, **change)
+    assert cache.take_counts() == counts
 
 
-def test_other_crops_are_computed_anew(store, part):
-    store(part, views=3)
-    store.computed()
-    store(part, views=3, min_crop=0.9)
-    assert store.computed()[0] == 22
+def test_changed_crops_are_computed_again(cache, split):
+    cache(split, views=3)
+    cache.take_counts()
+    cache(split, views=3, min_crop=0.9)
+    assert cache.take_counts()[0] == 22
 
 
-def test_other_weights_are_computed_anew_tower_by_tower(store, part):
-    store(part)
-    store.computed()
+def test_changed_weights_of_one_tower_compute_only_its_features_again(cache, split):
+    cache(split)
+    cache.take_counts()
     with torch.no_grad():
-        next(store.model.image_encoder.backbone.parameters()).add_(0.5)
-    store(part)
-    assert store.computed() == (8, 0)
+        next(cache.model.image_encoder.backbone.parameters()).add_(0.5)
+    cache(split)
+    assert cache.take_counts() == (8, 0)
     with torch.no_grad():
-        next(store.model.text_encoder.parameters()).add_(0.5)
-    store(part)
-    assert store.computed() == (0, 14)
+        next(cache.model.text_encoder.parameters()).add_(0.5)
+    cache(split)
+    assert cache.take_counts() == (0, 14)
 
 
-def test_other_batch_norm_statistics_and_colours_are_computed_anew(store, part):
-    store(part)
-    store.computed()
-    next(buffer for name, buffer in store.model.image_encoder.named_buffers() if name.endswith("running_mean")).add_(1)
-    store(part)
-    assert store.computed() == (8, 0)
-    store.model.image_encoder.mean.add_(1)
-    store(part)
-    assert store.computed() == (8, 0)
+def test_changed_batch_norm_statistics_and_pixel_means_are_computed_again(cache, split):
+    cache(split)
+    cache.take_counts()
+    next(buffer for name, buffer in cache.model.image_encoder.named_buffers() if name.endswith("running_mean")).add_(1)
+    cache(split)
+    assert cache.take_counts() == (8, 0)
+    cache.model.image_encoder.mean.add_(1)
+    cache(split)
+    assert cache.take_counts() == (8, 0)
 
 
-def test_what_trains_behind_the_cut_changes_nothing(store, part):
-    tower = store.model.image_encoder
+def test_trainable_weights_after_the_split_do_not_affect_the_cache(cache, split):
+    tower = cache.model.image_encoder
     tower.freeze(False, trainable=last_stage_parameters(tower.backbone, 1))
     split_trunk(tower)
-    store(part)
-    store.computed()
+    cache(split)
+    cache.take_counts()
     with torch.no_grad():
         dict(tower.backbone.named_parameters())[sorted(tower.trainable)[0]].add_(0.5)
-    store(part)
-    assert store.computed() == (0, 0)
+    cache(split)
+    assert cache.take_counts() == (0, 0)
 
 
-def test_another_text_pooling_is_computed_anew(store, part):
-    store(part)
-    store.computed()
-    store.model.text_encoder.pooling = "cls"
-    store(part)
-    assert store.computed() == (0, 14)
+def test_changed_text_pooling_is_computed_again(cache, split):
+    cache(split)
+    cache.take_counts()
+    cache.model.text_encoder.pooling = "cls"
+    cache(split)
+    assert cache.take_counts() == (0, 14)
 
 
-def test_a_photo_written_anew_and_another_caption_are_computed_anew(store, part):
-    store(part)
-    store.computed()
+def test_changed_photo_and_changed_caption_are_computed_again(cache, split):
+    cache(split)
+    cache.take_counts()
     later = time.time_ns() + 10**9
-    os.utime(part.paths[2], ns=(later, later))
-    store(part)
-    assert store.computed() == (8, 0)
-    store(dataclasses.replace(part, captions=["blue on the right", *part.captions[1:]]))
-    assert store.computed() == (0, 14)
+    os.utime(split.paths[2], ns=(later, later))
+    cache(split)
+    assert cache.take_counts() == (8, 0)
+    cache(dataclasses.replace(split, captions=["blue on the right", *split.captions[1:]]))
+    assert cache.take_counts() == (0, 14)
 
 
-@pytest.mark.parametrize("left", [0, 4, 0.5, -1])
-@pytest.mark.parametrize("ending, computed", [("images", (8, 0)), ("json", (8, 0)), ("safetensors", (0, 14))])
-def test_a_truncated_file_is_computed_anew(store, part, ending, computed, left):
-    first = rows_of(store(part))
-    store.computed()
-    (file,) = store.cache_dir.rglob(f"*.{ending}")
-    whole = file.read_bytes()
-    file.write_bytes(whole[: int(len(whole) * left) if isinstance(left, float) else left])
-    if ending == "json" and left == -1:
-        return  # all it lost is the end of its line
-    assert all(map(torch.equal, rows_of(store(part)), first)) and store.computed() == computed
-    store(part)
-    assert store.computed() == (0, 0)
-    assert {path.suffix for path in file.parent.glob(".*")} <= {".lock"}  # nothing unfinished
+@pytest.mark.parametrize("length", [0, 4, 0.5, -1])  # bytes that remain: none, 4, half, all but one
+@pytest.mark.parametrize("suffix, counts", [("images", (8, 0)), ("json", (8, 0)), ("safetensors", (0, 14))])
+def test_truncated_file_is_computed_again(cache, split, suffix, counts, length):
+    first = clone_rows(cache(split))
+    cache.take_counts()
+    (file,) = cache.cache_dir.rglob(f"*.{suffix}")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * length) if isinstance(length, float) else length])
+    if suffix == "json" and length == -1:
+        return  # only the final newline is missing
+    assert all(map(torch.equal, clone_rows(cache(split)), first)) and cache.take_counts() == counts
+    cache(split)
+    assert cache.take_counts() == (0, 0)
+    assert {path.suffix for path in file.parent.glob(".*")} <= {".lock"}  # no temporary file
 
 
-def test_a_photo_that_cannot_be_read_leaves_the_others_in_their_places(store, part):
-    whole, _ = store(part)
-    whole = whole.rows.clone()
-    part.paths[0].write_bytes(b"garbage")
-    part.paths[3].unlink()
-    images, _ = store(part)
-    assert np.flatnonzero(~images.kept).tolist() == [0, 3]
-    torch.testing.assert_close(images.rows[images.kept], whole[images.kept], atol=1e-5, rtol=0)
-    store.computed()
-    assert not store(part)[0].kept[3] and store.computed() == (0, 0)
+def test_unreadable_photos_do_not_move_the_rows_of_others(cache, split):
+    before, _ = cache(split)
+    before = before.rows.clone()
+    split.paths[0].write_bytes(b"garbage")
+    split.paths[3].unlink()
+    images, _ = cache(split)
+    assert np.flatnonzero(~images.readable).tolist() == [0, 3]
+    torch.testing.assert_close(images.rows[images.readable], before[images.readable], atol=1e-5, rtol=0)
+    cache.take_counts()
+    assert not cache(split)[0].readable[3] and cache.take_counts() == (0, 0)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_features_that_were_stopped_go_on_from_there(store, part, monkeypatch, stop):
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_interrupted_computation_continues_after_the_last_finished_batch(cache, split, monkeypatch, error):
     from training import feature_cache
 
-    part.paths[1].write_bytes(b"garbage")
-    expected = rows_of(store(part, views=2))
-    shutil.rmtree(store.cache_dir)
+    split.paths[1].write_bytes(b"garbage")
+    expected = clone_rows(cache(split, views=2))
+    shutil.rmtree(cache.cache_dir)
     monkeypatch.setattr(feature_cache, "IMAGE_BATCH", 4)
-    write, written = feature_cache.write_at, []
+    original, offsets = feature_cache.write_at, []
 
-    def stopped(file, start, row):
-        if len(written) == 3:  # in the middle of the third batch of two photos
-            raise stop
-        written.append(start)
-        write(file, start, row)
+    def write_at(file, offset, row):
+        if len(offsets) == 3:  # in the middle of the third batch of two photos
+            raise error
+        offsets.append(offset)
+        original(file, offset, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(feature_cache, "write_at", stopped)
-        with pytest.raises(stop):
-            store(part, views=2)
-    store.computed()
-    found = store(part, views=2)
-    assert store.computed()[0] == 1 + 2 * 3  # four photos had been done, and their views are not encoded again
-    assert all(map(torch.equal, rows_of(found), expected)) and np.flatnonzero(~found[0].kept).tolist() == [1]
-    assert {path.suffix for path in (store.cache_dir / "features").glob(".*")} == {".lock"}
+        patch.setattr(feature_cache, "write_at", write_at)
+        with pytest.raises(error):
+            cache(split, views=2)
+    cache.take_counts()
+    features = cache(split, views=2)
+    assert cache.take_counts()[0] == 1 + 2 * 3  # the views of the four finished photos are not encoded again
+    assert all(map(torch.equal, clone_rows(features), expected))
+    assert np.flatnonzero(~features[0].readable).tolist() == [1]
+    assert {path.suffix for path in (cache.cache_dir / "features").glob(".*")} == {".lock"}
 
 
-def test_an_error_leaves_nothing_unfinished(store, part, monkeypatch):
+def test_error_leaves_no_temporary_files(cache, split, monkeypatch):
     from training import feature_cache
 
-    def broken(*_):
+    def write_at(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(feature_cache, "write_at", broken)
+    monkeypatch.setattr(feature_cache, "write_at", write_at)
     with pytest.raises(OSError, match="no space left"):
-        store(part)
-    assert {path.suffix for path in (store.cache_dir / "features").glob(".*")} == {".lock"}
+        cache(split)
+    assert {path.suffix for path in (cache.cache_dir / "features").glob(".*")} == {".lock"}
 
 
-def test_more_features_than_the_disk_has_room_for_are_refused(store, part, monkeypatch):
+def test_features_that_exceed_the_free_disk_space_are_refused(cache, split, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
-    with pytest.raises(ValueError, match=r"the features need 0.0 GB.*lower --cached-views"):
-        store(part)
-    assert not list(store.cache_dir.rglob("*.images"))
+    with pytest.raises(ValueError, match=r"the cached features need 0.0 GB.*lower --cached-views"):
+        cache(split)
+    assert not list(cache.cache_dir.rglob("*.images"))
 
 
-def test_views_are_the_photo_its_mirror_image_and_crops_of_both(part):
-    views = AugmentedViews(part.paths, preprocess=Preprocess(32), views=4, min_crop=0.3)
-    plain, mirrored, crop, mirrored_crop = views[0]
-    assert np.array_equal(plain[:, :, ::-1], mirrored) and not np.array_equal(crop, plain)
-    assert not np.array_equal(crop[:, :, ::-1], mirrored_crop)  # another crop
+def test_views_are_the_image_its_flip_and_random_crops_of_both(split):
+    views = AugmentedViews(split.paths, preprocess=Preprocess(32), views=4, min_crop=0.3)
+    original, flipped, crop, flipped_crop = views[0]
+    assert np.array_equal(original[:, :, ::-1], flipped) and not np.array_equal(crop, original)
+    assert not np.array_equal(crop[:, :, ::-1], flipped_crop)  # the two crops differ
     assert [is_flipped(view) for view in range(4)] == [False, True, False, True]
-    left, right = plain[:, :, :4].mean((1, 2)), plain[:, :, -4:].mean((1, 2))  # photos of two colours
-    assert np.abs(mirrored_crop[:, :, :2].mean((1, 2)) - right).max() < 40
+    left, right = original[:, :, :4].mean((1, 2)), original[:, :, -4:].mean((1, 2))  # photos have two colours
+    assert np.abs(flipped_crop[:, :, :2].mean((1, 2)) - right).max() < 40
     assert np.abs(crop[:, :, :2].mean((1, 2)) - left).max() < 40
-    assert np.array_equal(views[0], AugmentedViews(part.paths[:1], preprocess=Preprocess(32), views=4, min_crop=0.3)[0])
-
-
-def test_captions_that_change_in_a_mirror_get_a_row_of_their_own():
-    captions = ["a dog", "red on the left", "a cat", "go right"]
-    everything, rows = add_flipped_captions(captions, mirror=True)
-    assert everything == [*captions, "red on the right", "go left"] and rows.tolist() == [0, 4, 2, 5]
-    everything, rows = add_flipped_captions(captions, mirror=False)
-    assert everything == captions and rows.tolist() == [0, 1, 2, 3]
-
-
-def stored_batches(images=10, captions=3, *, micro_batch_size=4, views=1, kept=None, frozen_epochs=0):
-    """Batches whose features say what they are of: of a photo (number, view), of a caption (photo, row)."""
-    owner = np.arange(images).repeat(captions)
-    part = Split([Path(f"{number}.png") for number in range(images)], [f"c{m}" for m in range(len(owner))], owner)
-    rows = torch.tensor([[photo, view] for photo in range(images) for view in range(views)])
-    kept = np.ones(images, bool) if kept is None else kept
-    mirrored = np.arange(len(owner)) + len(owner)
-    texts = torch.tensor([[number, row + turned * 1000] for turned in (0, 1) for row, number in enumerate(owner)])
-    every = np.arange(2 * len(owner) + 1)
-    tokens = Tokens(every[1:].astype(np.int32), every, every[:-1]) if frozen_epochs else None  # row + 1
-    stored = CachedSplit(part, CachedImageFeatures(rows, views, kept), mirrored, texts=texts, tokens=tokens)
-    sampler = EpochSampler(int(kept.sum()), 4, seed=0, micro_batch_size=micro_batch_size)
-    return CachedFeatureLoader(
-        stored, sampler, captions_per_image=2, frozen_epochs=frozen_epochs, pad_id=0, device=torch.device("cpu")
+    assert np.array_equal(
+        views[0], AugmentedViews(split.paths[:1], preprocess=Preprocess(32), views=4, min_crop=0.3)[0]
     )
 
 
-def whole_batches(batches, epoch):
-    for first, second in batches.epoch(epoch):
-        parts = list(first)
+def test_captions_that_change_when_flipped_get_an_additional_row():
+    captions = ["a dog", "red on the left", "a cat", "go right"]
+    extended, rows = add_flipped_captions(captions, flip=True)
+    assert extended == [*captions, "red on the right", "go left"] and rows.tolist() == [0, 4, 2, 5]
+    extended, rows = add_flipped_captions(captions, flip=False)
+    assert extended == captions and rows.tolist() == [0, 1, 2, 3]
+
+
+def cached_loader(images=10, captions=3, *, micro_batch_size=4, views=1, readable=None, frozen_epochs=0):
+    """A loader whose image features are (image, view) and whose text features are (image, row), +1000 if flipped."""
+    caption_image_ids = np.arange(images).repeat(captions)
+    texts = [f"c{m}" for m in range(len(caption_image_ids))]
+    split = Split([Path(f"{image}.png") for image in range(images)], texts, caption_image_ids)
+    image_rows = torch.tensor([[image, view] for image in range(images) for view in range(views)])
+    readable = np.ones(images, bool) if readable is None else readable
+    flipped_rows = np.arange(len(texts)) + len(texts)
+    text_rows = [[image, row + offset] for offset in (0, 1000) for row, image in enumerate(caption_image_ids)]
+    offsets = np.arange(2 * len(texts) + 1)
+    # the caption in row r has the single token r + 1
+    tokens = Tokens(offsets[1:].astype(np.int32), offsets, offsets[:-1]) if frozen_epochs else None
+    features = CachedImageFeatures(image_rows, views, readable)
+    cached = CachedSplit(split, features, flipped_rows, texts=torch.tensor(text_rows), tokens=tokens)
+    sampler = EpochSampler(int(readable.sum()), 4, seed=0, micro_batch_size=micro_batch_size)
+    return CachedFeatureLoader(
+        cached, sampler, captions_per_image=2, frozen_epochs=frozen_epochs, pad_id=0, device=torch.device("cpu")
+    )
+
+
+def concatenated_batches(loader, epoch):
+    """Yield each batch of an epoch with its micro-batches concatenated; assert that both passes are equal."""
+    for first, second in loader.epoch(epoch):
+        micro_batches = list(first)
         assert second is None or all(
-            torch.equal(part[key], again[key])
-            for part, again in zip(parts, second, strict=True)
-            for key in part
+            torch.equal(micro_batch[key], repeated[key])
+            for micro_batch, repeated in zip(micro_batches, second, strict=True)
+            for key in micro_batch
             if key != "unreadable"
         )
-        yield {key: torch.cat([part[key] for part in parts]) for key in parts[0] if key != "unreadable"}
+        keys = micro_batches[0].keys() - {"unreadable"}
+        yield {key: torch.cat([micro_batch[key] for micro_batch in micro_batches]) for key in keys}
 
 
 @pytest.mark.parametrize("micro_batch_size", [2, 4])
-def test_batches_of_features_pair_each_caption_with_its_image(micro_batch_size):
-    batches = stored_batches(micro_batch_size=micro_batch_size)
+def test_cached_batches_pair_each_caption_with_its_image(micro_batch_size):
+    loader = cached_loader(micro_batch_size=micro_batch_size)
     seen = []
-    for batch in whole_batches(batches, 0):
+    for batch in concatenated_batches(loader, 0):
         assert batch["image_features"][:, 0].tolist() == batch["image_ids"].tolist()
         assert batch["text_features"][:, 0].tolist() == batch["caption_image_ids"].tolist()
         assert batch["caption_image_ids"].tolist() == [k for k in batch["image_ids"].tolist() for _ in range(2)]
         assert len(set(batch["text_features"][:, 1].tolist())) == len(batch["text_features"])
         seen += batch["image_ids"].tolist()
-    assert len(seen) == len(set(seen)) == 9 and len(batches) == 3
+    assert len(seen) == len(set(seen)) == 9 and len(loader) == 3
 
 
-def test_mirrored_views_come_with_mirrored_captions():
+def test_flipped_views_come_with_flipped_captions():
     views = []
     for epoch in range(8):
-        for batch in whole_batches(stored_batches(views=4), epoch):
+        for batch in concatenated_batches(cached_loader(views=4), epoch):
             view = batch["image_features"][:, 1]
             assert (batch["text_features"][:, 1] >= 1000).tolist() == (view % 2 == 1).repeat_interleave(2).tolist()
             views += view.tolist()
     assert set(views) == {0, 1, 2, 3} and all(views.count(view) > 8 for view in range(4))
 
 
-def test_photos_that_could_not_be_read_are_in_no_batch():
-    kept = np.ones(10, bool)
-    kept[[2, 9]] = False
-    seen = [
-        k for epoch in range(3) for batch in whole_batches(stored_batches(kept=kept), epoch) for k in batch["image_ids"]
-    ]
-    assert set(map(int, seen)) == set(range(10)) - {2, 9}
+def test_unreadable_images_are_in_no_cached_batch():
+    readable = np.ones(10, bool)
+    readable[[2, 9]] = False
+    loader = cached_loader(readable=readable)
+    batches = [batch for epoch in range(3) for batch in concatenated_batches(loader, epoch)]
+    seen = [image_id for batch in batches for image_id in batch["image_ids"].tolist()]
+    assert set(seen) == set(range(10)) - {2, 9}
 
 
-def test_batches_of_features_repeat_with_the_epoch_and_differ_between_epochs():
-    def captions(epoch):
-        return torch.cat([batch["text_features"][:, 1] for batch in whole_batches(stored_batches(), epoch)]).tolist()
+def test_cached_batches_of_an_epoch_repeat_and_epochs_differ():
+    def caption_rows(epoch):
+        batches = concatenated_batches(cached_loader(), epoch)
+        return torch.cat([batch["text_features"][:, 1] for batch in batches]).tolist()
 
-    assert captions(1) == captions(1) != captions(2)
-
-
-def test_captions_are_features_while_the_text_tower_is_held_and_the_same_ones_tokens_after_it():
-    def captions(frozen_epochs):
-        batches = stored_batches(frozen_epochs=frozen_epochs)
-        return [list(whole_batches(batches, epoch)) for epoch in (0, 1)]
-
-    (held, released), (_, features) = captions(1), captions(2)
-    assert all("text_features" in batch and "input_ids" not in batch for batch in held)
-    assert all("input_ids" in batch and "text_features" not in batch for batch in released)
-    for batch, other in zip(released, features, strict=True):
-        assert (batch["input_ids"][:, 0] - 1).tolist() == other["text_features"][:, 1].tolist()
+    assert caption_rows(1) == caption_rows(1) != caption_rows(2)
 
 
-PARTS = {
-    "a stage and the text tower": {"unfreeze_image_stages": 1},
-    "a stage and the text tower, held at first": {"unfreeze_image_stages": 1, "freeze_epochs": 2},
-    "the text tower": {"freeze_image": True},
-    "a stage": {"unfreeze_image_stages": 1, "freeze_text": True},
-    "a pooling": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo"},
-    "two poolings": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo", "text_pooling": "gpo"},
+def test_temporarily_frozen_text_tower_gets_features_and_later_tokens_of_the_same_captions():
+    def batches_of_two_epochs(frozen_epochs):
+        loader = cached_loader(frozen_epochs=frozen_epochs)
+        return [list(concatenated_batches(loader, epoch)) for epoch in (0, 1)]
+
+    (frozen, training), (_, features) = batches_of_two_epochs(1), batches_of_two_epochs(2)
+    assert all("text_features" in batch and "input_ids" not in batch for batch in frozen)
+    assert all("input_ids" in batch and "text_features" not in batch for batch in training)
+    for batch, expected in zip(training, features, strict=True):
+        assert (batch["input_ids"][:, 0] - 1).tolist() == expected["text_features"][:, 1].tolist()
+
+
+TRAINABLE = {
+    "image stage and text tower": {"unfreeze_image_stages": 1},
+    "image stage and temporarily frozen text tower": {"unfreeze_image_stages": 1, "freeze_epochs": 2},
+    "text tower": {"freeze_image": True},
+    "image stage": {"unfreeze_image_stages": 1, "freeze_text": True},
+    "image pooling": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo"},
+    "both poolings": {"freeze_image": True, "freeze_text": True, "image_pooling": "gpo", "text_pooling": "gpo"},
 }
 
 
-@pytest.mark.parametrize("what", PARTS)
-def test_training_on_stored_features_is_training_on_the_photos(tiny_config, what):
-    """Without augmentation, and with all captions, nothing is left to chance but the order, which is the same."""
-    settings = {"augment": False, "epochs": 3, "micro_batch_size": 3} | PARTS[what]
-    photos = tiny_config(name="photos", **settings)
-    stored = tiny_config(name="stored", cached_views=1, **settings)
-    if not photos.views:
-        expected = read_log(train(photos, open_data_of(photos), None))
-        found = read_log(train(stored, open_data_of(stored), None))
-        for one, other in zip(expected, found, strict=True):
+@pytest.mark.parametrize("trainable", TRAINABLE)
+def test_training_on_cached_features_equals_training_on_images(tiny_config, trainable):
+    """Without augmentation, and with all captions of each image, only the order is random, and it is the same."""
+    settings = {"augment": False, "epochs": 3, "micro_batch_size": 3} | TRAINABLE[trainable]
+    images = tiny_config(name="images", **settings)
+    cached = tiny_config(name="cached", cached_views=1, **settings)
+    if not images.views:
+        expected_log = read_log(train(images, open_data_of(images), None))
+        log = read_log(train(cached, open_data_of(cached), None))
+        for expected, record in zip(expected_log, log, strict=True):
             for key in ("loss", "rsum", "i2t_medR", "temperature"):
-                assert other[key] == pytest.approx(one[key], rel=1e-4)
+                assert record[key] == pytest.approx(expected[key], rel=1e-4)
     else:
-        log = read_log(train(stored, open_data_of(stored), None))
+        log = read_log(train(cached, open_data_of(cached), None))
         assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny_config):
+def test_run_on_cached_views_learns_and_its_checkpoint_has_the_logged_rsum(tiny_config):
     from retrieval.encoder import load_encoder
 
     config = tiny_config(unfreeze_image_stages=1, cached_views=4, epochs=4, lr_heads=1e-2)
@@ -479,6 +487,6 @@ def test_a_run_on_stored_views_learns_and_can_be_searched_like_any_other(tiny_co
         ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout needs a text tower that trains"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(tiny_config, settings, message):
+def test_contradictory_cache_settings_are_refused(tiny_config, settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**settings)

@@ -1,4 +1,4 @@
-"""Cached gradients equal those of the whole batch, and the chunked objective equals the plain one."""
+"""Gradient caching yields the gradients of the whole batch, and chunked objectives equal the plain ones."""
 
 import copy
 from functools import partial
@@ -15,12 +15,12 @@ ALPHA, MARGIN = 0.3, 0.2
 
 
 class TinyModel(nn.Module):
-    """Two towers over features, with dropout or batch norm in the way."""
+    """Two small towers with dropout or, in the image tower, batch norm."""
 
     def __init__(self, *, dropout=0.0, batch_norm=False):
         super().__init__()
-        middle = nn.BatchNorm1d(16) if batch_norm else nn.Dropout(dropout)
-        self.image = nn.Sequential(nn.Linear(10, 16), middle, nn.GELU(), nn.Linear(16, 8))
+        layer = nn.BatchNorm1d(16) if batch_norm else nn.Dropout(dropout)
+        self.image = nn.Sequential(nn.Linear(10, 16), layer, nn.GELU(), nn.Linear(16, 8))
         self.text = nn.Sequential(nn.Linear(6, 16), nn.Dropout(dropout), nn.GELU(), nn.Linear(16, 8))
         self.log_temperature = nn.Parameter(torch.tensor(-2.0))
 
@@ -31,28 +31,29 @@ class TinyModel(nn.Module):
 
 def make_batch(images=11, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    owner = torch.arange(images).repeat_interleave(torch.randint(1, 4, (images,), generator=generator))
+    caption_image_ids = torch.arange(images).repeat_interleave(torch.randint(1, 4, (images,), generator=generator))
     return {
         "image_features": torch.randn(images, 10, generator=generator, dtype=dtype),
-        "text_features": torch.randn(len(owner), 6, generator=generator, dtype=dtype),
+        "text_features": torch.randn(len(caption_image_ids), 6, generator=generator, dtype=dtype),
         "image_ids": torch.arange(images),
-        "caption_image_ids": owner,
+        "caption_image_ids": caption_image_ids,
     }
 
 
-def micro_batches(batch, size):
-    """Parts of at most `size` images, each with its own captions."""
-    captions = batch["caption_image_ids"].bincount()  # of each image
-    per_part = [int(counts.sum()) for counts in captions.split(size)]
-    parts = {
-        key: rows.split(size if key in ("image_features", "image_ids") else per_part) for key, rows in batch.items()
+def split_batch(batch, size):
+    """Split a batch into micro-batches of at most `size` images, each with the captions of its images."""
+    captions_per_image = batch["caption_image_ids"].bincount()
+    caption_sizes = [int(counts.sum()) for counts in captions_per_image.split(size)]
+    chunks = {
+        key: rows.split(size if key in ("image_features", "image_ids") else caption_sizes)
+        for key, rows in batch.items()
     }
-    return [{key: parts[key][number] for key in parts} for number in range(len(per_part))]
+    return [{key: chunks[key][number] for key in chunks} for number in range(len(caption_sizes))]
 
 
 def passes(batch, size):
-    parts = micro_batches(batch, size)
-    return parts, (parts if len(parts) > 1 else None)
+    micro_batches = split_batch(batch, size)
+    return micro_batches, (micro_batches if len(micro_batches) > 1 else None)
 
 
 def objective_of(model):
@@ -77,14 +78,14 @@ def relative_difference(first, second):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
-@pytest.mark.parametrize("micro_batch_size", [1, 4, 10])  # 11 images: the last part is ragged
-def test_cached_gradients_equal_those_of_the_whole_batch(dtype, tolerance, micro_batch_size):
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 10])  # 11 images: the last micro-batch is ragged
+def test_cached_gradients_equal_the_gradients_of_the_whole_batch(dtype, tolerance, micro_batch_size):
     torch.manual_seed(0)
     model, batch = TinyModel().to(dtype), make_batch(dtype=dtype)
     terms, cached = gradients(model, batch, micro_batch_size=micro_batch_size)
-    whole_terms, whole = gradients(model, batch, micro_batch_size=11)
-    assert relative_difference(cached, whole) < tolerance
-    torch.testing.assert_close(terms.total, whole_terms.total)
+    expected_terms, expected = gradients(model, batch, micro_batch_size=11)
+    assert relative_difference(cached, expected) < tolerance
+    torch.testing.assert_close(terms.total, expected_terms.total)
 
 
 def test_dropout_repeats_in_both_passes():
@@ -92,30 +93,30 @@ def test_dropout_repeats_in_both_passes():
     model, batch = TinyModel(dropout=0.5).double(), make_batch()
     outputs = []
     cached_backward(
-        lambda part: outputs.append(model(part)) or outputs[-1],
+        lambda micro_batch: outputs.append(model(micro_batch)) or outputs[-1],
         passes(batch, 4),
-        lambda image_emb, text_emb, *_: _constant(image_emb, text_emb),
+        lambda image_emb, text_emb, *_: _zero_loss(image_emb, text_emb),
         model=model,
         backward=torch.Tensor.backward,
         seed=(3, 1),
     )
     first, second = outputs[:3], outputs[3:]
     torch.testing.assert_close(first, second)
-    assert not torch.equal(first[0][0][:3], first[2][0])  # other parts, other masks: and not the same rows again
+    assert not torch.equal(first[0][0][:3], first[2][0])  # micro-batches have different rows and dropout masks
 
 
-def test_a_photo_lost_between_the_passes_is_an_error_of_one_line():
+def test_image_lost_between_the_passes_is_an_error():
     batch = make_batch()
-    parts = micro_batches(batch, 4)
-    lost = [*parts[:-1], micro_batches(batch, 2)[0]]
+    first = split_batch(batch, 4)
+    second = [*first[:-1], split_batch(batch, 2)[0]]
     model = TinyModel().double()
     with pytest.raises(ValueError, match="could be read once and not again"):
         cached_backward(
-            model, (parts, lost), objective_of(model), model=model, backward=torch.Tensor.backward, seed=(3, 1)
+            model, (first, second), objective_of(model), model=model, backward=torch.Tensor.backward, seed=(3, 1)
         )
 
 
-def test_without_a_single_image_there_is_no_loss_and_no_gradient():
+def test_step_without_images_has_no_loss_and_no_gradient():
     model = TinyModel()
     assert (
         cached_backward(model, ([], []), objective_of(model), model=model, backward=torch.Tensor.backward, seed=(3, 1))
@@ -124,38 +125,38 @@ def test_without_a_single_image_there_is_no_loss_and_no_gradient():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def _constant(image_emb, text_emb):
-    """An objective that pushes no gradient but lets both passes run."""
-    nothing = 0 * (image_emb.sum() + text_emb.sum())
-    return LossTerms(nothing, nothing, nothing)
+def _zero_loss(image_emb, text_emb):
+    """An objective with zero gradients, for which both passes run."""
+    zero = 0 * (image_emb.sum() + text_emb.sum())
+    return LossTerms(zero, zero, zero)
 
 
-def test_batch_norm_counts_each_micro_batch_once():
+def test_batch_norm_statistics_include_each_micro_batch_once():
     torch.manual_seed(0)
     model, batch = TinyModel(batch_norm=True).double(), make_batch(images=8)
-    once = copy.deepcopy(model)
+    expected = copy.deepcopy(model)
     gradients(model, batch, micro_batch_size=4)
-    for part in micro_batches(batch, 4):
-        once(part)
-    torch.testing.assert_close(model.state_dict(), once.state_dict())
+    for micro_batch in split_batch(batch, 4):
+        expected(micro_batch)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
     assert model.image[1].track_running_stats
 
 
-def test_batch_norm_in_training_mode_at_one_micro_batch_equals_plain_training():
+def test_single_micro_batch_equals_plain_training_with_batch_norm_and_dropout():
     torch.manual_seed(0)
     model, batch = TinyModel(batch_norm=True, dropout=0.3).double(), make_batch()
     _, cached = gradients(model, batch, micro_batch_size=11)
-    seed_and_forward = []
+    random_states = []
     cached_backward(
-        lambda part: seed_and_forward.append(torch.get_rng_state()) or model(part),
+        lambda micro_batch: random_states.append(torch.get_rng_state()) or model(micro_batch),
         ([batch], None),
-        lambda image_emb, text_emb, *_: _constant(image_emb, text_emb),
+        lambda image_emb, text_emb, *_: _zero_loss(image_emb, text_emb),
         model=model,
         backward=torch.Tensor.backward,
         seed=(3, 1),
     )
     model.zero_grad()
-    torch.set_rng_state(seed_and_forward[0])
+    torch.set_rng_state(random_states[0])
     ids = batch["image_ids"], batch["caption_image_ids"]
     contrastive_loss(
         *model(batch), *ids, temperature=model.log_temperature.exp(), alpha=ALPHA, margin=MARGIN
@@ -163,10 +164,10 @@ def test_batch_norm_in_training_mode_at_one_micro_batch_equals_plain_training():
     assert relative_difference(cached, {name: p.grad for name, p in model.named_parameters()}) < 1e-9
 
 
-def test_a_scaler_reaches_every_gradient_once():
+def test_gradient_scaler_scales_every_gradient_once():
     torch.manual_seed(0)
     model, batch = TinyModel().double(), make_batch()
-    _, plain = gradients(model, batch, micro_batch_size=4)
+    _, unscaled = gradients(model, batch, micro_batch_size=4)
     model.zero_grad()
     cached_backward(
         model,
@@ -176,8 +177,8 @@ def test_a_scaler_reaches_every_gradient_once():
         backward=lambda loss: (1024 * loss).backward(),
         seed=(3, 1),
     )
-    scaled = {name: parameter.grad / 1024 for name, parameter in model.named_parameters()}
-    assert relative_difference(scaled, plain) < 1e-9
+    scaled_back = {name: parameter.grad / 1024 for name, parameter in model.named_parameters()}
+    assert relative_difference(scaled_back, unscaled) < 1e-9
 
 
 def chunked_contrastive_loss(chunk_size, *batch, margin, **settings):
@@ -189,19 +190,21 @@ def chunked_contrastive_loss(chunk_size, *batch, margin, **settings):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_chunked_objective_equals_the_plain_one(alpha, chunk_size, dtype, tolerance):
     generator = torch.Generator().manual_seed(1)
-    owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
+    caption_image_ids = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
     embeddings = [nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=dtype)) for rows in (23, 64)]
     results = []
     for objective in (contrastive_loss, partial(chunked_contrastive_loss, chunk_size)):
         leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, torch.tensor(0.07, dtype=dtype))]
-        terms = objective(*leaves[:2], torch.arange(23), owner, temperature=leaves[2], alpha=alpha, margin=MARGIN)
+        terms = objective(
+            *leaves[:2], torch.arange(23), caption_image_ids, temperature=leaves[2], alpha=alpha, margin=MARGIN
+        )
         terms.total.backward()
         results.append([*(term.detach() for term in terms), *(leaf.grad for leaf in leaves)])
     for plain, chunked in zip(*results, strict=True):
         assert ((plain - chunked).abs().max() / plain.abs().max()).item() < tolerance
 
 
-def test_chunked_objective_of_one_image_has_no_triplet():
+def test_chunked_objective_with_one_image_has_no_triplet_loss():
     emb = nn.functional.normalize(torch.ones(3, 4))
     terms = chunked_contrastive_loss(
         2, emb[:1], emb, torch.zeros(1), torch.zeros(3), temperature=0.1, alpha=1.0, margin=MARGIN
@@ -224,7 +227,7 @@ def test_chunked_objective_of_one_image_has_no_triplet():
 )
 def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alpha):
     generator = torch.Generator().manual_seed(1)
-    owner = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
+    caption_image_ids = torch.cat([torch.arange(23), torch.randint(0, 23, (41,), generator=generator)])
     embeddings = [
         nn.functional.normalize(torch.randn(rows, 16, generator=generator, dtype=torch.float64)) for rows in (23, 64)
     ]
@@ -234,7 +237,7 @@ def test_every_chunked_objective_equals_the_plain_one(objective, chunk_size, alp
         scalars = [torch.tensor(value, dtype=torch.float64) for value in (0.07, -5.0)]
         leaves = [tensor.clone().requires_grad_() for tensor in (*embeddings, *scalars)]
         settings = {"temperature": leaves[2], "bias": leaves[3], "alpha": alpha}
-        terms = loss(*leaves[:2], torch.arange(23) * 7, owner * 7, objective, **settings)
+        terms = loss(*leaves[:2], torch.arange(23) * 7, caption_image_ids * 7, objective, **settings)
         terms.total.backward()
         grads = [torch.zeros(()) if leaf.grad is None else leaf.grad for leaf in leaves]
         results.append([*(term.detach() for term in terms), *grads])
