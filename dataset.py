@@ -1,6 +1,6 @@
-"""A split of a data set, image by image: one item is one photo with some of its captions.
+"""PyTorch data sets over images: one item is one image with some of its captions.
 
-`python dataset.py PATH` says what the program understands of a data set, and saves a picture of a few examples.
+`python dataset.py PATH` prints a report on a data set, and saves a figure with a few examples.
 """
 
 import re
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
 
 __all__ = ["CLIPDataset", "ImageFiles", "flip_caption", "read_captions", "sample_captions"]
 
-MIRRORED = {"left": "right", "right": "left", "左": "右", "右": "左"}
-MIRRORED_WORDS = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
+OPPOSITE_SIDE = {"left": "right", "right": "left", "左": "右", "右": "左"}
+SIDE_WORDS = re.compile(r"\b(?:left|right)\b|[左右]", re.IGNORECASE)
 
 
 def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: str = "cache") -> "pd.DataFrame":
-    """Read a caption file, or those of a folder, into the columns image (forward slashes) and caption.
+    """Read a caption file, or the caption files of a folder, into the columns image (forward slashes) and caption.
 
-    docs/data.md lists the forms. Raises FileNotFoundError without a file, and ValueError with file and line where it is
-    no caption file or more than 5 % of its rows cannot be used.
+    docs/data.md lists the formats. Raises FileNotFoundError if there is no file, and ValueError with the file and line
+    if it is not a caption file, or if more than 5 % of its rows cannot be used.
     """
-    from data.loading import read_captions  # pandas takes half a second, which `python dataset.py --help` should not
+    from data.loading import read_captions  # imports pandas, which would slow down `python dataset.py --help`
 
     return read_captions(path, allow_bad_rows=allow_bad_rows, cache_dir=cache_dir)
 
 
 def flip_caption(caption: str) -> str:
-    """The caption of the mirror image: left and right change places."""
-    return MIRRORED_WORDS.sub(lambda word: MIRRORED[word[0].lower()], caption)
+    """Return the caption for the horizontally flipped image: left and right are swapped."""
+    return SIDE_WORDS.sub(lambda match: OPPOSITE_SIDE[match[0].lower()], caption)
 
 
 class ImageFiles:
-    """Photos for encoding: (3, H, W) uint8, or in words why the file cannot be read."""
+    """Images for encoding: an item is (3, H, W) uint8, or the error message if the file cannot be read."""
 
     def __init__(self, paths: Sequence[Path], *, preprocess: Preprocess, image_cache: ImageCache | None = None):
         self.paths, self.preprocess, self.image_cache = paths, preprocess, image_cache
@@ -61,9 +61,10 @@ class ImageFiles:
 
 
 class AugmentedViews:
-    """Several views of each photo, for encoding: (views, 3, H, W) uint8, or in words why the file cannot be read.
+    """Augmented views for encoding: an item is (views, 3, H, W) uint8, or the error message of an unreadable file.
 
-    The first is the photo as search sees it, those from the third on are random crops; every second is mirrored.
+    View 0 is the preprocessed image, as in evaluation, and view 1 is its horizontal flip. Later views are random crops,
+    and those with odd numbers are flipped too. A crop depends on its number and the file name only.
     """
 
     def __init__(self, paths: Sequence[Path], *, preprocess: Preprocess, views: int, min_crop: float):
@@ -75,36 +76,37 @@ class AugmentedViews:
 
     def __getitem__(self, index: int) -> np.ndarray | str:
         try:
-            photo = load_image(self.paths[index], self.preprocess.draft_size)
+            image = load_image(self.paths[index], self.preprocess.draft_size)
         except OSError as error:
             return str(error)
-        return np.stack([_channels_first(self._seen(photo, self.paths[index], number)) for number in range(self.views)])
+        return np.stack([_channels_first(self._augment(image, self.paths[index], view)) for view in range(self.views)])
 
-    def _seen(self, photo, path, number):
-        if number < 2:
-            seen = self.preprocess(photo)
+    def _augment(self, image, path, view):
+        if view < 2:
+            augmented = self.preprocess(image)
         else:
-            self.random_crop.set_random_seed(zlib.crc32(f"{number} {path.name}".encode()))
-            seen = self.random_crop(image=photo)["image"]
-        return seen[:, ::-1] if is_flipped(number) else seen
+            self.random_crop.set_random_seed(zlib.crc32(f"{view} {path.name}".encode()))
+            augmented = self.random_crop(image=image)["image"]
+        return augmented[:, ::-1] if is_flipped(view) else augmented
 
 
 def is_flipped(view: int) -> bool:
-    """Whether this one of a photo's views shows its mirror image."""
+    """Return whether this augmented view of an image is flipped horizontally."""
     return view % 2 == 1
 
 
 class CLIPDataset:
-    """One item is one image with at most `captions_per_image` of its captions, drawn anew for each epoch.
+    """One item is one image with at most `captions_per_image` of its captions, sampled again in each epoch.
 
-    token_ids and mirrored_ids hold one array per caption of the part: as written, and as it reads for the mirror
-    image. Crop, mirror and captions depend on (seed, epoch, index) alone, so that any number of loader processes
-    gives the same batches. With a photo_cache crops are cut from the kept photos, which are as large as the preprocess.
+    token_ids and flipped_ids contain one array per caption of the split: of the caption itself, and of its text for the
+    flipped image (see `flip_caption`). Crop, flip and captions depend on (seed, epoch, index) only, so that batches do
+    not depend on the number of loader processes. With an image_cache, random crops are taken from the cached images,
+    which already have the size of `preprocess`.
     """
 
     def __init__(
         self,
-        part: "Split",
+        split: "Split",
         token_ids: Sequence[np.ndarray],
         flipped_ids: Sequence[np.ndarray],
         *,
@@ -116,8 +118,8 @@ class CLIPDataset:
         image_cache: ImageCache | None = None,
     ):
         self.image_cache = image_cache
-        self.paths, self.token_ids, self.flipped_ids = part.paths, token_ids, flipped_ids
-        self.first_caption = np.searchsorted(part.caption_image_ids, np.arange(len(part.paths) + 1))
+        self.paths, self.token_ids, self.flipped_ids = split.paths, token_ids, flipped_ids
+        self.first_caption = np.searchsorted(split.caption_image_ids, np.arange(len(split.paths) + 1))
         self.preprocess, self.captions_per_image = preprocess, captions_per_image
         self.augment, self.seed = augment, seed
         self.random_crop = (
@@ -128,25 +130,28 @@ class CLIPDataset:
         return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        """The item of (epoch, index); one with "unreadable" instead of "pixels" where the photo cannot be read."""
+        """Return the item of (epoch, index): "pixels" (3, S, S) uint8, "captions" as token ids, and "image_id".
+
+        If the image cannot be read, the item is {"unreadable": error message}.
+        """
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
         try:
-            image = self._photo(index)
+            image = self._load(index)
         except OSError as error:
             return {"unreadable": str(error)}
         crop_seed = int(rng.integers(2**31))
         if self.random_crop is not None:
             self.random_crop.set_random_seed(crop_seed)
             image = self.random_crop(image=image)["image"]
-        mirrored = self.augment and rng.random() < 0.5
-        captions = self.flipped_ids if mirrored else self.token_ids
-        chosen = sample_captions(rng, self.first_caption, index, self.captions_per_image)
-        pixels = _channels_first(image[:, ::-1] if mirrored else image)
-        return {"pixels": pixels, "captions": [captions[m] for m in chosen], "image_id": index}
+        flipped = self.augment and rng.random() < 0.5
+        captions = self.flipped_ids if flipped else self.token_ids
+        sampled = sample_captions(rng, self.first_caption, index, self.captions_per_image)
+        pixels = _channels_first(image[:, ::-1] if flipped else image)
+        return {"pixels": pixels, "captions": [captions[m] for m in sampled], "image_id": index}
 
-    def _photo(self, index):
-        """The photo as the tower sees it, or before a random crop with whatever size it has."""
+    def _load(self, index):
+        """Return the preprocessed image, or the image at its own size if a random crop follows."""
         if self.image_cache is not None:
             return self.image_cache[index]
         image = load_image(self.paths[index], self.preprocess.draft_size)
@@ -154,7 +159,10 @@ class CLIPDataset:
 
 
 def sample_captions(rng: np.random.Generator, first_caption: np.ndarray, index: int, count: int) -> np.ndarray:
-    """Numbers of at most `count` captions of image `index`, whose own run from first_caption[index]."""
+    """Sample at most `count` captions of image `index`, without replacement. Return their indices, sorted.
+
+    first_caption (N + 1,): the captions of image i are first_caption[i] to first_caption[i + 1] - 1.
+    """
     start, stop = first_caption[index], first_caption[index + 1]
     if stop - start <= count:
         return np.arange(start, stop)

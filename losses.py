@@ -142,13 +142,17 @@ def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: 
     VSE++ (arXiv 1707.05612, eq. 6), but over every caption of an image.
     """
     sim = at_least_float32(sim)
-    image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
     # A row of positives only gets -inf, a negative infinitely far away: it never violates the margin.
     negatives = sim.masked_fill(positives, -torch.inf)
-    hardest_caption, hardest_image = negatives.max(1).values, negatives.max(0).values  # (B,), (M,)
-    return triplet_from_cosines(
-        sim[image, caption], hardest_caption[image], hardest_image[caption], margin, distance=distance
+    hardest_caption, hardest_image = (
+        negatives.max(dim, keepdim=True).values
+        for dim in (1, 0)  # (B, 1), (1, M)
     )
+    near = _distance(sim, distance)
+    violation = (margin + near - _distance(hardest_caption, distance)).relu()
+    violation = violation + (margin + near - _distance(hardest_image, distance)).relu()  # (B, M)
+    # Masked, not gathered: on a GPU the host would have to wait to learn how many positives there are.
+    return (violation * positives).sum() / (2 * positives.sum())
 
 
 def triplet_from_cosines(

@@ -4,6 +4,7 @@ Poolings and heads are the two tables POOLINGS and HEADS: a new one is a class o
 """
 
 import math
+import sys
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -15,7 +16,8 @@ from data.preprocess import Preprocess
 __all__ = ["HEADS", "POOLINGS", "CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
-LENGTH_BUCKET = 64  # captions of similar length that are encoded together, so that few tokens are padding
+LENGTH_BUCKET, GPU_LENGTH_BUCKET = 64, 256  # captions of similar length encoded together: few tokens are padding
+ATTENTIONS = ("sdpa", "eager")  # of transformers, whose masks are a bool or added to the scores
 GPO_POSITIONS, GPO_HIDDEN = 32, 32  # of GPO's position code and its GRU, as in the authors' code
 
 
@@ -119,7 +121,8 @@ class Tower(nn.Module):
             self.pool.train(mode)
         if self.trainable is not None:
             for module in self.backbone.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not _has_trainable(module):
+                frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+                if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()  # a frozen norm must not update its statistics either
         return self
 
@@ -169,12 +172,6 @@ class ImageEncoder(Tower):
         activations = activations.movedim(-1, 1) if activations.ndim == 4 else activations
         return self._pooled(activations if suffix is None else suffix(activations))
 
-    def compile(self) -> None:
-        """Compile the part of the backbone that runs in training."""
-        module = self.trunk_parts[1] if self.trunk_parts else self.backbone
-        if module is not None:
-            module.compile()
-
     def _normalized(self, images):
         if images.dtype == torch.uint8:
             images = images.float() / 255
@@ -186,15 +183,10 @@ class ImageEncoder(Tower):
             return features
         # (B, dim, H, W), (B, H, W, dim) or prefix tokens and regions (B, R, dim) -> (B, R, dim)
         if features.ndim == 4:
-            features = features if features.shape[1] == self.dim else features.movedim(-1, 1)
-            features = features.flatten(2).transpose(1, 2)
+            features = (features if features.shape[1] == self.dim else features.movedim(-1, 1)).flatten(2).mT
         else:
             features = features[:, getattr(self.backbone, "num_prefix_tokens", 0) :]
         return self.pool(features, torch.ones(features.shape[:2], dtype=torch.long, device=features.device))
-
-    def resize(self, size: int | None) -> None:
-        """Change the image size, in pixels; None leaves it."""
-        self.preprocess = self.preprocess.resized(size)
 
 
 class TextEncoder(Tower):
@@ -211,26 +203,27 @@ class TextEncoder(Tower):
     def max_tokens(self) -> int | None:
         """The number of positions that the backbone has embeddings for; None where there is no such limit."""
         for name, module in self.backbone.named_modules():
-            if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in (
-                "position_embeddings",
-                "position_embedding",
-            ):
+            if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "position_embedding")):
                 # RoBERTa's positions start behind the padding index
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return None
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if input_ids.is_cuda or len(input_ids) <= LENGTH_BUCKET:  # a GPU would have to wait for the lengths
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """lengths: the number of tokens of each caption, where the host knows it; a GPU need not be asked then."""
+        size = GPU_LENGTH_BUCKET if input_ids.is_cuda else LENGTH_BUCKET
+        if len(input_ids) <= size or (input_ids.is_cuda and lengths is None):
             return self._encode(input_ids, attention_mask)
-        lengths, order = attention_mask.sum(1).sort(descending=True, stable=True)
-        buckets = zip(order.split(LENGTH_BUCKET), lengths[::LENGTH_BUCKET].tolist(), strict=True)
-        encoded = [self._encode(input_ids[rows, :longest], attention_mask[rows, :longest]) for rows, longest in buckets]
+        tokens, order = attention_mask.sum(1).sort(descending=True, stable=True)
+        longest = tokens[::size].tolist() if lengths is None else sorted(lengths, reverse=True)[::size]
+        buckets = zip(order.split(size), longest, strict=True)
+        encoded = [self._encode(input_ids[rows, :length], attention_mask[rows, :length]) for rows, length in buckets]
         return torch.cat(encoded)[order.argsort()]
 
     def _encode(self, input_ids, attention_mask):
         if self.training and self.word_dropout:
             attention_mask = self._drop_tokens(attention_mask)
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask)
+        mask = _expand_mask(attention_mask, self.backbone) if attention_mask.is_cuda else attention_mask
+        hidden = self.backbone(input_ids=input_ids, attention_mask=mask)
         # a dual encoder's text side returns (M, dim), pooled already; others a record with (M, L, dim)
         return hidden if self.pool is None else self.pool(hidden.last_hidden_state, attention_mask)
 
@@ -240,6 +233,17 @@ class TextEncoder(Tower):
         position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         kept |= (position == 0) | (position == attention_mask.sum(1, keepdim=True) - 1)
         return attention_mask * kept
+
+
+def _expand_mask(attention_mask, backbone):
+    """The mask as transformers' attention takes it, (M, 1, L, L): of a mask (M, L) it asks the GPU whether all is 1."""
+    attention = getattr(backbone.config, "_attn_implementation", None)
+    if not hasattr(sys.modules[type(backbone).__module__], "create_bidirectional_mask") or attention not in ATTENTIONS:
+        return attention_mask
+    mask = attention_mask[:, None, None, :].bool().expand(-1, 1, attention_mask.shape[1], -1)
+    if attention == "sdpa":
+        return mask
+    return torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
 class ProjectionHead(nn.Module):
@@ -279,8 +283,8 @@ class AdaptorHead(nn.Module):
         super().__init__()
         self.feature_dropout, self.dropout = nn.Dropout(0.0), nn.Dropout(dropout)
         self.down, self.up = nn.Linear(in_dim, in_dim), nn.Linear(in_dim, out_dim)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
+        for parameter in (self.up.weight, self.up.bias):
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         residual = self.up(self.dropout(F.gelu(self.down(self.feature_dropout(F.normalize(features, dim=-1))))))
@@ -290,10 +294,10 @@ class AdaptorHead(nn.Module):
 class IdentityHead(nn.Identity):
     """The tower's own space, unchanged."""
 
-    keeps_dim = True
+    keeps_dim = True  # its output has the tower's dimensions
 
 
-# Name -> class, called with (in_dim, out_dim, dropout). `keeps_dim` marks heads that keep the tower's dimensions.
+# Name -> class, called with (in_dim, out_dim, dropout).
 HEADS: dict[str, type[nn.Module]] = {
     "residual": ProjectionHead,
     "linear": LinearHead,
@@ -324,12 +328,14 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         heads = [_look_up(HEADS, name, "head") for name in (image_head, text_head)]
-        for head, tower in zip(heads, (image_encoder, text_encoder), strict=True):
-            embed_dim = tower.dim if getattr(head, "keeps_dim", False) else embed_dim
-        for head, tower in zip(heads, (image_encoder, text_encoder), strict=True):
-            if getattr(head, "keeps_dim", False) and tower.dim != embed_dim:
-                raise ValueError(f"{head.__name__} keeps its tower's {tower.dim} dimensions, the other has {embed_dim}")
-        self.embed_dim = embed_dim
+        kept = [
+            tower.dim
+            for head, tower in zip(heads, (image_encoder, text_encoder), strict=True)
+            if head.__dict__.get("keeps_dim")
+        ]
+        self.embed_dim = embed_dim = kept[-1] if kept else embed_dim
+        if kept and kept[0] != embed_dim:
+            raise ValueError(f"the image head keeps its tower's {kept[0]} dimensions, the other has {embed_dim}")
         self.image_head = heads[0](image_encoder.dim, embed_dim, dropout)
         self.text_head = heads[1](text_encoder.dim, embed_dim, dropout)
         self.logit_bias = None
@@ -349,17 +355,16 @@ class CLIPModel(nn.Module):
     def use_bias(self, initial: float | None) -> None:
         """Learn a bias, starting at `initial` unless there is one already; None removes it."""
         if initial is None or self.logit_bias is None:
-            self.logit_bias = (
-                None if initial is None else nn.Parameter(self.logit_scale.detach().clone().fill_(initial))
-            )
+            start = self.logit_scale.detach().clone()  # on the model's device
+            self.logit_bias = None if initial is None else nn.Parameter(start.fill_(initial))
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) pixels -> (B, D) unit rows, float32."""
         return self.project_image(self.image_encoder(images))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """(M, L) token ids and mask -> (M, D) unit rows, float32."""
-        return self.project_text(self.text_encoder(input_ids, attention_mask))
+        return self.project_text(self.text_encoder(input_ids, attention_mask, lengths))
 
     def project_image(self, features: Tensor) -> Tensor:
         """(B, F) features of the image tower -> (B, D) unit rows, float32."""
@@ -376,7 +381,7 @@ class CLIPModel(nn.Module):
         else:
             image_emb = self.project_image(self.image_encoder.forward_trainable(batch["image_features"]))
         if "input_ids" in batch:
-            return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"])
+            return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"], batch.get("lengths"))
         return image_emb, self.project_text(batch["text_features"])
 
     def freeze_towers_temporarily(self, temporarily_frozen: bool) -> None:
@@ -397,10 +402,6 @@ class CLIPModel(nn.Module):
     def clamp_temperature(self) -> None:
         """Keep the logit scale, 1 / temperature, at or below MAX_LOGIT_SCALE; called after each step."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
-
-
-def _has_trainable(module):
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
 
 
 def _look_up(table, name, kind):

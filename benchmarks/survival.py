@@ -1,9 +1,9 @@
-"""Kill a training run at random moments (SIGKILL), resume it each time, and compare its end with a run left alone.
+"""Kill a training run repeatedly with SIGKILL, resume it, and compare its result with that of an uninterrupted run.
 
     python -m benchmarks.survival --kills 100
 
-Each start is a process of its own, forked where the libraries are loaded already, so that kills fall into training,
-validation and saving instead of imports. After each kill every file in the run's folder must be whole.
+Each training process is forked after the libraries are imported, so that kills occur during training, validation and
+saving, not during imports. After each kill, every file in the run's folder must be complete.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from models.checkpoint import load_state
 from runtime.run_dir import BEST, LAST, LOG, read_config, read_log
 from training.trainer import train
 
-CLOCKED = {"seconds", "images_per_s", "pairs_per_s"}
-PROCESSES = multiprocessing.get_context("fork")
+TIMINGS = {"seconds", "images_per_s", "pairs_per_s"}
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Kill a training run at random moments, resume it each time, and compare it with one left alone."""
+    """Kill a training run at random times, resume it each time, and compare it with an uninterrupted run."""
 
-    kills: int = 100  # SIGKILLs; fewer where the run ends before
-    longest: float = 0.2  # that a start may live, as a share of the time that the run takes alone
-    epochs: int = 40  # of 6 steps each, on 60 rendered scenes
-    seed: int = 0  # of the moments
+    kills: int = 100  # maximum number of kills; a run that ends earlier is killed less often
+    longest: float = 0.2  # maximum time before a kill, as a fraction of the time of the uninterrupted run
+    epochs: int = 40  # number of epochs, of 6 steps each, on 60 rendered scenes
+    seed: int = 0  # seed of the random times
 
 
 def main(flags: Flags) -> None:
@@ -58,61 +58,61 @@ def main(flags: Flags) -> None:
             device="cpu",
             num_workers=1,
         )
-        found = survive(config, kills=flags.kills, longest=flags.longest, seed=flags.seed)
-    print(", ".join(f"{key}: {value}" for key, value in found.items()))
+        summary = kill_and_resume(config, kills=flags.kills, longest=flags.longest, seed=flags.seed)
+    print(", ".join(f"{key}: {value}" for key, value in summary.items()))
 
 
-def survive(config: Config, *, kills: int, longest: float, seed: int) -> dict:
-    """Train `config` twice, once left alone and once with up to `kills` kills, each after at most `longest`, a
-    share of the time it takes alone.
+def kill_and_resume(config: Config, *, kills: int, longest: float, seed: int) -> dict:
+    """Train `config` twice, once uninterrupted and once with at most `kills` kills, and compare the results.
 
-    Returns counts and times; AssertionError where a file is not whole, a saved step was lost or an end differs.
+    longest: maximum time before a kill, as a fraction of the uninterrupted run's time. Returns counts and times.
+    Raises AssertionError if a file is incomplete, a saved step is lost, or the results differ.
     """
-    rng, done = random.Random(seed), {"kills": 0, "while writing": 0, "before the first checkpoint": 0}
-    whole, parts = (Path(config.runs_dir) / name for name in ("whole", "parts"))
+    rng, summary = random.Random(seed), {"kills": 0, "while writing": 0, "before the first checkpoint": 0}
+    uninterrupted, killed = (Path(config.runs_dir) / name for name in ("uninterrupted", "killed"))
     started = time.perf_counter()
-    process = _start(dataclasses.replace(config, name="whole"))
+    process = _start(dataclasses.replace(config, name=uninterrupted.name))
     process.join()
     assert process.exitcode == 0
-    alone = time.perf_counter() - started
-    config, position = dataclasses.replace(config, name="parts"), (0, 0)
+    uninterrupted_seconds = time.perf_counter() - started
+    config, position = dataclasses.replace(config, name=killed.name), (0, 0)
     while True:
         process = _start(config)
-        process.join(rng.uniform(0, longest * alone) if done["kills"] < kills else None)
+        process.join(rng.uniform(0, longest * uninterrupted_seconds) if summary["kills"] < kills else None)
         if process.exitcode is not None:
             assert process.exitcode == 0, process.exitcode
             break
         process.kill()
         process.join()
-        done["kills"] += 1
-        done["while writing"] += bool(list(parts.glob(".*")))
-        done["before the first checkpoint"] += not (parts / LAST).exists()
-        position = _check(parts, position)
-    assert not list(parts.glob(".*")), "a half-written file was left"
-    one, other = _end(whole), _end(parts)
-    differing = [key for key in one if not _equal(one[key], other[key])]
-    assert one.keys() == other.keys() and not differing, differing
-    done |= {"epochs": config.epochs, "seconds alone": round(alone, 1)}
-    done["seconds in all"] = round(time.perf_counter() - started, 1)
-    return done
+        summary["kills"] += 1
+        summary["while writing"] += bool(list(killed.glob(".*")))
+        summary["before the first checkpoint"] += not (killed / LAST).exists()
+        position = _check_files(killed, position)
+    assert not list(killed.glob(".*")), "a temporary file remains"
+    expected, actual = _read_result(uninterrupted), _read_result(killed)
+    differing = [key for key in expected if not _equal(expected[key], actual[key])]
+    assert expected.keys() == actual.keys() and not differing, differing
+    summary |= {"epochs": config.epochs, "seconds uninterrupted": round(uninterrupted_seconds, 1)}
+    summary["seconds in total"] = round(time.perf_counter() - started, 1)
+    return summary
 
 
 def _start(config):
-    process = PROCESSES.Process(target=_train, args=(config,))
+    process = FORK.Process(target=_train, args=(config,))
     process.start()
     return process
 
 
 def _train(config):
-    """In the child: a new run, or on with the one that is there."""
+    """Train a new run, or resume it if it has a checkpoint. Runs in the child process."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     folder = Path(config.runs_dir) / config.name
     resume = folder if (folder / LAST).exists() else None
     train(config if resume is None else read_config(folder), open_data(config), resume)
 
 
-def _check(folder, position):
-    """Every file is whole, and no step that was saved is lost; the position of the last checkpoint."""
+def _check_files(folder, position):
+    """Assert that every file is complete and no saved step is lost; return the position of the last checkpoint."""
     if (folder / BEST).exists():
         load_state(folder / BEST)
     if (folder / LOG).exists():
@@ -121,28 +121,28 @@ def _check(folder, position):
         assert position == (0, 0)
         return position
     state = load_state(folder / LAST)
-    reached = (state["epoch"], state["meters"]["steps"])
-    assert reached >= position, f"fell back from {position} to {reached}"
-    return reached
+    new_position = (state["epoch"], state["meters"]["steps"])
+    assert new_position >= position, f"(epoch, step) went back from {position} to {new_position}"
+    return new_position
 
 
-def _end(folder):
-    """All that a run ends with, without what a clock decides."""
+def _read_result(folder):
+    """Return the parameters, the optimizer state and the log of a finished run, without measured times."""
     last, best = load_state(folder / LAST), load_state(folder / BEST)
-    end = {"epoch": last["epoch"], "best epoch": best["epoch"], "best rsum": last["best_rsum"]}
-    end |= {
+    result = {"epoch": last["epoch"], "best epoch": best["epoch"], "best rsum": last["best_rsum"]}
+    result |= {
         f"{name} {key}": value
         for name, state in (("last", last), ("best", best))
         for key, value in state["model"].items()
     }
     for number, moments in last["optimizer"]["state"].items():
-        end |= {f"moment {number} {key}": value for key, value in moments.items()}
-    log = [{key: value for key, value in record.items() if key not in CLOCKED} for record in read_log(folder)]
-    return end | {"log": json.dumps(log)}
+        result |= {f"moment {number} {key}": value for key, value in moments.items()}
+    log = [{key: value for key, value in record.items() if key not in TIMINGS} for record in read_log(folder)]
+    return result | {"log": json.dumps(log)}
 
 
-def _equal(one, other):
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+def _equal(expected, actual):
+    return torch.equal(expected, actual) if isinstance(expected, torch.Tensor) else expected == actual
 
 
 if __name__ == "__main__":

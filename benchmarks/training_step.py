@@ -1,8 +1,8 @@
-"""Peak memory and time per image of a training step for growing batches: `python -m benchmarks.training_step`.
+"""Measure memory and time of a training step at several batch sizes: `python -m benchmarks.training_step`.
 
-A ResNet50 and a small DistilBERT with random weights (no download) on JPEG photos that the benchmark writes, 5 captions
-each, micro-batches of 32. Each batch size runs in a process of its own; photos are read in that process, so that they
-count.
+Prints the peak memory and the time per image of a ResNet50 and a small DistilBERT with random weights (no download).
+The benchmark writes JPEG photos with 5 captions each, and trains in micro-batches of 32. Each batch size runs in its
+own process, which also reads the photos, so that the measurements include the loading.
 """
 
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,31 +26,33 @@ COLOURS = ("red", "green", "blue", "black", "white", "yellow", "brown", "grey")
 class Flags:
     """Measure a training step at several batch sizes."""
 
-    batch: tuple[int, ...] = (32, 256, 2048, 8192)  # images
-    micro_batch_size: int = 32  # images in memory at a time
+    batch: tuple[int, ...] = (32, 256, 2048, 8192)  # batch sizes, in images
+    micro_batch_size: int = 32  # images per micro-batch
     image_encoder: str = "resnet50"  # a timm model
     image_size: int = 224  # pixels
-    device: str = "auto"
+    device: str = "auto"  # auto uses the GPU if there is one
 
 
 def main(flags: Flags) -> None:
-    what = f"{flags.image_encoder} at {flags.image_size} pixels and a small DistilBERT"
-    print(f"{what}, micro-batches of {flags.micro_batch_size}, device {flags.device}")
+    model = f"{flags.image_encoder} at {flags.image_size} pixels and a small DistilBERT"
+    print(f"{model}, micro-batches of {flags.micro_batch_size}, device {flags.device}")
     print(f"{'batch':>8}  {'peak MB':>8}  {'embeddings MB':>14}  {'seconds per image':>18}")
     with tempfile.TemporaryDirectory() as folder:
         write_photos(Path(folder), max(flags.batch))
         for size in flags.batch:
-            words = [folder, size, flags.micro_batch_size, flags.image_encoder, flags.image_size, flags.device]
-            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training_step", "--measure", *map(str, words)]
-            done = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            arguments = [folder, size, flags.micro_batch_size, flags.image_encoder, flags.image_size, flags.device]
+            module = ["-W", "ignore", "-m", "benchmarks.training_step", "--measure"]
+            command = [sys.executable, *module, *map(str, arguments)]
+            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+            seconds = result["seconds"] / size
             print(
-                f"{size:>8,}  {done['peak']:>8,.0f}  {done['embeddings']:>14,.1f}  {done['seconds'] / size:>18.4f}",
+                f"{size:>8,}  {result['peak']:>8,.0f}  {result['embeddings']:>14,.1f}  {seconds:>18.4f}",
                 flush=True,
             )
 
 
 def write_photos(folder: Path, count: int) -> None:
-    """`count` JPEG photos of smooth noise, and captions of varied length."""
+    """Write `count` JPEG photos of smooth noise, and captions of varying length."""
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -65,15 +67,16 @@ def write_photos(folder: Path, count: int) -> None:
 def measure(
     folder: str, batch_size: str, micro_batch_size: str, image_encoder: str, image_size: str, device: str
 ) -> dict:
-    """One step of a large batch, which warms up as it goes; of a small one two, the second for the time."""
+    """Measure one training step; of a small batch the second step, since the first one includes the warm-up."""
     import torch
 
-    from benchmarks.training import build_step, readable
-    from config import Config
+    from benchmarks.training import build_step, drop_unreadable
+    from config import default_config
     from data.loading import Split
 
     size = int(batch_size)
-    config = Config(
+    config = replace(
+        default_config("flickr8k", recipe=False),  # both towers train completely, without cached features
         batch_size=size,
         micro_batch_size=min(size, int(micro_batch_size)),
         image_encoder=image_encoder,
@@ -83,13 +86,14 @@ def measure(
         device=device,
     )
     captions = json.loads((Path(folder) / "captions.json").read_text())[: size * CAPTIONS_PER_IMAGE]
-    owner = np.arange(size).repeat(CAPTIONS_PER_IMAGE)
-    data = _OnePart(Split([Path(folder) / f"{number}.jpg" for number in range(size)], captions, owner))
+    caption_image_ids = np.arange(size).repeat(CAPTIONS_PER_IMAGE)
+    paths = [Path(folder) / f"{number}.jpg" for number in range(size)]
+    data = _SingleSplitData(Split(paths, captions, caption_image_ids))
     step, batches = build_step(config, data)
     for number in range(2 if size <= 256 else 1):
         started = time.perf_counter()
         for passes in batches.epoch(number):
-            step(readable(passes), number)
+            step(drop_unreadable(passes), number)
         seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if step.device.type == "cuda" else peak_bytes()
     embeddings = 4 * config.embed_dim * size * (1 + CAPTIONS_PER_IMAGE)
@@ -97,11 +101,13 @@ def measure(
 
 
 @dataclass(frozen=True)
-class _OnePart:
-    only: object
+class _SingleSplitData:
+    """Data in the form that build_step needs: each split name returns the same photos."""
 
-    def part(self, split):
-        return self.only
+    only_split: object
+
+    def split(self, split):
+        return self.only_split
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Photos kept decoded at training size, in a memory-mapped file that loader processes share."""
+"""Cache of decoded images at training size, in a memory-mapped file that loader processes share."""
 
 import hashlib
 import os
@@ -16,10 +16,12 @@ from runtime.paths import file_stamp
 
 
 class ImageCache:
-    """N preprocessed photos, (S, S, 3) uint8 each: decoded when first asked for, later read from one file.
+    """Cache N preprocessed images, (S, S, 3) uint8 each: decode at the first access, then read from one file.
 
-    Each row carries a stamp of its photo's size and time of change and of its own pixels. A photo that has changed,
-    or a row that was half written when the program or the power stopped, is therefore decoded again.
+    Each row has a checksum of its pixels and of the image file's size and modification time. An image file that has
+    changed, or a row that was only partly written, is therefore decoded again.
+
+    Raises ValueError if the disk has no room for all rows.
     """
 
     def __init__(self, paths: Sequence[Path], preprocess: Preprocess, cache_dir: str | Path):
@@ -27,43 +29,43 @@ class ImageCache:
         self.row_bytes = 3 * preprocess.size**2
         key = hashlib.sha256(f"({preprocess.cache_key()}, {[os.path.abspath(path) for path in paths]!r})".encode())
         self.file = Path(cache_dir) / "photos" / f"{key.hexdigest()[:24]}.u8"
-        self.rows = None  # mapped by each process for itself
+        self.arrays = None  # pixels and checksums; each process opens its own memory map
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.file.with_suffix(".lock")):  # of several processes one creates it, and all open the same
+        with FileLock(self.file.with_suffix(".lock")):  # one process creates the file, and all open the same one
             reserve_file(
                 self.file,
                 len(paths) * (self.row_bytes + 8),
-                purpose="the photos of --cache-images",
-                advice="leave it out, lower --image-size, or name another place with --cache-dir",
+                purpose="the decoded photos of --cache-images",
+                advice="remove --cache-images, lower --image-size, or set --cache-dir to a folder on another disk",
             )
 
     def __getstate__(self):
-        return self.__dict__ | {"rows": None}
+        return self.__dict__ | {"arrays": None}
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The photo as (S, S, 3) uint8; OSError where it cannot be read."""
-        if self.rows is None:
-            kept = np.memmap(self.file, np.uint8, mode="r")
-            stamps = self.row_bytes * len(self.paths)
-            self.rows = kept[:stamps].reshape(-1, self.row_bytes), kept[stamps:].view(np.uint64)
-        pixels, stamps = self.rows
-        changed = file_stamp(self.paths[index])
+        """Return the image as (S, S, 3) uint8. Raises OSError if its file cannot be read."""
+        if self.arrays is None:
+            mapped = np.memmap(self.file, np.uint8, mode="r")
+            pixel_bytes = self.row_bytes * len(self.paths)
+            self.arrays = mapped[:pixel_bytes].reshape(-1, self.row_bytes), mapped[pixel_bytes:].view(np.uint64)
+        pixels, checksums = self.arrays
+        stamp = file_stamp(self.paths[index])
         row = pixels[index].copy()
-        if changed is not None and stamps[index] == _stamp(changed, row):
+        if stamp is not None and checksums[index] == _checksum(stamp, row):
             return row.reshape(self.preprocess.size, self.preprocess.size, 3)
         image = np.ascontiguousarray(self.preprocess(load_image(self.paths[index], self.preprocess.draft_size)))
-        self._keep(index, image, changed)
+        self._write_row(index, image, stamp)
         return image
 
-    def _keep(self, index, image, changed):
+    def _write_row(self, index, image, stamp):
         try:
             with self.file.open("r+b") as file:
                 write_at(file, index * self.row_bytes, image.tobytes())
-                stamp = _stamp(changed, image.reshape(-1)).tobytes()  # last: a row without its stamp does not count
-                write_at(file, len(self.paths) * self.row_bytes + 8 * index, stamp)
+                checksum = _checksum(stamp, image.reshape(-1)).tobytes()  # written last: it marks the row as complete
+                write_at(file, len(self.paths) * self.row_bytes + 8 * index, checksum)
         except OSError:
-            pass  # it is decoded again next time
+            pass  # the image is decoded again at the next access
 
 
-def _stamp(changed, row):
-    return np.uint64(zlib.crc32(row) << 32 | zlib.crc32(repr(changed).encode()))
+def _checksum(stamp, row):
+    return np.uint64(zlib.crc32(row) << 32 | zlib.crc32(repr(stamp).encode()))

@@ -68,7 +68,8 @@ def _read_content(path, content):
             return _read_entries(path, entries, "JSON by photo")
     if isinstance(content, list):
         return _read_entries(path, content, "JSON list")
-    raise ValueError(f"{path}, line 1: expected a list such as {EXAMPLE}, found {_json_type(content)}; see docs/data.md")
+    found = _json_type(content)
+    raise ValueError(f"{path}, line 1: expected a list such as {EXAMPLE}, found {found}; see docs/data.md")
 
 
 def _read_entries(path, entries, json_format):

@@ -160,8 +160,8 @@ def _build_table(names, caption_image_ids, captions, found, split_of_file):
 def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: str = "cache") -> pd.DataFrame:
     """Read a caption file, or those of a folder, into the columns image (forward slashes) and caption.
 
-    The format is detected from the content; docs/data.md lists the formats. Raises FileNotFoundError without a file, and
-    ValueError with file and line if it is no caption file or more than 5 % of its rows cannot be used.
+    The format is detected from the content; docs/data.md lists the formats. Raises FileNotFoundError without a file,
+    and ValueError with file and line if it is no caption file or more than 5 % of its rows cannot be used.
     """
     path = Path(path)
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Captions to token ids: with a pretrained text tower's tokenizer, or a WordPiece vocabulary learned from captions."""
+"""Tokenize captions with a pretrained tokenizer, or with a WordPiece vocabulary learned from the captions."""
 
 import hashlib
 import json
@@ -25,55 +25,56 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-CHUNK = 10_000  # captions tokenised at a time: the library keeps much more of each than its ids
-VOCABULARY_SIZE = 8192  # at most; 30,000 captions of Flickr8k hold about as many distinct words
-CHINESE = re.compile(f"[{HAN}]")
+CHUNK = 10_000  # captions tokenized at a time: the tokenizer returns much more data per caption than the ids
+VOCABULARY_SIZE = 8192  # at most; the 30,000 training captions of Flickr8k have about as many distinct words
+HAN_CHARACTER = re.compile(f"[{HAN}]")
 
 
 def load_tokenizer(folder_or_name: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a transformers text model, from a folder or from the hub."""
+    """Load the tokenizer of a transformers text model from a folder or from the hub."""
     tokenizer = AutoTokenizer.from_pretrained(str(folder_or_name), trust_remote_code=False)
-    tokenizer.chat_template = None  # unused; older transformers write each one to a file of the name it brings
+    # Unused, and older transformers save each template to a file whose name comes from the tokenizer's own files.
+    tokenizer.chat_template = None
     return tokenizer
 
 
 def train_tokenizer(captions: Sequence[str]) -> PreTrainedTokenizerFast:
-    """An uncased WordPiece tokenizer whose vocabulary is learned from the captions; needs no network.
+    """Train an uncased WordPiece tokenizer on the captions, without network access.
 
-    Chinese is read character by character, so that every character of the captions is in the vocabulary.
+    Every Chinese character is a token of its own, and every one that occurs in the captions is in the vocabulary.
     """
     from tokenizers import BertWordPieceTokenizer
 
     trained = BertWordPieceTokenizer(lowercase=True)  # splits Chinese into characters
-    # The trainer numbers the letters it meets in an order that changes from call to call, those given here do not.
-    letters = sorted(
-        {letter for caption in captions for letter in trained._tokenizer.normalizer.normalize_str(caption)}
+    # As special tokens, because the trainer numbers the characters that it finds in an order that varies.
+    characters = sorted(
+        {character for caption in captions for character in trained._tokenizer.normalizer.normalize_str(caption)}
     )
     trained.train_from_iterator(
         captions,
         vocab_size=VOCABULARY_SIZE,
         min_frequency=2,
-        limit_alphabet=VOCABULARY_SIZE,  # the default of 1,000 would leave most of Chinese unknown
+        limit_alphabet=VOCABULARY_SIZE,  # with the default of 1,000, most Chinese characters would be unknown
         show_progress=False,
-        special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{letter}" for letter in letters if _continues(letter))],
+        special_tokens=[*SPECIAL_TOKENS.values(), *(f"##{c}" for c in characters if _can_continue_word(c))],
     )
-    # Built anew from the vocabulary, it also frames each caption with [CLS] and [SEP].
+    # A tokenizer built from the vocabulary also adds [CLS] and [SEP] to each caption.
     wordpiece = BertWordPieceTokenizer(vocab=trained.get_vocab(), lowercase=True)
     return PreTrainedTokenizerFast(tokenizer_object=wordpiece._tokenizer, **SPECIAL_TOKENS)
 
 
-def _continues(letter):
-    """Whether a word may go on with it; a Chinese character is a word of its own."""
-    return not letter.isspace() and not CHINESE.match(letter)
+def _can_continue_word(character):
+    """Return False for spaces and for Chinese characters, each of which is a word of its own."""
+    return not character.isspace() and not HAN_CHARACTER.match(character)
 
 
 @dataclass(frozen=True, eq=False)
 class Tokens(Sequence):
-    """The token ids of M captions, unpadded: tokens[m] is int32, (L,). Captions of the same words share theirs."""
+    """Token ids of M captions, without padding: tokens[m] is int32, (L,). Equal captions share their ids."""
 
-    flat: np.ndarray  # int32, those of all distinct captions one after another
-    starts: np.ndarray  # (K + 1,) int64, where each distinct caption begins in it
-    rows: np.ndarray  # (M,) int64, which distinct caption each caption is
+    flat: np.ndarray  # int32, the ids of all K distinct captions, concatenated
+    starts: np.ndarray  # (K + 1,) int64, offset of each distinct caption in `flat`
+    rows: np.ndarray  # (M,) int64, the index of each caption among the distinct ones
 
     def __len__(self):
         return len(self.rows)
@@ -90,55 +91,60 @@ def tokenize(
     max_tokens: int,
     cache_dir: str | Path | None = None,
 ) -> Tokens:
-    """The token ids of captions, special tokens included, at most `max_tokens` each; kept in `cache_dir` if given."""
-    place = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
-    rows = np.array([place[caption] for caption in captions], dtype=np.int64)
+    """Return the token ids of captions, truncated to `max_tokens`, which include the special tokens.
+
+    With `cache_dir`, they are saved there and loaded the next time.
+    """
+    row_of_caption = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    rows = np.array([row_of_caption[caption] for caption in captions], dtype=np.int64)
     if cache_dir is None:
-        return Tokens(*_encode(tokenizer, list(place), max_tokens), rows)
-    file = Path(cache_dir) / "tokens" / f"{fingerprint(tokenizer, place, max_tokens)}.npz"
+        return Tokens(*_encode(tokenizer, list(row_of_caption), max_tokens), rows)
+    file = Path(cache_dir) / "tokens" / f"{fingerprint(tokenizer, row_of_caption, max_tokens)}.npz"
     try:
-        with np.load(file) as kept:
-            return Tokens(kept["flat"], kept["starts"], rows)
+        with np.load(file) as cached:
+            return Tokens(cached["flat"], cached["starts"], rows)
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        pass  # not there yet, or left incomplete by a full disk
-    flat, starts = _encode(tokenizer, list(place), max_tokens)
+        pass  # the file does not exist yet or is damaged
+    flat, starts = _encode(tokenizer, list(row_of_caption), max_tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(file, lambda unfinished: _save(unfinished, flat, starts))
+    replace_file(file, lambda temporary: _save(temporary, flat, starts))
     return Tokens(flat, starts, rows)
 
 
 def _save(path, flat, starts):
-    with path.open("wb") as file:  # given a name, NumPy would add .npz to it
+    with path.open("wb") as file:  # np.savez would append .npz to a path, but not to an open file
         np.savez(file, flat=flat, starts=starts)
 
 
 def _encode(tokenizer, captions, max_tokens):
-    parts, lengths = [np.empty(0, np.int32)], [0]
-    with _all_cores():
+    """Return the concatenated ids and the offsets (N + 1,) of N captions."""
+    chunks, lengths = [np.empty(0, np.int32)], [0]
+    with _parallel_tokenizer():
         for first in range(0, len(captions), CHUNK):
             chunk = captions[first : first + CHUNK]
             ids = tokenizer(chunk, truncation=True, max_length=max_tokens, return_attention_mask=False)["input_ids"]
             lengths.extend(map(len, ids))
-            parts.append(np.fromiter(chain.from_iterable(ids), np.int32))
-    return np.concatenate(parts), np.cumsum(lengths)
+            chunks.append(np.fromiter(chain.from_iterable(ids), np.int32))
+    return np.concatenate(chunks), np.cumsum(lengths)
 
 
 @contextmanager
-def _all_cores():
-    """Scripts keep tokenizers from starting threads, which loader processes would warn of; here are none yet."""
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
+def _parallel_tokenizer():
+    """Let tokenizers use all cores. Scripts disable its threads, because they cause warnings in loader processes."""
+    previous = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     try:
         yield
     finally:
-        os.environ["TOKENIZERS_PARALLELISM"] = before or "false"
+        os.environ["TOKENIZERS_PARALLELISM"] = previous or "false"
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_tokens: int) -> str:
-    """Changes with the captions and with anything of the tokenizer that changes their ids."""
+    """Return a hash of the captions and of everything in the tokenizer that affects their ids."""
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
-        state = {key: part for key, part in state.items() if key not in ("truncation", "padding")}  # set by each call
+        # Each call sets truncation and padding.
+        state = {key: value for key, value in state.items() if key not in ("truncation", "padding")}
     else:
         state = sorted(tokenizer.get_vocab().items()), repr(tokenizer)
     digest = hashlib.sha256(json.dumps([state, max_tokens], sort_keys=True).encode())
@@ -149,16 +155,17 @@ def fingerprint(tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max
 def describe_truncation(
     tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], token_ids: Sequence[np.ndarray], *, max_tokens: int
 ) -> str | None:
-    """A line about captions that are longer than `max_tokens`, whose end is not read, or None without any."""
-    full = [caption for caption, ids in zip(captions, token_ids, strict=True) if len(ids) == max_tokens]
-    cut = [caption for caption in full if len(tokenizer(caption)["input_ids"]) > max_tokens]
-    if not cut:
+    """Return a message about captions that are longer than `max_tokens` and truncated, or None if there are none."""
+    candidates = [caption for caption, ids in zip(captions, token_ids, strict=True) if len(ids) == max_tokens]
+    truncated = [caption for caption in candidates if len(tokenizer(caption)["input_ids"]) > max_tokens]
+    if not truncated:
         return None
-    return f"{len(cut):,} captions are longer than {max_tokens} tokens and lose their end, e.g. {cut[0][:60]!r}"
+    example = truncated[0][:60]
+    return f"{len(truncated):,} captions are longer than {max_tokens} tokens and are truncated, e.g. {example!r}"
 
 
 def pad(token_ids: Sequence[np.ndarray], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and attention_mask, both (M, L), with L the longest caption of this batch and not of the data set."""
+    """Pad M captions to the longest one, L tokens. Return input_ids and attention_mask, both (M, L)."""
     lengths = torch.tensor([len(ids) for ids in token_ids])
     input_ids = torch.full((len(token_ids), int(lengths.max())), pad_id)
     for row, ids in enumerate(token_ids):

@@ -1,4 +1,4 @@
-"""Checkpoints: plain dicts of tensors, and the way from a run's folder back to its model."""
+"""Save and load checkpoints, and rebuild a trained model from its run folder."""
 
 import pickle
 import warnings
@@ -25,107 +25,115 @@ RENAMED_STATE = {"tally": "meters", "bank": "query_bank"}  # keys of version 1 -
 
 @dataclass(frozen=True)
 class Run:
-    """A trained model with what belongs to it."""
+    """A trained model with its configuration and tokenizer."""
 
     folder: Path
     config: Config
     model: CLIPModel
     tokenizer: PreTrainedTokenizerBase
-    state: dict  # what the checkpoint holds beside the model
+    state: dict  # the checkpoint's other entries: epoch, optimizer, ...
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Write plain dicts and tensors, atomically, and note the file's checksum beside it."""
+    """Write a dict of tensors and plain values atomically, and record its checksum in the same folder."""
 
-    def write(unfinished: Path) -> None:
-        with unfinished.open("wb") as file:
-            hashing = HashingFile(file)
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            hashing_file = HashingFile(file)
             try:
-                torch.save(state, hashing)
-            except Exception as error:  # torch reports a full disk in its own words
-                raise hashing.error or error from None
-        written.append(hashing.sha256.hexdigest())
-        add_checksum(path, written[0])
+                torch.save(state, hashing_file)
+            except Exception as error:  # torch hides the OSError of a full disk
+                raise hashing_file.error or error from None
+        checksums.append(hashing_file.sha256.hexdigest())
+        add_checksum(path, checksums[0])
 
-    written = []
+    checksums = []
     replace_file(path, write)
-    keep_checksum(path, written[0])
+    keep_checksum(path, checksums[0])
 
 
 def load_state(path: Path) -> dict:
-    """What save_state wrote, on the CPU; code in the file is never run (weights_only).
+    """Read a checkpoint written by `save_state` to the CPU; code in the file is never run (weights_only).
 
-    Raises FileNotFoundError, or ValueError where it is no checkpoint, is damaged or is not what was written there.
+    Raises FileNotFoundError if there is none, and ValueError if it is damaged, is not a checkpoint, or does not match
+    its checksum.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    with ThreadPoolExecutor(1) as beside:  # hashing takes as long as reading
-        verified = beside.submit(verify_checksum, path)
-        state, fault = _read(path)
-    verified.result()
-    if fault:
-        raise ValueError(f"{path} cannot be used as a checkpoint: {fault}")
+        raise FileNotFoundError(f"no such checkpoint: {path}")
+    with ThreadPoolExecutor(1) as executor:  # in parallel, because hashing takes as long as reading
+        verification = executor.submit(verify_checksum, path)
+        state, problem = _read(path)
+    verification.result()
+    if problem:
+        raise ValueError(f"{path} cannot be used as a checkpoint: {problem}")
     return state
 
 
 def _read(path):
-    """The dict in the file and None, or None and what is wrong with it."""
+    """Return (state, None), or (None, problem) for a file that cannot be used."""
     if not zipfile.is_zipfile(path):
-        return None, "it is cut off or damaged, or was never one"
+        return None, "it is truncated or damaged, or it is not a checkpoint"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what torch does not know; here that is an error or of no matter
+            warnings.simplefilter("ignore")  # torch warns about unusual files; they either load or raise
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        return None, "it holds more than tensors"
-    except Exception:  # damaged bytes can lead the unpickler to any error
-        return None, "it is cut off or damaged"
-    return (state, None) if isinstance(state, dict) else (None, f"it holds a {type(state).__name__}, not a dict")
+        return None, "it contains more than tensors and plain values"
+    except Exception:  # unpickling damaged bytes can raise any exception
+        return None, "it is truncated or damaged"
+    return (state, None) if isinstance(state, dict) else (None, f"it contains a {type(state).__name__}, not a dict")
 
 
 def split_frozen(model: CLIPModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The model's tensors, those that training changes and those of frozen towers, which are written only once."""
-    towers = {
+    """Split the model's state dict into the part that training changes and the tensors of frozen towers.
+
+    The second part never changes, so that it is written only once.
+    """
+    is_frozen = {
         "image_encoder.backbone.": model.image_encoder.frozen,
         "text_encoder.backbone.": model.text_encoder.frozen,
     }
-    frozen_prefixes = tuple(prefix for prefix, is_frozen in towers.items() if is_frozen)
+    frozen_prefixes = tuple(prefix for prefix, frozen in is_frozen.items() if frozen)
     state = model.state_dict()
-    frozen = {key: tensor for key, tensor in state.items() if frozen_prefixes and key.startswith(frozen_prefixes)}
-    return {key: tensor for key, tensor in state.items() if key not in frozen}, frozen
+    frozen_state = {key: tensor for key, tensor in state.items() if frozen_prefixes and key.startswith(frozen_prefixes)}
+    return {key: tensor for key, tensor in state.items() if key not in frozen_state}, frozen_state
 
 
 def load_weights(model: CLIPModel, folder: Path, weights: dict[str, Tensor]) -> None:
-    """Fill the model from a checkpoint's tensors and the run's frozen towers; what does not fit is named."""
+    """Load a checkpoint's tensors and those of the run's frozen towers into the model.
+
+    Raises ValueError, which names the tensors, if one is missing, unexpected or of another type or shape; the model is
+    then unchanged.
+    """
     if (folder / FROZEN).is_file():
         weights = load_state(folder / FROZEN) | weights
     expected = model.state_dict()
     shared = sorted(key for key in expected if key in weights)
-    faults = {
-        "lacks": sorted(expected.keys() - weights.keys()),
-        "does not know": sorted(map(str, weights.keys() - expected.keys())),
-        "holds no plain tensor for": [key for key in shared if not _is_plain(weights[key], expected[key])],
+    problems = {
+        "missing tensors": sorted(expected.keys() - weights.keys()),
+        "unexpected tensors": sorted(map(str, weights.keys() - expected.keys())),
+        "invalid tensors": [key for key in shared if not _is_compatible(weights[key], expected[key])],
     }
-    if not faults["holds no plain tensor for"]:
+    if not problems["invalid tensors"]:
         shapes = {key: (list(weights[key].shape), list(expected[key].shape)) for key in shared}
-        faults["has another shape for"] = [
-            f"{key} {found} instead of {needed}" for key, (found, needed) in shapes.items() if found != needed
+        problems["size mismatch"] = [
+            f"{key} has shape {found} instead of {needed}" for key, (found, needed) in shapes.items() if found != needed
         ]
-    for fault, keys in faults.items():
+    for problem, keys in problems.items():
         if keys:
-            shown = ", ".join(keys[:SHOWN_KEYS])
+            examples = ", ".join(keys[:SHOWN_KEYS])
             raise ValueError(
-                f"the checkpoint in {folder} does not fit: it {fault} {shown} ({len(keys)} tensors in all)"
+                f"the checkpoint in {folder} does not match the model: {problem}: {examples} ({len(keys)} in total)"
             )
     model.load_state_dict(weights)
 
 
-def _is_plain(tensor, expected):
-    """Whether the one can be copied into the other, were the shapes the same."""
+def _is_compatible(tensor, expected):
+    """Return whether the value is a dense tensor with data and of the expected kind; the shape is not compared."""
     return (
         isinstance(tensor, Tensor)
         and tensor.layout is torch.strided
-        and tensor.device.type == "cpu"  # a tensor without data is on "meta"
+        and tensor.device.type == "cpu"  # a tensor on the meta device has no data
         and not tensor.is_quantized
         and not tensor.is_complex()
         and tensor.is_floating_point() == expected.is_floating_point()
@@ -133,7 +141,11 @@ def _is_plain(tensor, expected):
 
 
 def load_run(folder: Path, checkpoint: str = BEST) -> Run:
-    """The model of a run with its best weights, in eval mode on the CPU; needs no network."""
+    """Load a trained model from its run folder, in eval mode on the CPU, without network access.
+
+    Raises FileNotFoundError if the folder or the checkpoint does not exist, and ValueError if the checkpoint or the
+    towers' specifications cannot be used.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run: {folder}")
     config = read_config(folder)
@@ -142,18 +154,18 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     state = {RENAMED_STATE.get(key, key): value for key, value in state.items()}
     weights = state.pop("model", None)
     if not isinstance(weights, dict):
-        raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it holds no model")
+        raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it contains no model weights")
     try:
         image_encoder, text_encoder, tokenizer = load_towers(
             folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling, lora=config.lora
         )
-    except Exception as error:  # timm, transformers and tokenizers raise their own
+    except Exception as error:  # timm, transformers and tokenizers raise many types
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {reason}") from None
     if config.heads == ("residual", "residual"):
         _require_dimensions(folder, config.embed_dim, weights)
     model = assemble_model(config, image_encoder, text_encoder, temperature=config.temperature, bias=config.bias)
-    model.image_encoder.resize(config.image_size)
+    model.image_encoder.preprocess = model.image_encoder.preprocess.resized(config.image_size)
     load_weights(model, folder, weights)
     return Run(folder, config, model.eval(), tokenizer, state)
 
@@ -163,18 +175,20 @@ def _require_checkpoint(folder, checkpoint):
         return
     if (folder / LAST).is_file():
         raise FileNotFoundError(
-            f"{folder} has no {checkpoint}: no epoch is finished yet; go on with: python train.py --resume {folder}"
+            f"{folder} has no {checkpoint}: no epoch is finished yet; continue with: python train.py --resume {folder}"
         )
     if (folder / BEST).is_file():
-        raise FileNotFoundError(f"{folder} has no {checkpoint} to go on from: train another run with --start-from it")
-    raise FileNotFoundError(f"{folder} has no {checkpoint}: its training stopped before it was saved; start it anew")
+        raise FileNotFoundError(
+            f"{folder} has no {checkpoint} to resume from: start a new run with --start-from {folder}"
+        )
+    raise FileNotFoundError(f"{folder} has no {checkpoint}: training stopped before the first checkpoint; train again")
 
 
 def _require_dimensions(folder, embed_dim, weights):
-    """Before a model of any size that the settings may ask for takes up memory."""
+    """Raise ValueError for another --embed-dim, before a model of that size, however large, is allocated."""
     bias = weights.get("image_head.norm.bias")
     if isinstance(bias, Tensor) and bias.shape != (embed_dim,):
         raise ValueError(
-            f"the checkpoint in {folder} does not fit: it has another shape for image_head.norm.bias "
+            f"the checkpoint in {folder} does not match the model: size mismatch: image_head.norm.bias has shape "
             f"{list(bias.shape)} instead of [{embed_dim}], the --embed-dim in {CONFIG}"
         )

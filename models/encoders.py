@@ -1,6 +1,6 @@
-"""Image and text towers by name: from the hub, from a local folder or file, from scratch, or from a run's folder.
+"""Build image and text towers by name: from the hub, a local folder or file, from scratch, or from a run folder.
 
-A tower that cannot be had is an error of one line; random weights come only where they were asked for.
+A tower that cannot be loaded is an error; weights are random only if the caller asks for that.
 """
 
 import difflib
@@ -20,13 +20,13 @@ from models.freezing import stage_groups
 from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, require_weights
 from models.image_size import require_image_size
 from models.lora import add_lora
-from models.pretrained import dual_encoder_from_spec
+from models.pretrained import dual_encoder_from_spec, is_dual_encoder_spec
 from modules import ImageEncoder, TextEncoder
 
-SCRATCH = "scratch"  # the name of a text tower of our own
-RANDOM = ", or start from random weights with --no-pretrained"
-FETCHING = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
-KNOWN_TEXTS = (  # for the one that was meant; any other name works too
+SCRATCH = "scratch"  # the name of the small text tower that is trained from random weights
+RANDOM_WEIGHTS = ", or start from random weights with --no-pretrained"
+LOADING_ARGUMENTS = {"pretrained", "checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}
+KNOWN_TEXT_ENCODERS = (  # for suggestions in error messages; other names work too
     "distilbert-base-uncased",
     "distilbert-base-multilingual-cased",
     "bert-base-uncased",
@@ -50,49 +50,49 @@ def build_image_encoder(
     pooling: str = "own",
     image_size: int | None = None,
 ) -> tuple[ImageEncoder, dict]:
-    """An image tower, and its specification: what image_encoder_from needs to build it again without its weights.
+    """Build an image tower, and the specification from which image_encoder_from_spec rebuilds it without weights.
 
     name is a timm model, a hub repository "owner/name", or a local folder or file in timm's layout (config.json
-    beside model.safetensors). image_size None takes the size that the weights were trained at, as timm's data
-    configuration says. Raises ValueError, FileNotFoundError or ConnectionError.
+    beside model.safetensors). image_size None selects the size in timm's data configuration, at which the weights were
+    trained. Raises ValueError, FileNotFoundError or ConnectionError.
     """
     source = _timm_source(name)
     if pretrained and not source.startswith("local-dir:"):
         offline_if_unreachable()
-    unpooled = {} if pooling == "own" else {"global_pool": ""}
+    pooling_arguments = {} if pooling == "own" else {"global_pool": ""}
     try:
-        backbone = timm.create_model(source, pretrained=pretrained, num_classes=0, **unpooled)
+        backbone = timm.create_model(source, pretrained=pretrained, num_classes=0, **pooling_arguments)
         if pretrained:
             _require_all_weights(source, backbone)
-    except Exception as error:  # timm lets every library below it raise its own
-        raise loading_error("image encoder", name, error, flag="--image-encoder", advice=RANDOM) from None
-    settings = backbone.pretrained_cfg
+    except Exception as error:  # the libraries that timm calls raise many types
+        raise loading_error("image encoder", name, error, flag="--image-encoder", advice=RANDOM_WEIGHTS) from None
+    data_config = backbone.pretrained_cfg
     specification = {
-        "architecture": settings["architecture"],
-        "arguments": _factory_arguments(source) | unpooled,
-        "mean": list(settings["mean"]),
-        "std": list(settings["std"]),
+        "architecture": data_config["architecture"],
+        "arguments": _model_arguments(source) | pooling_arguments,
+        "mean": list(data_config["mean"]),
+        "std": list(data_config["std"]),
         "folded": pretrained and fold_batch_norm,
-        "preprocess": asdict(Preprocess(image_size or settings["input_size"][-1])),
+        "preprocess": asdict(Preprocess(image_size or data_config["input_size"][-1])),
     }
     try:
         image_encoder = _image_encoder(backbone, specification, pooling)
     except ValueError as error:
         raise ValueError(f"image encoder {name}: {error}") from None
-    require_image_size(image_encoder, name, advice=f"--image-size {settings['input_size'][-1]}")
+    require_image_size(image_encoder, name, advice=f"--image-size {data_config['input_size'][-1]}")
     return image_encoder, specification
 
 
 def image_encoder_from_spec(specification: dict, *, pooling: str = "own") -> ImageEncoder:
-    """The image tower of a specification, its weights still random.
+    """Build the image tower of a specification with random weights.
 
-    Raises ValueError for what would make timm read other files: a run may come from someone else.
+    Raises ValueError for a specification that would make timm read other files: a run may be from an untrusted source.
     """
     architecture, arguments = specification["architecture"], specification["arguments"] | {"num_classes": 0}
-    if not timm.is_model(architecture):  # "hf-hub:..." and "local-dir:..." are none
-        raise ValueError(f"{architecture!r} is no model of timm")
-    if fetching := sorted(FETCHING & arguments.keys()):
-        raise ValueError(f"an image tower is not built with {', '.join(fetching)}")
+    if not timm.is_model(architecture):  # excludes "hf-hub:..." and "local-dir:..."
+        raise ValueError(f"{architecture!r} is not a timm model")
+    if forbidden := sorted(LOADING_ARGUMENTS & arguments.keys()):
+        raise ValueError(f"the specification of an image tower must not contain {', '.join(forbidden)}")
     backbone = timm.create_model(architecture, pretrained=False, **arguments)
     return _image_encoder(backbone, specification, pooling)
 
@@ -100,10 +100,10 @@ def image_encoder_from_spec(specification: dict, *, pooling: str = "own") -> Ima
 def build_text_encoder(
     name: str, *, captions: list[str], pretrained: bool, pooling: str
 ) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
-    """A text tower with its tokenizer.
+    """Build a text tower and its tokenizer.
 
-    name is a transformers model, on the hub or in a local folder. "scratch", and without `pretrained` any name, is a
-    small DistilBERT with random weights and a vocabulary learned from `captions`. Raises ValueError,
+    name is a transformers model on the hub or in a local folder. "scratch", or any name without `pretrained`, is a
+    small DistilBERT with random weights, whose vocabulary is trained on `captions`. Raises ValueError,
     FileNotFoundError or ConnectionError.
     """
     if name == SCRATCH or not pretrained:
@@ -122,21 +122,22 @@ def build_text_encoder(
         offline_if_unreachable()
     try:
         return TextEncoder(_load_text_backbone(source), pooling=pooling), load_tokenizer(source)
-    except Exception as error:  # as above
-        near = difflib.get_close_matches(name, KNOWN_TEXTS, n=2)
-        meant = f" (did you mean {' or '.join(near)}?)" if near and name not in near else ""
-        raise loading_error("text encoder", name, error, flag="--text-encoder", advice=meant + RANDOM) from None
+    except Exception as error:  # the libraries that transformers calls raise many types
+        similar = difflib.get_close_matches(name, KNOWN_TEXT_ENCODERS, n=2)
+        advice = f" (did you mean {' or '.join(similar)}?)" if similar and name not in similar else ""
+        advice += RANDOM_WEIGHTS
+        raise loading_error("text encoder", name, error, flag="--text-encoder", advice=advice) from None
 
 
 def text_encoder_from_config(config: PretrainedConfig, *, pooling: str) -> TextEncoder:
-    """The text tower of a transformers configuration, its weights still random."""
-    return TextEncoder(_without_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling)
+    """Build the text tower of a transformers configuration with random weights."""
+    return TextEncoder(_remove_pooler(AutoModel.from_config(config, trust_remote_code=False)), pooling=pooling)
 
 
 def save_towers(
     folder: Path, specification: dict, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write what load_towers needs into `folder`: settings and vocabulary, no weights."""
+    """Write the image tower's specification, the text tower's configuration and the tokenizer, but no weights."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "image.json").write_text(json.dumps(specification, indent=2))
     text_encoder.backbone.config.save_pretrained(folder / "text")
@@ -146,11 +147,11 @@ def save_towers(
 def load_towers(
     folder: Path, *, pooling: str, image_pooling: str = "own", lora: int = 0
 ) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
-    """The towers that save_towers described, for a checkpoint to fill with weights; needs no network."""
+    """Build the towers that `save_towers` wrote, with random weights and without network access."""
     specification = json.loads((folder / "image.json").read_text())
     config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
     tokenizer = load_tokenizer(folder / "text")
-    if specification.get("pair"):
+    if is_dual_encoder_spec(specification):
         towers = dual_encoder_from_spec(specification, config, tokenizer)
     else:
         image_encoder = image_encoder_from_spec(specification, pooling=image_pooling)
@@ -160,8 +161,8 @@ def load_towers(
     return *towers, tokenizer
 
 
-def _factory_arguments(source):
-    """What a repository's or folder's config.json passes to timm's model function beside the name."""
+def _model_arguments(source):
+    """Read the arguments of timm's model function from a repository's or folder's config.json."""
     if source.startswith("hf-hub:"):
         return timm.models.load_model_config_from_hf(source.removeprefix("hf-hub:"))[2] or {}
     if source.startswith("local-dir:"):
@@ -171,17 +172,17 @@ def _factory_arguments(source):
 
 
 def _require_all_weights(source, backbone):
-    """timm loads what a local file holds and leaves the rest random without a word; here that is an error."""
+    """Raise ValueError if a local file lacks tensors of the model, which timm silently leaves random."""
     folder = Path(source.removeprefix("local-dir:"))
     if not source.startswith("local-dir:") or not (folder / "model.safetensors").is_file():
         return
     with safe_open(folder / "model.safetensors", "pt") as weights:
-        absent = sorted(backbone.state_dict().keys() - set(weights.keys()))
-    require_weights(absent)
+        missing = sorted(backbone.state_dict().keys() - set(weights.keys()))
+    require_weights(missing)
 
 
 def _image_encoder(backbone, specification, pooling):
-    # Some have a layer of another width behind their pooling.
+    # Some models have a layer of another width after their pooling.
     dim = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     if specification["folded"]:
         backbone = _fold_batch_norm(backbone)
@@ -196,10 +197,11 @@ def _image_encoder(backbone, specification, pooling):
 
 
 def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
-    """The same function with the batch norms' statistics fixed, and those right behind a convolution absorbed by it.
+    """Fix the batch norms' statistics, and fold each norm that follows a convolution into its weights.
 
-    In training this also saves the norms' passes over memory: a ResNet50 step on a CPU takes 0.7 of the time.
-    Models without batch norm come back as they are. Raises ValueError where fx cannot trace one.
+    The output in eval mode is the same. In training this saves the norms' memory passes: a ResNet50 step on a CPU takes
+    0.7 times as long. A model without batch norm is returned unchanged. Raises ValueError if torch.fx cannot trace the
+    model.
     """
     from torch.fx.experimental.optimization import fuse
 
@@ -207,10 +209,10 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
         return backbone
     try:
         folded = fuse(backbone.eval()).requires_grad_(True)
-    except Exception as error:  # its layers ask for what a trace does not know
+    except Exception as error:  # for example a forward whose control flow depends on the input
         reason = " ".join(str(error).split())
         raise ValueError(f"its batch norms cannot be folded ({reason}): add --no-fold-batch-norm") from None
-    # What is asked of a timm model later, and a folded one would not know.
+    # A traced module loses these attributes of the timm model, which poolings and freezing read.
     folded.num_prefix_tokens, folded.stages = getattr(backbone, "num_prefix_tokens", 0), stage_groups(backbone)
     return folded
 
@@ -219,41 +221,42 @@ def _load_text_backbone(source):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if AutoConfig.from_pretrained(source).model_type == "timm_wrapper":
-        raise ValueError("it is an image tower in timm's layout: give it as --image-encoder")
-    backbone, report = AutoModel.from_pretrained(source, output_loading_info=True)
+        raise ValueError("it is an image tower in timm's layout: pass it with --image-encoder")
+    backbone, loading_info = AutoModel.from_pretrained(source, output_loading_info=True)
     if hasattr(backbone, "get_text_features"):
-        raise ValueError("it is a pair of image and text towers: give it as --model")
-    require_weights(key for key in report["missing_keys"] if not key.startswith("pooler."))
-    return _without_pooler(backbone).float()  # some weights are stored in half precision
+        raise ValueError("it is a dual encoder, with an image and a text tower: pass it with --model")
+    require_weights(key for key in loading_info["missing_keys"] if not key.startswith("pooler."))
+    return _remove_pooler(backbone).float()  # some weights are stored in half precision
 
 
-def _without_pooler(backbone):
-    """BERT's pooler feeds next-sentence prediction; unused here, it would only be dead weight for the optimizer."""
+def _remove_pooler(backbone):
+    """Remove BERT's pooler, which serves next-sentence prediction: its parameters would get no gradients here."""
     if getattr(backbone, "pooler", None) is not None:
         backbone.pooler = None
     return backbone
 
 
 def _timm_source(name):
-    """timm's way to write a local folder, a hub repository or a model name."""
+    """Convert a local folder or file, a hub repository or a model name to the form that timm.create_model accepts."""
     path = Path(name).expanduser()
     if path.is_file():
         path = path.parent
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
-                f"image encoder {name}: no config.json beside the weights (timm's layout) in {path}"
+                f"image encoder {name}: {path} has no config.json beside the weights, as timm's layout requires"
             )
         if '"architecture"' not in (path / "config.json").read_text("utf-8", errors="replace"):
             raise ValueError(
-                f"image encoder {name}: its config.json names no timm 'architecture'; is it a text model or a pair?"
+                f"image encoder {name}: its config.json has no 'architecture' of timm; "
+                "is it a text model or a dual encoder?"
             )
         return f"local-dir:{path}"
     local_or_name(name)
     if "/" in name:
         return f"hf-hub:{name}"
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(near)}?" if near else "timm.list_models() names them all"
-        raise ValueError(f"no image encoder {name!r} in timm; {hint}")
+        similar = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() returns all names"
+        raise ValueError(f"timm has no image encoder {name!r}; {hint}")
     return name

@@ -1,4 +1,4 @@
-"""From a configuration and a data set to what training works on: the model and its batches."""
+"""Build the model of a configuration, and apply freezing, dropout and image size to it."""
 
 from transformers import PreTrainedTokenizerBase
 
@@ -13,11 +13,14 @@ from modules import CLIPModel, ImageEncoder, TextEncoder
 
 
 def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTrainedTokenizerBase, dict]:
-    """The model of a configuration, its tokenizer, and the specification of its image tower, or of its pair."""
+    """Build the model and tokenizer of a configuration, and the specification for `save_towers`.
+
+    A text tower from scratch learns its vocabulary from the training captions. Raises ValueError, FileNotFoundError or
+    ConnectionError.
+    """
     if config.model is not None:
-        towers = load_dual_encoder(config.model, image_size=config.image_size)
-        image_encoder, text_encoder, tokenizer = towers.image_encoder, towers.text_encoder, towers.tokenizer
-        specification, temperature, bias = towers.specification, towers.temperature, towers.bias
+        dual_encoder = load_dual_encoder(config.model, image_size=config.image_size)
+        image_encoder, text_encoder, tokenizer, specification, temperature, bias = dual_encoder
     else:
         image_encoder, specification = build_image_encoder(
             config.image_encoder,
@@ -39,42 +42,45 @@ def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTraine
 
 
 def apply_config(config: Config, model: CLIPModel) -> None:
-    """What a configuration may change of a model: its photos' size, what trains and drops, whether it has a bias."""
+    """Apply the settings that may change for trained weights: image size, what is frozen, dropout, and the bias.
+
+    Raises ValueError if a tower does not support one of them.
+    """
     model.use_bias(config.bias)
     if config.image_size not in (None, own := model.image_encoder.preprocess.size):
-        model.image_encoder.resize(config.image_size)
+        model.image_encoder.preprocess = model.image_encoder.preprocess.resized(config.image_size)
         require_image_size(model.image_encoder, "the image tower", advice=f"--image-size {own}")
     if config.eval_image_scale != 1:
-        searched = model.image_encoder.preprocess.scaled(config.eval_image_scale).size
-        require_image_size(model.image_encoder, "the image tower", advice="--eval-image-scale 1", size=searched)
+        eval_size = model.image_encoder.preprocess.scaled(config.eval_image_scale).size
+        require_image_size(model.image_encoder, "the image tower", advice="--eval-image-scale 1", size=eval_size)
     for tower, frozen, last, flag in (
         (model.image_encoder, config.freeze_image, config.unfreeze_image_stages, "--unfreeze-image-stages"),
         (model.text_encoder, config.freeze_text, config.unfreeze_text_layers, "--unfreeze-text-layers"),
     ):
         try:
-            tower.freeze(frozen, trainable=_trained(tower.backbone, last, config.lora))
+            tower.freeze(frozen, trainable=_trainable_parameters(tower.backbone, last, config.lora))
         except ValueError as error:
             raise ValueError(f"{flag} {last}: {error}" if last else str(error)) from None
-    if config.word_dropout and getattr(model.text_encoder.backbone, "length", None) is not None:
-        raise ValueError(
-            "--word-dropout: this text tower reads every place, with or without a word; pass --word-dropout 0"
-        )
+    if config.word_dropout and getattr(model.text_encoder.backbone, "fixed_length", None) is not None:
+        raise ValueError("--word-dropout: this text tower has no attention mask; pass --word-dropout 0")
     model.set_dropout(config.dropout, config.image_feature_dropout, config.word_dropout)
 
 
-def _trained(backbone, last, rank):
-    """Names of the parameters that train, or None for all."""
-    if (known := lora_rank(backbone)) != rank:
-        if known:
-            raise ValueError(f"the run to start from has adapters: keep its --lora {known}")
+def _trainable_parameters(backbone, last, rank):
+    """Return the names of the parameters to train, None for all; add adapters of this rank if there are none."""
+    if (existing_rank := lora_rank(backbone)) != rank:
+        if existing_rank:
+            raise ValueError(f"the run in --start-from has adapters: keep its --lora {existing_rank}")
         add_lora(backbone, rank)
-    return adapter_parameters(backbone) if rank else None if last is None else last_stage_parameters(backbone, last)
+    if rank:
+        return adapter_parameters(backbone)
+    return None if last is None else last_stage_parameters(backbone, last)
 
 
 def assemble_model(
     config: Config, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, temperature: float, bias: float | None
 ) -> CLIPModel:
-    """The CLIPModel of two towers with the heads that a configuration names."""
+    """Combine two towers and the heads of a configuration into a CLIPModel."""
     image_head, text_head = config.heads
     return CLIPModel(
         image_encoder,
@@ -89,12 +95,12 @@ def assemble_model(
 
 
 def describe_model(model: CLIPModel) -> str:
-    """Towers and sizes, for the terminal."""
-    parts = []
+    """Return the towers' numbers of parameters and how many of them train, as a line of text."""
+    towers = []
     for tower, name in ((model.image_encoder, "image"), (model.text_encoder, "text")):
-        parts.append(f"{name} tower {_millions(tower)} parameters{', frozen' if tower.frozen else ''}")
-    return f"{'; '.join(parts)}; {_millions(model, trained=True)} are trained"
+        towers.append(f"{name} tower {_format_parameters(tower)} parameters{', frozen' if tower.frozen else ''}")
+    return f"{'; '.join(towers)}; {_format_parameters(model, trainable_only=True)} are trained"
 
 
-def _millions(module, *, trained=False):
-    return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trained) / 1e6:.1f} M"
+def _format_parameters(module, *, trainable_only=False):
+    return f"{sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only) / 1e6:.1f} M"

@@ -1,4 +1,4 @@
-"""Weights by name or folder: is the hub there, does the path exist, and what a failure is called in one line."""
+"""Load pretrained weights from the hub or a folder: check paths and the connection, and report errors in one line."""
 
 import logging
 import urllib.error
@@ -8,12 +8,15 @@ from pathlib import Path
 
 import huggingface_hub
 
-HUB_TIMEOUT = 10  # seconds; the libraries' own retries keep a person waiting for most of a minute
+HUB_TIMEOUT = 10  # seconds; the retries of huggingface_hub take most of a minute
 SHOWN_KEYS = 3
 
 
 def local_or_name(name: str) -> str:
-    """A folder's path, its ~ expanded, or the name as it is. Raises FileNotFoundError for a path that is not there."""
+    """Return the path of an existing folder, with ~ expanded, and any other name unchanged.
+
+    Raises FileNotFoundError for a path that does not exist.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -23,7 +26,10 @@ def local_or_name(name: str) -> str:
 
 
 def offline_if_unreachable() -> None:
-    """Let the hub's libraries look in their cache alone where the hub does not answer, and so fail at once."""
+    """Make the hub's libraries use only their local cache, and so fail immediately, if the hub does not respond.
+
+    `local_files_only=True` would not suffice: timm does not pass it on.
+    """
     constants = huggingface_hub.constants
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if constants.HF_HUB_OFFLINE:
@@ -31,31 +37,31 @@ def offline_if_unreachable() -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
     except urllib.error.HTTPError:
-        pass  # it answered
+        pass  # the hub responded
     except OSError:
         constants.HF_HUB_OFFLINE = True
 
 
 def require_weights(missing: Iterable[str], unexpected: Iterable[str] = ()) -> None:
-    """Raise ValueError, a few tensors named, where weights lack what the model has: it would stay random."""
+    """Raise ValueError, which names some of the tensors, if any are missing: they would keep their random values."""
     missing, unexpected = sorted(missing), sorted(unexpected)
     if missing:
-        strange = f" and hold {len(unexpected)} it does not know, {_few(unexpected)}" if unexpected else ""
-        raise ValueError(f"its weights lack {len(missing)} tensors, {_few(missing)}{strange}")
+        others = f", and contain {len(unexpected)} unexpected ones: {_format_keys(unexpected)}" if unexpected else ""
+        raise ValueError(f"its weights lack {len(missing)} tensors: {_format_keys(missing)}{others}")
 
 
 def loading_error(what: str, name: str, error: Exception, *, flag: str, advice: str = "") -> Exception:
-    """One line for whatever a library raised: OSError stands for the network, the rest for weights that do not fit."""
+    """Convert an error of a library to a one-line ConnectionError (OSError for a hub name) or ValueError (others)."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     if isinstance(error, OSError) and not Path(name).expanduser().exists():
-        hub = huggingface_hub.constants
-        fault = "which does not answer" if hub.HF_HUB_OFFLINE else reason
+        constants = huggingface_hub.constants
+        reason = "which does not respond" if constants.HF_HUB_OFFLINE else reason
         return ConnectionError(
-            f"{what} {name!r} is not in the local cache and could not be had from {hub.ENDPOINT} ({fault}): check the "
-            f"name{advice}, set HF_ENDPOINT to a mirror, or pass a folder that holds it with {flag}"
+            f"{what} {name!r} is not in the local cache and could not be downloaded from {constants.ENDPOINT} "
+            f"({reason}): check the name{advice}, set HF_ENDPOINT to a mirror, or pass a local folder with {flag}"
         )
     return ValueError(f"{what} {name!r} could not be loaded: {reason}")
 
 
-def _few(keys):
-    return f"{', '.join(keys[:SHOWN_KEYS])}{' among them' if len(keys) > SHOWN_KEYS else ''}"
+def _format_keys(keys):
+    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")

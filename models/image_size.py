@@ -1,4 +1,4 @@
-"""Check an image tower's input size before training does."""
+"""Check that an image tower accepts an image size."""
 
 import torch
 
@@ -6,7 +6,10 @@ from modules import ImageEncoder
 
 
 def require_image_size(encoder: ImageEncoder, name: str, *, advice: str, size: int | None = None) -> None:
-    """Encode one grey image, so that a size the backbone refuses is reported before training. Raises ValueError."""
+    """Encode one gray image, and raise ValueError if the backbone does not accept its size.
+
+    size None is the size of the tower's preprocessing. The encoder is left in eval mode.
+    """
     size = size or encoder.preprocess.size
     try:
         with torch.no_grad():

@@ -1,34 +1,34 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) in place of a tower's weights."""
+"""Low-rank adapters (LoRA, arXiv 2106.09685), which train instead of a tower's weights."""
 
 from torch import nn
 
 
 def add_lora(backbone: nn.Module, rank: int) -> nn.Module:
-    """The backbone with a low-rank adapter (LoRA, arXiv 2106.09685) beside every matrix and convolution.
+    """Add a low-rank adapter (LoRA, arXiv 2106.09685) to every matrix and convolution, in place; return the backbone.
 
-    It says the same as before until it is trained. Raises ValueError without peft.
+    Its output is unchanged until the adapters train. Raises ValueError without peft.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ModuleNotFoundError:
         raise ValueError("--lora needs peft: pip install peft") from None
-    whole, backbone = backbone, backbone.model if hasattr(backbone, "model") else backbone  # of a pair's half
-    inside = {name for name, module in backbone.named_modules() if isinstance(module, nn.MultiheadAttention)}
+    model = backbone.model if hasattr(backbone, "model") else backbone  # one side of a dual encoder wraps the model
+    attentions = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
     targets = [
         name
-        for name, module in backbone.named_modules()
+        for name, module in model.named_modules()
         if (isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1))
-        and name.rpartition(".")[0] not in inside  # its weights are read directly, past an adapter
+        and name.rpartition(".")[0] not in attentions  # torch reads their weights directly and would skip the adapter
     ]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), backbone)
-    return whole
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+    return backbone
 
 
 def adapter_parameters(backbone: nn.Module) -> set[str]:
-    """Names of the adapters' parameters."""
+    """Return the names of the adapters' parameters."""
     return {name for name, _ in backbone.named_parameters() if ".lora_" in name}
 
 
 def lora_rank(backbone: nn.Module) -> int:
-    """The rank of the backbone's adapters, 0 without any."""
+    """Return the rank of the backbone's adapters, 0 if it has none."""
     return next((tensor.shape[0] for name, tensor in backbone.named_parameters() if ".lora_A." in name), 0)

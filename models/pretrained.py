@@ -118,6 +118,11 @@ def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEnc
     return PretrainedDualEncoder(images, texts, tokenizer, specification, temperature, bias)
 
 
+def is_dual_encoder_spec(specification: dict) -> bool:
+    """Return whether towers/image.json describes both towers of a dual encoder; version 1 wrote the key "pair"."""
+    return bool(specification.get("dual_encoder") or specification.get("pair"))
+
+
 def dual_encoder_from_spec(
     specification: dict, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ImageEncoder, TextEncoder]:
@@ -144,7 +149,7 @@ def _load(source, image_size):
 def _specification(processor, preprocess):
     normalises = getattr(processor, "do_normalize", True)
     return {
-        "pair": True,
+        "dual_encoder": True,
         "mean": list(processor.image_mean) if normalises else [0.0] * 3,
         "std": list(processor.image_std) if normalises else [1.0] * 3,
         "preprocess": asdict(preprocess),

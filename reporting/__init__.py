@@ -1,4 +1,4 @@
-"""What people look at: plots of runs, metrics, matches and sweeps, and the report on a data set.
+"""Output for people: plots of runs, metrics, matches and sweeps, and the report on a data set.
 
-Draws what it is given; computes no embeddings.
+Plots results that other packages computed; computes no embeddings.
 """

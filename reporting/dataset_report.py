@@ -1,4 +1,4 @@
-"""What the program understands of a data set: `python dataset.py PATH`."""
+"""Report on a data set: `python dataset.py PATH`."""
 
 import tempfile
 from dataclasses import dataclass
@@ -11,25 +11,25 @@ import tyro
 from config import Config
 from runtime import cli
 
-EXAMPLES = 8
-CAPTIONS_SHOWN = 5
-MOST_TOKENS = 4096  # of a caption that is measured
+N_EXAMPLES = 8  # images in the figure
+N_CAPTIONS = 5  # captions shown for each image
+MAX_TOKENS = 4096  # longer captions are counted as this long
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Read a data set as training would, say what was understood, and save a picture of a few examples."""
+    """Read a data set as training does, print a report, and save a figure with a few examples."""
 
     dataset: Annotated[str | None, tyro.conf.Positional] = None  # a folder, a caption file or a name, as for train.py
-    data_dir: str | None = None  # where the data set lies; without it a named one is downloaded with kagglehub
-    split_seed: int = Config.split_seed  # which images are held out where the data set brings no split
-    text_encoder: str | None = None  # whose tokens are counted; without it, a vocabulary learned from the captions
-    out: Path | None = None  # the picture to write; without it, a file in runs/data_sets/
-    cache_dir: str = Config.cache_dir  # where a data set that is made or unpacked is kept
+    data_dir: str | None = None  # where the data set is on disk; without it a named one is downloaded with kagglehub
+    split_seed: int = Config.split_seed  # seed of the random split, if the data set has no split of its own
+    text_encoder: str | None = None  # counts tokens with this model's tokenizer; default: one trained on the captions
+    out: Path | None = None  # the figure's file; default: a file in runs/data_sets/
+    cache_dir: str = Config.cache_dir  # folder for data sets that are generated or extracted
 
     def __post_init__(self):
         if self.dataset is None:
-            raise ValueError("give a data set: python dataset.py my_photos/")
+            raise ValueError("no data set given: run python dataset.py my_photos/")
         if self.out is not None and self.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
             raise ValueError(f"--out must end in .png, .jpg, .pdf or .svg, got {self.out}")
 
@@ -47,13 +47,13 @@ def main() -> None:
     )
     print(summary(data), flush=True)
     print(f"longest caption: {longest_caption(data, flags.text_encoder)}", flush=True)
-    picture = flags.out or default_picture(data)
-    draw_examples(data, picture)
-    print(f"picture: {picture}")
+    path = flags.out or default_figure_path(data)
+    plot_random_examples(data, path)
+    print(f"picture: {path}")
 
 
 def summary(data) -> str:
-    """Format, counts, split and what cannot be used, a line each."""
+    """Summarize the format, counts, split and unusable rows of a data set, one line each."""
     from data.loading import MAX_BAD_FRACTION
     from runtime.text import format_examples
 
@@ -70,57 +70,62 @@ def summary(data) -> str:
         lines.append("bad rows: none")
     elif len(data.bad_rows) > MAX_BAD_FRACTION * rows:
         share = f"{100 * len(data.bad_rows) / rows:.0f} %"
-        lines.append(f"bad rows: {len(data.bad_rows):,}, {share}: training will stop here unless --allow-bad-rows")
+        lines.append(f"bad rows: {len(data.bad_rows):,}, {share}: training stops here without --allow-bad-rows")
     else:
-        lines.append(f"bad rows: {len(data.bad_rows):,} of {rows:,}, left out")
+        lines.append(f"bad rows: {len(data.bad_rows):,} of {rows:,}, skipped")
     return "\n".join(lines)
 
 
 def longest_caption(data, text_encoder: str | None) -> str:
-    """Its length in tokens, its words, and how many captions training would cut."""
+    """Describe the longest caption: its length in tokens, its text, and how many captions --max-tokens truncates."""
     from data.tokenizer import load_tokenizer, tokenize, train_tokenizer
 
     captions = data.table.caption.tolist()
     tokenizer = train_tokenizer(captions) if text_encoder is None else load_tokenizer(text_encoder)
-    lengths = np.array([len(ids) for ids in tokenize(tokenizer, captions, max_tokens=MOST_TOKENS)])
-    whose = text_encoder or "a vocabulary learned from these captions; --text-encoder NAME counts with that one's"
-    cut = (lengths > Config.max_tokens).sum()
-    more = f"; {cut:,} are longer than --max-tokens {Config.max_tokens} and will be cut" if cut else ""
+    lengths = np.array([len(ids) for ids in tokenize(tokenizer, captions, max_tokens=MAX_TOKENS)])
+    name = text_encoder or "tokenizer trained on these captions; use another one with --text-encoder NAME"
+    n_truncated = (lengths > Config.max_tokens).sum()
+    limit = f"--max-tokens {Config.max_tokens}"
+    warning = f"; {n_truncated:,} captions are longer than {limit} and will be truncated" if n_truncated else ""
     longest = captions[lengths.argmax()]
-    return f"{lengths.max()} tokens ({whose}): {longest[:100]}{'…' if len(longest) > 100 else ''}{more}"
+    return f"{lengths.max()} tokens ({name}): {longest[:100]}{'…' if len(longest) > 100 else ''}{warning}"
 
 
-def draw_examples(data, picture: Path) -> None:
-    """Photos from all parts, drawn by chance but the same each time; those that cannot be read are left out."""
+def plot_random_examples(data, figure_path: Path) -> None:
+    """Plot images of all splits, sampled with a fixed seed. Unreadable images are skipped.
+
+    Raises ValueError if no image can be read.
+    """
     from data.image_io import load_image
     from reporting.plots import plot_examples
 
-    examples, broken = [], 0
+    examples, n_unreadable = [], 0
     for path, split, captions in _shuffled(data):
         try:
             load_image(path, 64)
         except OSError:
-            broken += 1
+            n_unreadable += 1
             continue
-        examples.append((path, f"{split}: {path.name[-34:]}", captions[:CAPTIONS_SHOWN]))
-        if len(examples) == EXAMPLES:
+        examples.append((path, f"{split}: {path.name[-34:]}", captions[:N_CAPTIONS]))
+        if len(examples) == N_EXAMPLES:
             break
     if not examples:
-        raise ValueError(f"none of the {broken:,} photos in {data.image_root} can be read")
-    plot_examples(f"{Path(data.name).name}: {data.format}", examples, picture)
+        raise ValueError(f"none of the {n_unreadable:,} photos in {data.image_root} could be read")
+    plot_examples(f"{Path(data.name).name}: {data.format}", examples, figure_path)
 
 
 def _shuffled(data):
+    """Yield (path, split, captions) of each image, in random but reproducible order."""
     table = data.table.dropna(subset="split")
     groups = {image: rows for image, rows in table.groupby("image", sort=True).indices.items()}
     images = list(groups)
-    for place in np.random.default_rng(0).permutation(len(images)):
-        rows = table.iloc[groups[images[place]]]
-        yield data.image_root / images[place], rows.split.iloc[0], rows.caption.tolist()
+    for index in np.random.default_rng(0).permutation(len(images)):
+        rows = table.iloc[groups[images[index]]]
+        yield data.image_root / images[index], rows.split.iloc[0], rows.caption.tolist()
 
 
-def default_picture(data) -> Path:
-    """A file below runs/, or in a temporary folder where that would lie in the data set's own."""
+def default_figure_path(data) -> Path:
+    """Return a path in runs/data_sets/, or in a temporary folder if runs/ is inside the data set's folder."""
     path = Path(Config.runs_dir) / "data_sets" / f"{Path(data.name).stem or 'here'}.png"
     if data.image_root.resolve() in path.resolve().parents:
         return Path(tempfile.mkdtemp()) / path.name

@@ -1,4 +1,4 @@
-"""Letters for pictures: matplotlib's own font has no Chinese, and one of the system's fills in where there is one."""
+"""Fonts for figures: matplotlib's default font has no Chinese characters, so a font of the system is added."""
 
 import re
 from functools import cache
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from runtime.text import EAST_ASIAN
 
-CHINESE = re.compile(f"[{EAST_ASIAN}]")
-FAMILIES = (  # what systems bring: Linux, Windows, macOS
+EAST_ASIAN_CHARACTER = re.compile(f"[{EAST_ASIAN}]")
+FAMILIES = (  # fonts of Linux, Windows and macOS with Chinese characters
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",
     "Noto Sans SC",
@@ -25,27 +25,29 @@ FAMILIES = (  # what systems bring: Linux, Windows, macOS
     "Arial Unicode MS",
     "Droid Sans Fallback",
 )
-FILES = re.compile("cjk|wqy|notosanssc|sourcehan|msyh|simhei|simsun|pingfang|hiragino|heiti|droidsansfallback", re.I)
-HOW = "for Chinese: `apt-get install fonts-noto-cjk`, on Windows and macOS add the language"
+FONT_FILES = re.compile(
+    "cjk|wqy|notosanssc|sourcehan|msyh|simhei|simsun|pingfang|hiragino|heiti|droidsansfallback", re.I
+)
+INSTALL_HINT = "for Chinese, run `apt-get install fonts-noto-cjk`; on Windows and macOS, add the language"
 
 
 @cache
 def families() -> list[str]:
-    """The fonts that letters are looked for in, one after another: matplotlib's own, then one that has Chinese.
+    """Return the font families in order of preference: matplotlib's default, then one with Chinese characters.
 
-    One that was installed a minute ago counts; matplotlib's list of fonts is as old as its first run.
+    If matplotlib's cached list has none, search the system's font folders, which finds newly installed fonts.
     """
     from matplotlib import font_manager
 
-    if not (found := _known()):
+    if not (available := _available_families()):
         for path in font_manager.findSystemFonts():
-            if FILES.search(Path(path).name):
+            if FONT_FILES.search(Path(path).name):
                 font_manager.fontManager.addfont(path)
-        found = _known()
-    return ["DejaVu Sans", *found[:1]]
+        available = _available_families()
+    return ["DejaVu Sans", *available[:1]]
 
 
-def _known():
+def _available_families():
     from matplotlib import font_manager
 
     names = {entry.name for entry in font_manager.fontManager.ttflist}

@@ -1,19 +1,22 @@
-"""Lines for the terminal."""
+"""Text output in the terminal."""
 
 
 def format_epoch(record: dict, epochs: int, main_term: tuple[str, str]) -> str:
-    """One line about an epoch: loss, validation recall, speed. main_term: its key in the record, and its label."""
+    """Format one line about an epoch: loss, validation recall, speed.
+
+    main_term: its key in the record, and its label.
+    """
     key, label = main_term
     terms = f"{label} {record[key]:.3f} + {record['alpha']:.3g} × triplet {record['triplet']:.3f}"
     recalls = [
-        f"{way} R@1/5/10 {record[f'{way}_R@1']:5.1f} {record[f'{way}_R@5']:5.1f} {record[f'{way}_R@10']:5.1f}"
-        for way in ("i2t", "t2i")
+        f"{d} R@1/5/10 {record[f'{d}_R@1']:5.1f} {record[f'{d}_R@5']:5.1f} {record[f'{d}_R@10']:5.1f}"
+        for d in ("i2t", "t2i")
     ]
-    parts = [
+    columns = [
         f"epoch {record['epoch']:>{len(str(epochs))}}/{epochs}",
         f"loss {record['loss']:.3f} ({terms})",
         *recalls,
         f"rsum {record['rsum']:5.1f}",
         f"{record['images_per_s']:.0f} images/s",
     ]
-    return "   ".join(parts)
+    return "   ".join(columns)

@@ -1,6 +1,7 @@
-"""Engines for galleries that outgrow exact search on one machine: FAISS for an approximate index, Milvus for a cluster.
+"""Search engines for galleries too large for exact search on one machine: approximate with FAISS, or with Milvus.
 
-Each is built from a gallery, follows its changes, and finds what `retrieval.top_k` finds, FAISS as far as its recall.
+Each engine indexes a gallery, keeps the index up to date, and returns the matches of `retrieval.top_k`; FAISS misses
+a few of them, and prints its recall.
 """
 
 import hashlib
@@ -19,21 +20,21 @@ from retrieval.embedding_store import Gallery
 from retrieval.metrics import top_k
 from runtime.atomic_io import replace_file, write_text
 
-ROWS = 65_536  # copied at a time
-ROWS_PER_LIST = 64  # of the sample that FAISS learns its lists from
-JUDGED_PHOTOS, K, WANTED_RECALL = 200, 10, 0.99
-INSERTED_ROWS = 1000  # Milvus takes 64 MB at a time
-LONGEST_NAME, MOST_MATCHES = 4096, 16_384  # that Milvus allows
+CHUNK_SIZE = 65_536  # rows converted to float32 at a time
+ROWS_PER_LIST = 64  # gallery rows that train each inverted list of FAISS
+RECALL_QUERIES, RECALL_K, TARGET_RECALL = 200, 10, 0.99
+MILVUS_BATCH_SIZE = 1000  # rows per request: Milvus accepts 64 MB
+MAX_NAME_BYTES, MAX_MATCHES = 4096, 16_384  # limits of Milvus
 FIELDS = ("id", "photo", "embedding")
-TIMEOUT = 10  # seconds until a cluster that does not answer is given up
-MILVUS = "milvus"  # the gallery's own file
+TIMEOUT = 10  # seconds to wait for a cluster's answer
+MILVUS = "milvus"  # the index name for a file in the gallery's own folder
 
 
 def search_index(name: str, gallery: Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k nearest photos of each query (Q, D): scores (Q, k) and rows of the gallery (Q, k), best first.
+    """Return the k nearest photos of each query (Q, D), best first: scores (Q, k) and rows of the gallery (Q, k).
 
-    name: "faiss", "milvus" for a file beside the gallery, a file ending in .db, or a cluster's http address.
-    Raises ValueError for another name or a missing library, ConnectionError where a cluster does not answer.
+    name: "faiss", "milvus" for a file in the gallery's folder, a file that ends in .db, or a cluster's http address.
+    Raises ValueError for any other name or a missing library, ConnectionError if a cluster does not answer.
     """
     if name == "faiss":
         return search_faiss(gallery, queries, k)
@@ -41,140 +42,147 @@ def search_index(name: str, gallery: Gallery, queries: Tensor, k: int) -> tuple[
 
 
 def search_faiss(gallery: Gallery, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Approximate search; the index is built when the gallery has changed, and its recall is printed."""
-    faiss = _library("faiss", "faiss-cpu")
+    """Search approximately with FAISS. Builds the index if the gallery has changed, and prints its recall."""
+    faiss = _import_library("faiss", "faiss-cpu")
     path = gallery.store / f"faiss-{gallery.version}.index"
     if not path.is_file():
         _build_faiss(faiss, gallery, path)
-    index, made = faiss.read_index(str(path), faiss.IO_FLAG_MMAP), json.loads(path.with_suffix(".json").read_text())
-    print(f"FAISS: {made['recall']:.1%} of the exact 10 nearest are found ({made['measured_on']})", file=sys.stderr)
-    index.nprobe, k = made["nprobe"], min(k, index.ntotal)
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    metadata = json.loads(path.with_suffix(".json").read_text())
+    recall, measured_on = metadata["recall"], metadata["measured_on"]
+    print(f"FAISS: {recall:.1%} of the 10 exact nearest neighbours are found ({measured_on})", file=sys.stderr)
+    index.nprobe, k = metadata["nprobe"], min(k, index.ntotal)
     vectors = queries.float().cpu().numpy()
     scores, rows = index.search(vectors, k)
-    while (rows < 0).any() and index.nprobe < index.nlist:  # the lists that were looked into hold fewer than k
+    while (rows < 0).any() and index.nprobe < index.nlist:  # the probed lists contain fewer than k rows
         index.nprobe *= 2
         scores, rows = index.search(vectors, k)
     return torch.from_numpy(scores), torch.from_numpy(rows)
 
 
 def _build_faiss(faiss, gallery, path):
-    """Sort the rows into lists around centres, and let a search look into as many lists as good recall needs."""
+    """Build an inverted file index (IVF), probing as many lists as the target recall needs, and delete older ones."""
     rows = gallery.embeddings
-    lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // ROWS_PER_LIST))
-    index = faiss.index_factory(rows.shape[1], f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
+    num_lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // ROWS_PER_LIST))
+    index = faiss.index_factory(rows.shape[1], f"IVF{num_lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     rng = np.random.default_rng(0)
-    sample = rng.choice(len(rows), min(len(rows), lists * ROWS_PER_LIST), replace=False)
+    sample = rng.choice(len(rows), min(len(rows), num_lists * ROWS_PER_LIST), replace=False)
     index.train(rows[np.sort(sample)].astype(np.float32))
-    for start in range(0, len(rows), ROWS):
-        index.add(rows[start : start + ROWS].astype(np.float32))
-    judges = rng.choice(len(rows), min(len(rows), JUDGED_PHOTOS), replace=False)
-    recall = _widen(index, rows, rows[np.sort(judges)].astype(np.float32), lists)
-    made = {"nprobe": index.nprobe, "recall": recall, "measured_on": f"{len(judges)} photos of the gallery as queries"}
-    write_text(path.with_suffix(".json"), json.dumps(made) + "\n")  # first: where the index is, this is too
-    replace_file(path, lambda unfinished: faiss.write_index(index, str(unfinished)))
+    for start in range(0, len(rows), CHUNK_SIZE):
+        index.add(rows[start : start + CHUNK_SIZE].astype(np.float32))
+    queries = rng.choice(len(rows), min(len(rows), RECALL_QUERIES), replace=False)
+    recall = _tune_nprobe(index, rows, rows[np.sort(queries)].astype(np.float32), num_lists)
+    metadata = {
+        "nprobe": index.nprobe,
+        "recall": recall,
+        "measured_on": f"{len(queries)} photos of the gallery as queries",
+    }
+    write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")  # first, so that no index exists without it
+    replace_file(path, lambda temporary: faiss.write_index(index, str(temporary)))
     for old in gallery.store.glob("faiss-*"):
         if old.stem != path.stem:
             old.unlink()
 
 
-def _widen(index, rows, queries, lists):
-    """Double the lists that a search looks into until it finds enough of the exact matches; their share."""
-    _, exact = top_k(torch.from_numpy(queries), rows, K)
+def _tune_nprobe(index, rows, queries, num_lists):
+    """Double the number of probed lists until the recall reaches TARGET_RECALL; return the recall."""
+    _, exact = top_k(torch.from_numpy(queries), rows, RECALL_K)
     while True:
         _, found = index.search(queries, exact.shape[1])
         recall = float(np.mean([len(set(a) & set(b)) for a, b in zip(exact.tolist(), found.tolist(), strict=True)]))
         recall /= exact.shape[1]
-        if recall >= WANTED_RECALL or index.nprobe >= lists:
+        if recall >= TARGET_RECALL or index.nprobe >= num_lists:
             return recall
-        index.nprobe = min(lists, 2 * index.nprobe)
+        index.nprobe = min(num_lists, 2 * index.nprobe)
 
 
 def search_milvus(gallery: Gallery, queries: Tensor, k: int, *, uri: str) -> tuple[Tensor, Tensor]:
-    """The search of Milvus: of a file with milvus-lite, of a cluster by its address (MILVUS_TOKEN is its password).
+    """Search with Milvus: a file with milvus-lite, a cluster by its address, with MILVUS_TOKEN as its password.
 
-    A collection holds one gallery as one model sees it; photos that were added, changed or deleted follow.
+    A collection contains one gallery, encoded by one model. Added, changed and deleted photos are synchronised first.
     """
-    milvus = _library("pymilvus", "pymilvus", "milvus-lite")
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it writes what it raises
+    milvus = _import_library("pymilvus", "pymilvus", "milvus-lite")
+    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs the errors that it raises
     collection = f"photos_{gallery.store.name.rpartition('-')[2]}"
-    ids = _ids(gallery)
+    ids = _photo_ids(gallery)
     try:
         client = milvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
-        _follow(milvus, client, collection, gallery, ids, uri)
-        client.load_collection(collection)  # another process may have left it released
-        vectors, most = queries.float().cpu().numpy().tolist(), min(k, len(ids), MOST_MATCHES)
-        found = client.search(collection, vectors, limit=most, output_fields=["id"], consistency_level="Strong")
+        _sync_collection(milvus, client, collection, gallery, ids, uri)
+        client.load_collection(collection)  # another process may have released it
+        vectors, limit = queries.float().cpu().numpy().tolist(), min(k, len(ids), MAX_MATCHES)
+        found = client.search(collection, vectors, limit=limit, output_fields=["id"], consistency_level="Strong")
         client.close()
     except milvus.MilvusException as error:
         raise ConnectionError(f"Milvus at {uri}: {error.message}") from None
-    row = {number: row for row, number in enumerate(ids)}
+    row_of = {photo_id: row for row, photo_id in enumerate(ids)}
     scores = torch.tensor([[match["distance"] for match in matches] for matches in found])
-    return scores, torch.tensor([[row[match["id"]] for match in matches] for matches in found])
+    return scores, torch.tensor([[row_of[match["id"]] for match in matches] for matches in found])
 
 
-def _follow(milvus, client, collection, gallery, ids, uri):
-    """Make the collection hold what the gallery holds; nothing to do where it did so before."""
-    note = gallery.store / "milvus.json"
-    followed = json.loads(note.read_text()) if note.is_file() else {}
-    there = client.has_collection(collection)
-    if there and followed.get(uri) == gallery.version and _count(client, collection) == len(ids):
+def _sync_collection(milvus, client, collection, gallery, ids, uri):
+    """Insert the gallery's new photos into the collection and delete removed ones; skip this if nothing has changed."""
+    synced_path = gallery.store / "milvus.json"
+    synced_versions = json.loads(synced_path.read_text()) if synced_path.is_file() else {}
+    exists = client.has_collection(collection)
+    if exists and synced_versions.get(uri) == gallery.version and _count_rows(client, collection) == len(ids):
         return
-    if not there:
-        _create(milvus, client, collection, gallery.embeddings.shape[1], uri)
+    if not exists:
+        _create_collection(milvus, client, collection, gallery.embeddings.shape[1], uri)
     client.load_collection(collection)
-    held = set(_held_ids(client, collection))
-    if gone := list(held - set(ids)):
-        for start in range(0, len(gone), INSERTED_ROWS):
-            client.delete(collection, ids=gone[start : start + INSERTED_ROWS])
-    new = [row for row, number in enumerate(ids) if number not in held]
-    for start in range(0, len(new), INSERTED_ROWS):
-        rows = new[start : start + INSERTED_ROWS]
+    stored = set(_stored_ids(client, collection))
+    if removed := list(stored - set(ids)):
+        for start in range(0, len(removed), MILVUS_BATCH_SIZE):
+            client.delete(collection, ids=removed[start : start + MILVUS_BATCH_SIZE])
+    new = [row for row, photo_id in enumerate(ids) if photo_id not in stored]
+    for start in range(0, len(new), MILVUS_BATCH_SIZE):
+        rows = new[start : start + MILVUS_BATCH_SIZE]
         vectors = gallery.embeddings[rows].astype(np.float32)
-        names = [_shortened(gallery.names[row]) for row in rows]
+        names = [_truncate_name(gallery.names[row]) for row in rows]
         photos = zip((ids[row] for row in rows), names, vectors, strict=True)
         client.insert(collection, [dict(zip(FIELDS, photo, strict=True)) for photo in photos])
     client.flush(collection)
-    print(f"Milvus at {uri}: {len(new):,} photos added, {len(gone):,} taken out", file=sys.stderr)
-    write_text(note, json.dumps(followed | {uri: gallery.version}) + "\n")
+    print(f"Milvus at {uri}: {len(new):,} photos added, {len(removed):,} removed", file=sys.stderr)
+    write_text(synced_path, json.dumps(synced_versions | {uri: gallery.version}) + "\n")
 
 
-def _create(milvus, client, collection, dim, uri):
+def _create_collection(milvus, client, collection, dim, uri):
     schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
-    number, name, vector = FIELDS
-    schema.add_field(number, milvus.DataType.INT64, is_primary=True)
-    schema.add_field(name, milvus.DataType.VARCHAR, max_length=LONGEST_NAME)
-    schema.add_field(vector, milvus.DataType.FLOAT_VECTOR, dim=dim)
+    id_field, name_field, vector_field = FIELDS
+    schema.add_field(id_field, milvus.DataType.INT64, is_primary=True)
+    schema.add_field(name_field, milvus.DataType.VARCHAR, max_length=MAX_NAME_BYTES)
+    schema.add_field(vector_field, milvus.DataType.FLOAT_VECTOR, dim=dim)
     params = client.prepare_index_params()
-    # A file is searched exactly; a cluster chooses the index that suits it.
-    params.add_index(vector, index_type="FLAT" if uri.endswith(".db") else "AUTOINDEX", metric_type="IP")
+    # A file is searched exactly; a cluster chooses its own index.
+    params.add_index(vector_field, index_type="FLAT" if uri.endswith(".db") else "AUTOINDEX", metric_type="IP")
     client.create_collection(collection, schema=schema, index_params=params)
 
 
-def _held_ids(client, collection) -> Iterator[int]:
-    found = client.query_iterator(collection, batch_size=INSERTED_ROWS, output_fields=["id"])
-    while batch := found.next():
+def _stored_ids(client, collection) -> Iterator[int]:
+    iterator = client.query_iterator(collection, batch_size=MILVUS_BATCH_SIZE, output_fields=["id"])
+    while batch := iterator.next():
         yield from (row["id"] for row in batch)
-    found.close()
+    iterator.close()
 
 
-def _count(client, collection):
+def _count_rows(client, collection):
     return int(client.get_collection_stats(collection)["row_count"])
 
 
-def _ids(gallery):
-    """A number for each photo that no other has: from its name and its embedding, so that a changed one is new."""
+def _photo_ids(gallery):
+    """Return a unique 63-bit id per photo, a hash of its name and embedding, so that a changed photo gets a new id."""
     return [
         int.from_bytes(hashlib.blake2b(os.fsencode(name) + row.tobytes(), digest_size=8).digest(), "big") >> 1
         for name, row in zip(gallery.names, gallery.embeddings, strict=True)
     ]
 
 
-def _shortened(name):
-    """A name that Milvus takes: UTF-8, and not too long."""
-    return os.fsencode(name)[-LONGEST_NAME:].decode("utf-8", "ignore")
+def _truncate_name(name):
+    """Return the end of a name as Milvus accepts it: valid UTF-8 of at most MAX_NAME_BYTES bytes."""
+    return os.fsencode(name)[-MAX_NAME_BYTES:].decode("utf-8", "ignore")
 
 
-def _library(module, *packages):
+def _import_library(module, *packages):
+    """Import an optional library. Raises ValueError with the install command if it is missing."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError:

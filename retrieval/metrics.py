@@ -1,4 +1,4 @@
-"""Ranking metrics over the full pool, block by block; the search that they measure is exact_search.top_k."""
+"""Retrieval metrics over the full pool, computed chunk by chunk. The search itself is exact_search.top_k."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,9 @@ from retrieval.exact_search import check_shapes, cosines, full_chunk, top_k
 
 __all__ = ["retrieval_metrics", "top_k"]
 
-BLOCK_SIZE = 1024  # images and captions whose scores are held at a time: a block fits a CPU's cache
-# Cosines nearer than this are equal: a matrix product rounds the same sum differently from entry to entry, and by that
-# alone a collapsed model would beat its negatives.
+CHUNK_SIZE = 1024  # images and captions scored at a time: such a block of scores fits a CPU's cache
+# Cosines closer than this count as equal. A matrix product rounds the same sum differently from entry to entry, which
+# alone would let a collapsed model beat its negatives.
 TIE_TOLERANCE = 1e-6
 
 
@@ -19,21 +19,21 @@ def retrieval_metrics(
     text_emb: Tensor,
     caption_image_ids: Tensor,
     ks: tuple[int, ...] = (1, 5, 10),
-    chunk_size: int = BLOCK_SIZE,
+    chunk_size: int = CHUNK_SIZE,
 ) -> dict[str, float]:
-    """Rank the full pool both ways, every tie counted against the model: a collapsed one scores nothing.
+    """Rank the full pool in both directions. A tie counts against the model, so a collapsed model scores 0.
 
-    image_emb (N,D), text_emb (M,D) unit rows; caption_image_ids (M,): caption m belongs to that row of image_emb.
+    image_emb (N,D), text_emb (M,D) unit rows; caption_image_ids (M,): row of image_emb that each caption belongs to.
     Returns i2t_R@k, t2i_R@k, i2t_mAP@10, t2i_mAP@10, rsum in percent and the median ranks i2t_medR, t2i_medR.
-    An image ranks as its best caption does; one without captions is a candidate, but not a query.
-    Raises ValueError for what cannot be ranked. Beside the inputs, memory O(chunk_size**2 + N + M*D).
+    The rank of an image is the rank of its best caption. An image without captions is a candidate, but not a query.
+    Raises ValueError if the inputs cannot be ranked. Memory beyond the inputs: O(chunk_size**2 + N + M*D).
     """
     check_shapes(image_emb, text_emb, chunk_size)
-    _check_ranking(image_emb, text_emb, caption_image_ids, ks)
-    # No metric depends on the order of the captions; sorted by image, those of one image are neighbours.
-    owner, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
-    i2t_above, t2i_above = _negatives_above(image_emb, text_emb[order], owner, chunk_size)
-    i2t_rank, average_precision = _rank_images(owner.cpu(), i2t_above.cpu())  # not every device has float64
+    _check_inputs(image_emb, text_emb, caption_image_ids, ks)
+    # No metric depends on the order of the captions. Sorting makes the captions of one image adjacent.
+    caption_image_ids, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
+    i2t_above, t2i_above = _count_negatives_above(image_emb, text_emb[order], caption_image_ids, chunk_size)
+    i2t_rank, average_precision = _rank_images(caption_image_ids.cpu(), i2t_above.cpu())  # MPS has no float64
     t2i_rank = 1 + t2i_above.cpu()
     metrics = {f"i2t_R@{k}": _percent(i2t_rank <= k) for k in ks} | {f"t2i_R@{k}": _percent(t2i_rank <= k) for k in ks}
     return metrics | {
@@ -45,98 +45,106 @@ def retrieval_metrics(
     }
 
 
-def _rank_images(owner: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
-    """Rank and AP@10 of each image that has captions, from the negatives above each of its captions.
+def _rank_images(caption_image_ids: Tensor, negatives_above: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rank and AP@10 of each image that has captions, given the negatives ranked above each caption.
 
-    owner (M,) ascending, above (M,) -> rank (images,) int64, average precision (images,) float64.
+    caption_image_ids (M,) ascending, negatives_above (M,) -> rank (images,) int64, average precision (images,) float64.
     """
-    above = (owner * (len(owner) + 1) + above).sort().values % (len(owner) + 1)  # best caption of each image first
-    captions = owner.bincount()
-    place = _place_in_group(owner)
-    caption_rank = 1 + place + above  # better captions of the same image stand above too
-    precision = (1 + place).double() / caption_rank * (caption_rank <= 10)
-    total = precision.new_zeros(len(captions)).index_add_(0, owner, precision)
-    return 1 + above[place == 0], (total / captions.clamp(max=10))[captions > 0]
+    # Sort within each image: its best caption comes first.
+    base = len(caption_image_ids) + 1
+    negatives_above = (caption_image_ids * base + negatives_above).sort().values % base
+    captions_per_image = caption_image_ids.bincount()
+    position = _position_in_group(caption_image_ids)
+    caption_rank = 1 + position + negatives_above  # the better captions of the same image rank above as well
+    precision = (1 + position).double() / caption_rank * (caption_rank <= 10)
+    total = precision.new_zeros(len(captions_per_image)).index_add_(0, caption_image_ids, precision)
+    average_precision = total / captions_per_image.clamp(max=10)
+    return 1 + negatives_above[position == 0], average_precision[captions_per_image > 0]
 
 
-def _negatives_above(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Count the negatives that each caption's own pair does not beat, among the captions and among the images.
+def _count_negatives_above(
+    image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Count for each caption's positive pair the negative captions and the negative images that score as high.
 
-    image_emb (N,D), text_emb (M,D), owner (M,) ascending -> captions of other images (M,), other images (M,), int64.
+    image_emb (N,D), text_emb (M,D), caption_image_ids (M,) ascending -> captions of other images (M,), other images
+    (M,), both int64.
     """
-    floor = _positive_scores(image_emb, text_emb, owner, chunk_size) - TIE_TOLERANCE
-    place = _place_in_group(owner)
-    position = torch.arange(len(owner), device=owner.device)
-    captions_above, images_above = torch.zeros_like(owner), torch.zeros_like(owner)
-    for start in range(0, len(image_emb), chunk_size):
-        own = slice(*torch.searchsorted(owner, owner.new_tensor([start, start + chunk_size])).tolist())
-        row, column = owner[own] - start, place[own]
-        # A column for the images' first captions, one for their second ...; inf, out of reach, where one is missing.
-        shape = min(chunk_size, len(image_emb) - start), int(column.max()) + 1 if len(column) else 0
-        floors = floor.new_full(shape, torch.inf)
-        floors[row, column] = floor[own]
-        above = torch.zeros_like(floors, dtype=torch.int64)
-        for left in range(0, len(owner), chunk_size):
-            part = slice(left, left + chunk_size)
-            sim = _block(image_emb, text_emb, start, left, chunk_size)
-            inside = slice(max(own.start, left), min(own.stop, left + chunk_size))  # own captions, if any, in the block
-            sim[owner[inside] - start, position[inside] - left] = -torch.inf
-            for j in range(floors.shape[1]):
-                above[:, j] += _count_at_least(sim, floors[:, j, None], 1)
-            images_above[part] += _count_at_least(sim, floor[part], 0)
-        captions_above[own] = above[row, column]
+    threshold = _positive_scores(image_emb, text_emb, caption_image_ids, chunk_size) - TIE_TOLERANCE
+    position = _position_in_group(caption_image_ids)
+    caption_index = torch.arange(len(caption_image_ids), device=caption_image_ids.device)
+    captions_above, images_above = torch.zeros_like(caption_image_ids), torch.zeros_like(caption_image_ids)
+    for image_start in range(0, len(image_emb), chunk_size):
+        bounds = caption_image_ids.new_tensor([image_start, image_start + chunk_size])
+        positives = slice(*torch.searchsorted(caption_image_ids, bounds).tolist())  # captions of this chunk's images
+        row, column = caption_image_ids[positives] - image_start, position[positives]
+        # Column j contains the threshold of each image's j-th caption; inf, which no score reaches, if it has fewer.
+        shape = min(chunk_size, len(image_emb) - image_start), int(column.max()) + 1 if len(column) else 0
+        thresholds = threshold.new_full(shape, torch.inf)
+        thresholds[row, column] = threshold[positives]
+        above = torch.zeros_like(thresholds, dtype=torch.int64)
+        for text_start in range(0, len(caption_image_ids), chunk_size):
+            texts = slice(text_start, text_start + chunk_size)
+            sim = _score_block(image_emb, text_emb, image_start, text_start, chunk_size)
+            masked = slice(max(positives.start, text_start), min(positives.stop, text_start + chunk_size))
+            sim[caption_image_ids[masked] - image_start, caption_index[masked] - text_start] = -torch.inf
+            for j in range(thresholds.shape[1]):
+                above[:, j] += _count_at_least(sim, thresholds[:, j, None], 1)
+            images_above[texts] += _count_at_least(sim, threshold[texts], 0)
+        captions_above[positives] = above[row, column]
     return captions_above, images_above
 
 
-def _count_at_least(sim: Tensor, floor: Tensor, dim: int) -> Tensor:
-    """Count along dim the entries of sim (R,C) that reach floor -> int64."""
-    return torch.ge(sim, floor, out=torch.empty_like(sim)).sum(dim).long()  # a CPU sums floats faster than bools
+def _count_at_least(sim: Tensor, threshold: Tensor, dim: int) -> Tensor:
+    """Count along `dim` the entries of sim (R,C) that are at least the threshold -> int64."""
+    return torch.ge(sim, threshold, out=torch.empty_like(sim)).sum(dim).long()  # a CPU sums floats faster than bools
 
 
-def _positive_scores(image_emb: Tensor, text_emb: Tensor, owner: Tensor, chunk_size: int) -> Tensor:
-    """Score each caption with its own image -> (M,), from the very blocks that its negatives are scored in."""
-    scores = torch.empty(len(owner), device=owner.device)
-    for left in range(0, len(owner), chunk_size):
-        part = owner[left : left + chunk_size]
-        for start in (part // chunk_size * chunk_size).unique_consecutive().tolist():
-            inside = ((part >= start) & (part < start + chunk_size)).nonzero().squeeze(1)
-            sim = _block(image_emb, text_emb, start, left, chunk_size)
-            scores[left + inside] = sim[part[inside] - start, inside]
+def _positive_scores(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int) -> Tensor:
+    """Score each caption with its own image -> (M,), in the same blocks as its negatives, so that rounding agrees."""
+    scores = torch.empty(len(caption_image_ids), device=caption_image_ids.device)
+    for text_start in range(0, len(caption_image_ids), chunk_size):
+        image_rows = caption_image_ids[text_start : text_start + chunk_size]
+        for image_start in (image_rows // chunk_size * chunk_size).unique_consecutive().tolist():
+            columns = ((image_rows >= image_start) & (image_rows < image_start + chunk_size)).nonzero().squeeze(1)
+            sim = _score_block(image_emb, text_emb, image_start, text_start, chunk_size)
+            scores[text_start + columns] = sim[image_rows[columns] - image_start, columns]
     return scores
 
 
-def _block(image_emb: Tensor, text_emb: Tensor, start: int, left: int, size: int) -> Tensor:
-    """Cosines of at most size images from start and size captions from left."""
-    images, above = full_chunk(image_emb, start, size)
-    texts, before = full_chunk(text_emb, left, size)
-    return cosines(images, texts)[above:, before:]
+def _score_block(image_emb: Tensor, text_emb: Tensor, image_start: int, text_start: int, size: int) -> Tensor:
+    """Return the cosines of at most `size` images from image_start with at most `size` captions from text_start."""
+    images, image_skip = full_chunk(image_emb, image_start, size)
+    texts, text_skip = full_chunk(text_emb, text_start, size)
+    return cosines(images, texts)[image_skip:, text_skip:]
 
 
-def _place_in_group(owner: Tensor) -> Tensor:
-    """Number the entries of each group from 0: owner (M,) ascending -> (M,)."""
-    sizes = owner.bincount()
-    return torch.arange(len(owner), device=owner.device) - (sizes.cumsum(0) - sizes)[owner]
+def _position_in_group(caption_image_ids: Tensor) -> Tensor:
+    """Number the captions of each image from 0: caption_image_ids (M,) ascending -> (M,)."""
+    sizes = caption_image_ids.bincount()
+    first = sizes.cumsum(0) - sizes
+    return torch.arange(len(caption_image_ids), device=caption_image_ids.device) - first[caption_image_ids]
 
 
 def _percent(values: Tensor) -> float:
     return 100 * values.double().mean().item()
 
 
-def _check_ranking(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, ks: tuple[int, ...]) -> None:
+def _check_inputs(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, ks: tuple[int, ...]) -> None:
     if any(k < 1 for k in ks):
-        raise ValueError(f"ks is {tuple(ks)}: R@k needs k of at least 1")
+        raise ValueError(f"ks is {tuple(ks)}: each k must be at least 1")
     if len(text_emb) == 0:
         raise ValueError("no captions to rank: text_emb has 0 rows")
     if caption_image_ids.shape != (len(text_emb),) or caption_image_ids.is_floating_point():
         raise ValueError(
             f"caption_image_ids is {caption_image_ids.dtype} of shape {tuple(caption_image_ids.shape)}: "
-            f"pass one integer for each of the {len(text_emb)} captions"
+            f"expected one integer for each of the {len(text_emb)} captions"
         )
     lowest, highest = caption_image_ids.min().item(), caption_image_ids.max().item()
     if lowest < 0 or highest >= len(image_emb):
         raise ValueError(
-            f"caption_image_ids runs from {lowest} to {highest}: pass rows of image_emb, 0 to {len(image_emb) - 1}"
+            f"caption_image_ids are from {lowest} to {highest}: expected rows of image_emb, 0 to {len(image_emb) - 1}"
         )
     for name, emb in (("image_emb", image_emb), ("text_emb", text_emb)):
         if not emb.isfinite().all():
-            raise ValueError(f"{name} holds nan or inf, which has no rank: has the training diverged?")
+            raise ValueError(f"{name} contains nan or inf and cannot be ranked: has the training diverged?")

@@ -1,4 +1,4 @@
-"""A run's model in the forms of other programs: ONNX, and a folder of transformers. What is written is compared."""
+"""Export a run's model to ONNX or to a transformers folder, and compare the exported model with PyTorch."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,75 +19,81 @@ from models.checkpoint import Run
 from retrieval.encoder import load_pretrained_encoder
 from runtime.atomic_io import new_folder, write_text
 
-TOLERANCE = 1e-4  # between an embedding of the written model and PyTorch's
+TOLERANCE = 1e-4  # largest difference of an exported embedding from PyTorch's, per element
 
 
 def write_onnx(run: Run, out: Path) -> float:
-    """Write image.onnx, text.onnx, tokenizer/ and settings.json; returns the largest difference from PyTorch.
+    """Write image.onnx, text.onnx, tokenizer/ and settings.json, and return the largest difference from PyTorch.
 
-    image.onnx takes images (B, 3, H, W) uint8 and gives image_emb (B, D); text.onnx takes input_ids and attention_mask
-    (M, L) int64 and gives text_emb (M, D); all rows are unit vectors. Raises ValueError where they differ too much.
+    image.onnx maps images (B, 3, H, W) uint8 to image_emb (B, D). text.onnx maps input_ids and attention_mask (M, L)
+    int64 to text_emb (M, D). All rows are unit vectors. Raises ValueError if a difference exceeds TOLERANCE.
     """
-    onnxruntime = _library("onnxruntime", "onnx onnxscript onnxruntime")
-    model, preprocess = run.model.float().eval(), _view(run)
-    any_rows, any_length = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
+    onnxruntime = _import_library("onnxruntime", "onnx onnxscript onnxruntime")
+    model, preprocess = run.model.float().eval(), _preprocess(run)
+    dynamic = torch.export.Dim.DYNAMIC
     towers = {
-        "image": (model.encode_image, ["images"], [{0: any_rows}], [_photos(rows, preprocess) for rows in (2, 1, 5)]),
+        "image": (
+            model.encode_image,
+            ["images"],
+            [{0: dynamic}],
+            [_random_images(rows, preprocess) for rows in (2, 1, 5)],
+        ),
         "text": (
             model.encode_text,
             ["input_ids", "attention_mask"],
-            [{0: any_rows, 1: any_length}] * 2,
-            [_captions(run, *shape) for shape in ((2, 9), (1, 3), (5, _max_tokens(run)))],
+            [{0: dynamic, 1: dynamic}] * 2,
+            [_example_captions(run, *shape) for shape in ((2, 9), (1, 3), (5, _max_tokens(run)))],
         ),
     }
-    with new_folder(out) as draft:
-        gaps = []
-        for name, (encode, names, dynamic, probes) in towers.items():
-            path = draft / f"{name}.onnx"
-            _to_onnx(encode, probes[0], names, f"{name}_emb", dynamic, path)
+    with new_folder(out) as folder:
+        differences = []
+        for name, (encode, input_names, dynamic_shapes, examples) in towers.items():
+            path = folder / f"{name}.onnx"
+            _to_onnx(encode, examples[0], input_names, f"{name}_emb", dynamic_shapes, path)
             session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            gaps += [
-                _gap(encode, probe, lambda *inputs, s=session, n=names: _run_onnx(s, n, inputs)) for probe in probes
-            ]
-        run.tokenizer.save_pretrained(draft / "tokenizer")
+            encode_onnx = partial(_run_onnx, session, input_names)
+            differences += [_max_difference(encode, inputs, encode_onnx) for inputs in examples]
+        run.tokenizer.save_pretrained(folder / "tokenizer")
         settings = {
             "preprocess": asdict(preprocess),
             "max_tokens": _max_tokens(run),
             "temperature": model.temperature.item(),
         }
-        write_text(draft / "settings.json", json.dumps(settings, indent=2) + "\n")
-    return max(gaps)
+        write_text(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+    return max(differences)
 
 
 def write_transformers(run: Run, out: Path) -> float:
-    """Write a folder for transformers' from_pretrained and push_to_hub; returns the largest difference from PyTorch.
+    """Write a folder for transformers' from_pretrained and push_to_hub; return the largest difference from PyTorch.
 
-    There is one for pairs (pairs.py), VisionTextDualEncoderModel among them, whose heads keep the towers' space: no
-    class of transformers holds other heads. Raises ValueError for other runs.
+    This works for pretrained dual encoders (models/pretrained.py), VisionTextDualEncoderModel included, without heads
+    of their own: no class of transformers has these heads. Raises ValueError for other runs.
     """
     if run.config.model is None or run.config.heads != ("none", "none"):
         raise ValueError(
-            f"transformers has no model with the heads of {run.folder}: it takes a run that was trained from a pair, "
-            "--model NAME, without heads of its own; --onnx takes any run"
+            f"transformers has no model with the heads of {run.folder}: train from a pretrained dual encoder "
+            "(--model NAME) without other heads, or use --onnx, which exports any run"
         )
     model = run.model.float().eval()
-    with new_folder(out) as draft:
-        _joined_again(model).save_pretrained(draft)
-        run.tokenizer.save_pretrained(draft)
-        _processor(model.image_encoder, _view(run)).save_pretrained(draft)
+    preprocess = _preprocess(run)
+    with new_folder(out) as folder:
+        _to_transformers(model).save_pretrained(folder)
+        run.tokenizer.save_pretrained(folder)
+        _image_processor(model.image_encoder, preprocess).save_pretrained(folder)
         encoder, _ = load_pretrained_encoder(
-            str(draft), max_tokens=run.config.max_tokens, device="cpu", precision="float32"
+            str(folder), max_tokens=run.config.max_tokens, device="cpu", precision="float32"
         )
-        if encoder.preprocess != _view(run):
-            raise ValueError(f"transformers cannot prepare photos as {run.folder} does: {_view(run)}")
-        gaps = [_gap(model.encode_image, _photos(rows, _view(run)), encoder.encode_image) for rows in (1, 3)]
-        captions = [_captions(run, *shape) for shape in ((1, 3), (4, 9))]
-        gaps += [_gap(model.encode_text, probe, encoder.encode_text) for probe in captions]
-    return max(gaps)
+        if encoder.preprocess != preprocess:
+            raise ValueError(f"transformers has no image processor for the preprocessing of {run.folder}: {preprocess}")
+        images = [_random_images(rows, preprocess) for rows in (1, 3)]
+        captions = [_example_captions(run, *shape) for shape in ((1, 3), (4, 9))]
+        differences = [_max_difference(model.encode_image, inputs, encoder.encode_image) for inputs in images]
+        differences += [_max_difference(model.encode_text, inputs, encoder.encode_text) for inputs in captions]
+    return max(differences)
 
 
-def _to_onnx(encode, probe, names, output, dynamic, path):
-    class Tower(nn.Module):  # what is exported must be a module
+def _to_onnx(encode, example, input_names, output_name, dynamic_shapes, path):
+    class Tower(nn.Module):  # torch.onnx.export takes a module, not a bound method
         def __init__(self):
             super().__init__()
             self.model = encode.__self__
@@ -100,54 +107,56 @@ def _to_onnx(encode, probe, names, output, dynamic, path):
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 Tower().eval(),
-                probe,
-                input_names=names,
-                output_names=[output],
-                dynamic_shapes=(tuple(dynamic),),
+                example,
+                input_names=input_names,
+                output_names=[output_name],
+                dynamic_shapes=(tuple(dynamic_shapes),),
                 dynamo=True,
                 verbose=False,
             )
         program.save(str(path))
-    except Exception as error:  # whatever the exporter's many passes raise
+    except Exception as error:  # the exporter's passes raise errors of many types
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"PyTorch cannot export this tower as {path.name}: {reason}") from None
 
 
-def _run_onnx(session, names, inputs):
-    return session.run(None, {name: rows.numpy() for name, rows in zip(names, inputs, strict=True)})[0]
+def _run_onnx(session, input_names, *inputs):
+    return session.run(None, {name: rows.numpy() for name, rows in zip(input_names, inputs, strict=True)})[0]
 
 
-def _gap(encode: Callable, inputs: tuple, other: Callable) -> float:
-    """The largest difference of the two encoders' rows; ValueError beyond TOLERANCE."""
+def _max_difference(encode: Callable, inputs: tuple, encode_exported: Callable) -> float:
+    """Return the largest difference between the embeddings of both encoders. Raises ValueError above TOLERANCE."""
     with torch.no_grad():
-        rows, others = encode(*inputs), other(*inputs)
-    gap = (rows - torch.as_tensor(others)).abs().max().item()
-    if not gap <= TOLERANCE:
-        raise ValueError(f"the exported embeddings differ from PyTorch's by {gap:.1e}, more than {TOLERANCE:.0e}")
-    return gap
+        expected, exported = encode(*inputs), encode_exported(*inputs)
+    difference = (expected - torch.as_tensor(exported)).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"the exported embeddings differ from PyTorch's by {difference:.1e}, more than {TOLERANCE:.0e}"
+        )
+    return difference
 
 
-def _joined_again(model):
-    """The pair as transformers knows it, with the trained weights of both halves and the learned scale."""
-    trunk_parts = model.image_encoder.backbone.model, model.text_encoder.backbone.model
-    pair = AutoModel.from_config(trunk_parts[0].config)
-    state = pair.state_dict()
-    trained = {name: tensor for half in trunk_parts for name, tensor in half.state_dict().items()}
+def _to_transformers(model):
+    """Build the dual encoder of transformers with the trained weights of both towers and the learned scale."""
+    towers = model.image_encoder.backbone.model, model.text_encoder.backbone.model
+    dual_encoder = AutoModel.from_config(towers[0].config)
+    state = dual_encoder.state_dict()
+    trained = {name: tensor for tower in towers for name, tensor in tower.state_dict().items()}
     scales = {"logit_scale": model.logit_scale, "temperature": model.temperature, "logit_bias": model.logit_bias}
     trained |= {
         name: scale.detach().reshape(state[name].shape)
         for name, scale in scales.items()
         if name in state and scale is not None
     }
-    pair.load_state_dict(state | trained)
-    return pair.eval()
+    dual_encoder.load_state_dict(state | trained)
+    return dual_encoder.eval()
 
 
-def _processor(image_encoder, preprocess):
-    """transformers' preparation of photos that does what `preprocess` does."""
-    kinds = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}
-    colours = {name: getattr(image_encoder, name).flatten().tolist() for name in ("mean", "std")}
-    options = {"image_mean": colours["mean"], "image_std": colours["std"], "resample": kinds[preprocess.interpolation]}
+def _image_processor(image_encoder, preprocess):
+    """Return the image processor of transformers that is equivalent to `preprocess`."""
+    resample = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "area": 4}[preprocess.interpolation]
+    mean, std = (getattr(image_encoder, name).flatten().tolist() for name in ("mean", "std"))
+    options = {"image_mean": mean, "image_std": std, "resample": resample}
     square = {"height": preprocess.size, "width": preprocess.size}
     if patch := image_encoder.backbone.patch:
         return transformers.Siglip2ImageProcessor(
@@ -160,7 +169,7 @@ def _processor(image_encoder, preprocess):
     )
 
 
-def _view(run) -> Preprocess:
+def _preprocess(run) -> Preprocess:
     return run.model.image_encoder.preprocess.resized(run.config.image_size).scaled(run.config.eval_image_scale)
 
 
@@ -168,16 +177,16 @@ def _max_tokens(run):
     return min(run.config.max_tokens, run.model.text_encoder.max_tokens or run.config.max_tokens)
 
 
-def _photos(rows, preprocess):
+def _random_images(rows, preprocess):
     generator = torch.Generator().manual_seed(rows)
     return (torch.randint(0, 256, (rows, 3, preprocess.size, preprocess.size), dtype=torch.uint8, generator=generator),)
 
 
-def _captions(run, rows, length):
-    """Token ids and mask (rows, length) of words that are none, the last caption shorter than the others."""
+def _example_captions(run, rows, length):
+    """Return token ids and mask (rows, length) of words of the vocabulary; the last caption is padded."""
     tokenizer, length = run.tokenizer, min(length, _max_tokens(run))
-    words = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    sentence = " ".join(word for word in words if word.isalnum())
+    vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    sentence = " ".join(token for token in vocabulary if token.isalnum())
     ids = tokenizer(sentence, truncation=True, max_length=length)["input_ids"]
     input_ids = torch.tensor([ids] * rows)
     mask = torch.ones_like(input_ids)
@@ -187,7 +196,8 @@ def _captions(run, rows, length):
     return input_ids, mask
 
 
-def _library(name, packages):
+def _import_library(name, packages):
+    """Import an optional library. Raises ValueError with the install command if one of the packages is missing."""
     try:
         for package in packages.split():
             importlib.import_module(package)

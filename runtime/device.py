@@ -62,17 +62,26 @@ def pick_workers(num_workers: int, device: torch.device) -> int:
     if num_workers >= 0:
         return num_workers
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if device.type == "cpu" else max(1, min(8, (os.cpu_count() or 1) // local_world_size))
+    return 1 if device.type == "cpu" else max(1, min(8, _usable_cores() // local_world_size))
+
+
+def _usable_cores():
+    """The cores that this process may use, which a container or a job scheduler can limit."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_advice(error: Exception, images: int) -> str | None:
     """Return what to do if `error` means that memory ran out with this many images at a time, else None."""
     # A GPU raises torch.OutOfMemoryError; PyTorch's CPU allocator raises a plain RuntimeError.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+    allocators = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(name in str(error) for name in allocators):
         return (
             f"out of memory with {images} images at a time: lower --micro-batch-size (the loss still covers all images "
             f"of --batch-size) to {max(1, images // 2)} or less"
         )
+    if isinstance(error, getattr(torch, "AcceleratorError", ())):
+        reason = str(error).partition("\n")[0]
+        return f"the GPU failed ({reason}): check that no other program uses it, and its driver"
     if "DataLoader worker" in str(error):
         return "a process that loads photos was killed, probably because memory ran out: lower --num-workers"
     return None

@@ -4,6 +4,7 @@ In a single process, each function returns its input without communication.
 """
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ def init(device: torch.device) -> None:
     """Initialize the process group and assign each process its own GPU; without a launcher this does nothing."""
     from accelerate import PartialState
 
-    PartialState(cpu=device.type == "cpu")
+    # Rank 0 may wait for hours until another run has cached the features that this one needs too.
+    PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
 
 
 def cleanup() -> None:

@@ -18,14 +18,17 @@ MAX_BATCH_BYTES = 2**28  # of a batch's decoded images; the images of a larger b
 def collate(items: Sequence[dict], pad_id: int) -> dict:
     """Collate the readable items into a batch.
 
-    Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), image_ids (B,), caption_image_ids (M,), and
-    "unreadable", a list of error messages; without a readable item only that list.
+    Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), lengths (a list of M numbers of tokens),
+    image_ids (B,), caption_image_ids (M,), and "unreadable", a list of error messages; without a readable item only
+    that list.
     """
     batch = {"unreadable": [item["unreadable"] for item in items if "unreadable" in item]}
     items = [item for item in items if "pixels" in item]
     if items:
         batch["pixels"] = torch.from_numpy(np.stack([item["pixels"] for item in items]))
-        batch["input_ids"], batch["attention_mask"] = pad([ids for item in items for ids in item["captions"]], pad_id)
+        captions = [ids for item in items for ids in item["captions"]]
+        batch["input_ids"], batch["attention_mask"] = pad(captions, pad_id)
+        batch["lengths"] = [len(ids) for ids in captions]
         batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
         batch["caption_image_ids"] = batch["image_ids"].repeat_interleave(
             torch.tensor([len(item["captions"]) for item in items])

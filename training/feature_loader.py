@@ -100,8 +100,9 @@ class CachedFeatureLoader:
         epoch, _ = keys[0]
         if self.texts is not None and (self.tokens is None or epoch < self.frozen_epochs):
             return batch | {"text_features": self.texts[torch.from_numpy(caption_rows)]}
-        ids, mask = pad([self.tokens[row] for row in caption_rows], self.pad_id)
-        return batch | {"input_ids": ids, "attention_mask": mask}
+        captions = [self.tokens[row] for row in caption_rows]
+        ids, mask = pad(captions, self.pad_id)
+        return batch | {"input_ids": ids, "attention_mask": mask, "lengths": [len(ids) for ids in captions]}
 
     def _draw(self, epoch, index):
         """Draw an augmented view and captions for an item; returns the row of the view and the rows of the captions."""

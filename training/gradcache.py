@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from losses import LossTerms
-from runtime.distributed import gather_rows
+from runtime.distributed import gather_tensors
 
 IDS = ("image_ids", "caption_image_ids")
 
@@ -43,29 +43,43 @@ def cached_backward(
         for number, micro_batch in enumerate(first):
             embeddings.append(embed(micro_batch, number))
             ids.append([micro_batch[key] for key in IDS])
-    local = [torch.cat(rows).detach() for rows in zip(*embeddings, strict=True)] if embeddings else [torch.empty(0)] * 2
+    local, local_ids = _concatenate(embeddings, ids, device=next(model.parameters()).device)
     sizes = [[len(rows) for rows in pair] for pair in embeddings]
     with_graph = embeddings
     if second is not None:
         embeddings.clear()  # `local` has copies of them
         with_graph = (embed(micro_batch, number) for number, micro_batch in enumerate(second))
-    terms, gradients = _embedding_gradients(local, sizes, ids, objective, backward)
+    terms, gradients = _embedding_gradients(local, local_ids, sizes, objective, backward)
     del local
     for pair, gradient in zip(with_graph, gradients, strict=True):
         if [rows.shape for rows in pair] != [rows.shape for rows in gradient]:
             raise ValueError(
                 "a photo could be read once and not again within a step: do not change the data set during training"
             )
-        torch.autograd.backward(pair, gradient)
+        _backward(pair, gradient)
     return terms
 
 
-def _embedding_gradients(local, sizes, ids, objective, backward):
+def _concatenate(embeddings, ids, *, device):
+    """Return the micro-batches' embeddings, detached, and ids, two tensors each; empty ones if none was readable."""
+    if embeddings:
+        local = [torch.cat(rows).detach() for rows in zip(*embeddings, strict=True)]
+        return local, [torch.cat(rows) for rows in zip(*ids, strict=True)]
+    return [torch.empty(0, device=device)] * 2, [torch.empty(0, dtype=torch.int64, device=device)] * 2
+
+
+def _backward(embeddings, gradients):
+    """Backpropagate through the embeddings that have a graph: a frozen tower without a trainable head has none."""
+    pairs = [(rows, grad) for rows, grad in zip(embeddings, gradients, strict=True) if rows.requires_grad]
+    if pairs:
+        torch.autograd.backward(*zip(*pairs, strict=True))
+
+
+def _embedding_gradients(local, local_ids, sizes, objective, backward):
     """Return the loss over the rows of all processes, and its gradients at this process's rows, per micro-batch."""
-    local_ids = [torch.cat(rows) for rows in zip(*ids, strict=True)] if ids else [torch.empty(0, dtype=torch.int64)] * 2
-    gathered = [gather_rows(rows) for rows in local]
+    *gathered, image_ids, caption_image_ids = gather_tensors([*local, *local_ids])
     leaves = [rows.requires_grad_() for rows, _ in gathered]
-    all_ids = [gather_rows(rows)[0].to(leaves[0].device) for rows in local_ids]
+    all_ids = [image_ids[0], caption_image_ids[0]]
     if not len(all_ids[0]):
         return None, []
     terms = objective(*leaves, *all_ids)

@@ -20,6 +20,7 @@ def build_optimizer(
             tower, _, rest = name.partition(".")
             module = tower if tower in rates and rest.startswith("backbone.") else "heads"
             groups.setdefault((module, parameter.ndim > 1), []).append(parameter)
+    on_gpu = all(parameter.is_cuda for parameters in groups.values() for parameter in parameters)
     return torch.optim.AdamW(
         [
             {
@@ -29,7 +30,8 @@ def build_optimizer(
                 "tower": module in rates,
             }
             for (module, decays), parameters in groups.items()
-        ]
+        ],
+        fused=on_gpu or None,  # one kernel per group, and a gradient scaler that need not wait; None: PyTorch's choice
     )
 
 

@@ -32,7 +32,7 @@ class StepMetrics:
             self.event.record()
 
     def read(self) -> dict[str, float]:
-        """Return the loss and its terms, the gradient norm ("gradient"), and the maximum of `stop` over all processes."""
+        """Return the loss and its terms, the norm of the "gradient", and the maximum of `stop` over all processes."""
         if self.event:
             self.event.synchronize()
         return dict(zip(self.names, self.values.tolist(), strict=True))
@@ -70,7 +70,10 @@ class TrainStep:
             towers_start=config.freeze_epochs * steps_per_epoch,
         )
         if config.compile:
-            model.image_encoder.compile()
+            parts = model.image_encoder.trunk_parts
+            trainable = parts[1] if parts else model.image_encoder.backbone
+            if trainable is not None:
+                trainable.compile()
         # evaluation_mode avoids DistributedDataParallel: gradient caching gathers embeddings and sums gradients itself.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -88,8 +91,8 @@ class TrainStep:
             return objective_loss(
                 image_emb,
                 text_emb,
-                image_ids.to(self.device),
-                caption_image_ids.to(self.device),
+                image_ids,
+                caption_image_ids,
                 self.objective,
                 temperature=self.unwrapped.temperature,
                 bias=self.unwrapped.bias,
@@ -98,8 +101,8 @@ class TrainStep:
             )
 
         terms = cached_backward(
-            self._encode,
-            passes,
+            self.model,
+            self._to_device(passes),
             objective,
             model=self.unwrapped,
             backward=self.accelerator.backward,
@@ -109,11 +112,19 @@ class TrainStep:
         if terms is None:
             return None
         values = dict(zip(TERMS, terms, strict=True)) | {"gradient": self._update()}
-        values["stop"] = distributed.all_reduce_max(torch.tensor(float(stop), device=self.device))
+        values["stop"] = distributed.all_reduce_max(torch.full((), float(stop), device=self.device))
         return StepMetrics(step, values, **batch)
 
-    def _encode(self, micro_batch):
-        return self.model({key: rows.to(self.device, non_blocking=True) for key, rows in micro_batch.items()})
+    def _to_device(self, passes: MicroBatchPasses) -> MicroBatchPasses:
+        """Move micro-batches to the device as they come; on a GPU from pinned memory, without a wait."""
+        return tuple(micro_batches and map(self._move, micro_batches) for micro_batches in passes)
+
+    def _move(self, micro_batch):
+        pin = _pin if self.device.type == "cuda" else lambda tensor: tensor
+        return {
+            key: pin(value).to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in micro_batch.items()
+        }
 
     def find_nonfinite(self, values: dict[str, float]) -> str | None:
         """Return "the loss is nan" or the like if a value of StepMetrics is not finite, else None.
@@ -190,3 +201,7 @@ class TrainStep:
                         f"the optimizer's {key} of {names[parameter]} has shape {list(shape)} instead of "
                         f"{list(parameter.shape)}"
                     )
+
+
+def _pin(tensor):
+    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()

@@ -44,7 +44,7 @@ from runtime.signals import Stopped, StopSignals
 from runtime.text import format_examples, format_skipped
 from training.dataloader import MicroBatchPasses
 from training.dataloader_factory import build_batches
-from training.objectives import OBJECTIVES
+from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_changes, describe_launch
 from training.train_state import TrainState
 from training.train_step import TERMS, StepMetrics, TrainStep
@@ -66,6 +66,7 @@ def _train(config, data, resume, locks):
     distributed.init(pick_device(config.device))
     images = len(data.split("train").paths)
     _check_batch_size(config, images)  # before anything is written
+    Objective(config.objective)  # so is an unknown name
     torch.manual_seed(config.seed)
     if resume is None:
         (folder, model, tokenizer), state = _new_run(config, data, locks), None
@@ -78,7 +79,8 @@ def _train(config, data, resume, locks):
     if images < config.batch_size:
         print(f"each step uses all {images} training photos: there are fewer than --batch-size {config.batch_size}")
     precision = str(encoder.precision).removeprefix("torch.")
-    print(f"{describe_model(model)}; {encoder.device.type}, {precision}; run {folder}")
+    processes = f", {world_size()} processes" if world_size() > 1 else ""
+    print(f"{describe_model(model)}; {encoder.device.type}, {precision}{processes}; run {folder}")
     if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
         print(f"only the heads train: --freeze-epochs {config.freeze_epochs} freezes the towers in all epochs")
     trainer = Trainer(config, folder, model, encoder, data, state)
@@ -158,6 +160,7 @@ class Trainer:
         first_epoch = epoch if isinstance(epoch, int) else 0  # if it is damaged, _restore raises
         self.batches, self.embed_validation = build_batches(config, model, encoder, data, first_epoch=first_epoch)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
+        self.images_at_a_time = -(-self.batches.sampler.images_per_process // micro_batches)
         self.step = TrainStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
         self.state, self.last_plot = TrainState(), -math.inf
         # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
@@ -179,7 +182,7 @@ class Trainer:
                     main_term = config.objective, OBJECTIVES[config.objective].label
                     print(format_epoch(record, config.epochs, main_term), flush=True)
             except (RuntimeError, MemoryError) as error:
-                if not (advice := memory_advice(error, config.micro_batch_size or config.batch_size)):
+                if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
                 raise ValueError(f"{advice}; {self._describe_saved()}") from None
             except OSError as error:
@@ -283,7 +286,8 @@ class Trainer:
         with self.signals.immediately():
             embeddings = self.embed_validation()
             self.query_bank = make_query_bank(*embeddings)
-            return broadcast_object(retrieval_metrics(*embeddings) if rank() == 0 else None)
+            embeddings = [rows.to(self.encoder.device) for rows in embeddings] if rank() == 0 else []
+            return broadcast_object(retrieval_metrics(*embeddings) if embeddings else None)
 
     def _report_unreadable(self):
         unreadable = sorted(set(all_gather_list(sorted(self.state.unreadable))))

@@ -1,4 +1,4 @@
-"""The runs and galleries that the page offers, each loaded when it is first asked for."""
+"""The runs and galleries on offer in the web page, each loaded at first use."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -10,14 +10,14 @@ from retrieval.searcher import Searcher, searcher_for_pretrained, searcher_for_r
 from runtime import cli
 from runtime.run_dir import finished_runs, read_config
 
-OWN_PHOTOS = "the run's data set"
+RUN_PHOTOS = "the run's data set"  # the name of the gallery that depends on the chosen run
 
 
 class Catalog:
-    """Runs and galleries by the names that visitors choose from; nothing else can be reached through it.
+    """Runs and galleries by the names that visitors choose from. Visitors cannot access any other file or folder.
 
-    run, or a pretrained pair's name: the one to start with; None for the newest finished run. options: the device,
-    precision and cache_dir of search_with_run.
+    run, model: the run's folder or the pretrained model to start with; if both are None, the newest finished run.
+    options: the device, precision and cache_dir of searcher_for_run.
     """
 
     def __init__(
@@ -39,70 +39,71 @@ class Catalog:
             if run is None and model is None:
                 raise
             others = []
-        pairs = {} if model is None else {display_name(model): None}  # has no folder of its own
-        self.runs = _by_label([*first, *others], pairs)
-        self.folders = _by_label([cli.existing_folder(folder, "--gallery") for folder in folders])
+        pretrained = {} if model is None else {display_name(model): None}  # None: it has no run folder
+        self.runs = _unique_names([*first, *others], pretrained)
+        self.folders = _unique_names([cli.existing_folder(folder, "--gallery") for folder in folders])
         self.searcher, self.gallery = cache(self._searcher), cache(self._gallery)
 
     @property
     def galleries(self) -> list[str]:
-        """The names of the galleries: the folders, and the data set of whichever run is chosen."""
-        return [*self.folders, OWN_PHOTOS]
+        """Return the names of the galleries: the folders, and the data set of the chosen run."""
+        return [*self.folders, RUN_PHOTOS]
 
     def captions(self, run: str) -> list[str]:
-        """The captions of a run's data set."""
+        """Return the captions of a run's data set. Raises ValueError for a pretrained model, which has none."""
         return self._data(run).split(self.split).captions
 
     def public_error(self, message: object) -> str:
-        """A message for visitors: on one line, with the labels of folders in place of their paths."""
+        """Return an error message on one line, with the names that visitors know in place of absolute paths."""
         text = " ".join(str(message).split())
-        places = [*self.runs.items(), *self.folders.items()]
-        places += [] if self.data_dir is None else [(OWN_PHOTOS, self.data_dir)]
-        for label, folder in sorted(places, key=lambda place: len(str(place[1])), reverse=True):
-            text = text if folder is None else text.replace(str(folder), label)
+        folders = [*self.runs.items(), *self.folders.items()]
+        folders += [] if self.data_dir is None else [(RUN_PHOTOS, self.data_dir)]
+        for name, folder in sorted(folders, key=lambda item: len(str(item[1])), reverse=True):
+            text = text if folder is None else text.replace(str(folder), name)
         return text
 
     def refresh(self) -> None:
-        """Notice photos that were added, changed or deleted, at the next search."""
+        """Forget the open galleries, so that the next search finds photos that were added, changed or deleted."""
         self.gallery.cache_clear()
 
     def warm_up(self) -> None:
-        """Load what the page shows first, so that its first visitor need not wait."""
+        """Load the first run and gallery, so that the first visitor does not wait."""
         run = next(iter(self.runs))
         self.gallery(run, self.galleries[0])
-        self.searcher(run).sentences(["a photo"])
+        self.searcher(run).embed_sentences(["a photo"])
 
     def _searcher(self, run: str) -> Searcher:
         folder = self.runs[run]
-        return (
-            searcher_for_run(folder, **self.options) if folder else searcher_for_pretrained(self.model, **self.options)
-        )
+        if folder is None:
+            return searcher_for_pretrained(self.model, **self.options)
+        return searcher_for_run(folder, **self.options)
 
     def _gallery(self, run: str, name: str) -> Gallery:
-        photos = (
-            list_split_images(self._data(run), self.split) if name == OWN_PHOTOS else list_images(self.folders[name])
-        )
+        if name == RUN_PHOTOS:
+            photos = list_split_images(self._data(run), self.split)
+        else:
+            photos = list_images(self.folders[name])
         return self.searcher(run).gallery(photos)
 
     def _data(self, run):
         if self.runs[run] is None:
-            raise ValueError(f"{run} was not trained here and has no data set: choose other photos, or a run")
+            raise ValueError(f"{run} is a pretrained model without a data set: choose other photos, or a trained run")
         from data.loading import open_data
 
         return open_data(read_config(self.runs[run]), self.data_dir)
 
 
 def display_name(path: str | Path) -> str:
-    """What visitors see of a path, or of a name: itself, or without its way from the machine's root."""
+    """Return a path or a model's name as visitors see it: of an absolute path only the last part."""
     path = Path(path).expanduser()
     return path.name if path.is_absolute() else str(path)
 
 
-def _by_label(folders, others=()):
-    """Folders by what visitors see of them, numbered where that is the same; behind others that have labels already."""
-    labels = dict(others)
+def _unique_names(folders, reserved=()):
+    """Map display names to folders, after the `reserved` entries; a name that is taken gets a number."""
+    named = dict(reserved)
     for folder in dict.fromkeys(folders):
-        own = display_name(folder)
-        numbered = (f"{own} ({number})" for number in count(2))
-        labels[next(label for label in chain([own], numbered) if label not in labels)] = folder
-    return labels
+        name = display_name(folder)
+        numbered = (f"{name} ({number})" for number in count(2))
+        named[next(candidate for candidate in chain([name], numbered) if candidate not in named)] = folder
+    return named

@@ -1,4 +1,4 @@
-"""The page of app.py: its tabs, what they ask of the shelf of runs and galleries, and what visitors may send."""
+"""The Gradio page of app.py: its tabs, their searches in the catalog, and the checks of uploaded photos."""
 
 import importlib
 from collections.abc import Callable
@@ -11,15 +11,16 @@ from runtime.run_dir import read_config, read_metrics
 from runtime.text import display_filename
 from webui.catalog import Catalog, display_name
 
-MOST_PIXELS = 50_000_000  # of an uploaded photo: 150 MB once it is unpacked
-SWEPT = (3600, 3600)  # seconds: every hour, uploads and copies older than an hour are deleted
-MOST_MATCHES, MOST_CAPTIONS, THUMBNAIL = 60, 10, 512
+MAX_PIXELS = 50_000_000  # of an uploaded photo: 150 MB when decoded
+CLEANUP = (3600, 3600)  # seconds: every hour, uploads and thumbnails older than an hour are deleted
+MAX_MATCHES, MAX_CAPTIONS = 60, 10
+THUMBNAIL_SIZE = 512  # pixels
 
 
 def build_page(catalog: Catalog, index: str | None):
-    """The page: a tab to search, by an index of index.py if one is named, one captions, labels, the model."""
-    gr = gradio()
-    with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False, delete_cache=SWEPT) as page:
+    """Build the page. index: the name of an index (ann_index.py), or None for exact search."""
+    gr = import_gradio()
+    with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False, delete_cache=CLEANUP) as page:
         gr.Markdown("# Photo search")
         with gr.Row():
             run = gr.Dropdown(list(catalog.runs), label="Run", value=next(iter(catalog.runs)))
@@ -37,31 +38,31 @@ def _search_tab(gr, catalog, run, gallery, index):
         with gr.Row():
             with gr.Column():
                 sentence = gr.Textbox(label="A sentence", placeholder="a dog in snow", elem_id="sentence")
-                photo = _photo_input(gr, "and, or, a photo", "search-photo")
-                count = gr.Slider(1, MOST_MATCHES, value=12, step=1, label="How many")
+                photo = _photo_input(gr, "and/or a photo", "search-photo")
+                count = gr.Slider(1, MAX_MATCHES, value=12, step=1, label="How many")
                 button = gr.Button("Search", variant="primary", elem_id="search")
             with gr.Column(scale=3):
                 found = gr.Gallery(label="Found", columns=4, height="max-content", format="jpeg", elem_id="found")
 
         @_public_errors(gr, catalog)
         def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
-            """The photos that fit a sentence, resemble a photo, or both: (photo, score and name), best first."""
+            """Return the photos that match a sentence, a photo, or both: (thumbnail, score and name), best first."""
             from retrieval.searcher import combine_queries, search_images
 
             searcher, sentence = catalog.searcher(run), (sentence or "").strip()
             if not sentence and photo is None:
                 raise ValueError("write a sentence or choose a photo")
-            if sentence and (cut := searcher.describe_truncation(sentence)):
-                gr.Warning(cut)
-            asked = searcher.embed_images([checked(photo)]) if photo else None
-            query = combine_queries(searcher.embed_sentences([sentence]) if sentence else None, asked)
-            count = min(int(count), MOST_MATCHES)
+            if sentence and (warning := searcher.describe_truncation(sentence)):
+                gr.Warning(warning)
+            photo_emb = searcher.embed_images([check_upload(photo)]) if photo else None
+            query = combine_queries(searcher.embed_sentences([sentence]) if sentence else None, photo_emb)
+            count = min(int(count), MAX_MATCHES)
             (matches,) = search_images(query, catalog.gallery(run, gallery), count, index)
-            return thumbnails(matches)
+            return make_thumbnails(matches)
 
         inputs = [sentence, photo, run, gallery, count]
-        asked = [button.click, sentence.submit]
-        gr.on(asked, search_photos, inputs, found, concurrency_id="model", api_name="search_photos")
+        triggers = [button.click, sentence.submit]
+        gr.on(triggers, search_photos, inputs, found, concurrency_id="model", api_name="search_photos")
 
 
 def _captions_tab(gr, catalog, run):
@@ -75,12 +76,12 @@ def _captions_tab(gr, catalog, run):
 
     @_public_errors(gr, catalog)
     def find_captions(photo: str | None, run: str):
-        """The captions of the run's data set that fit a photo: (score, caption), best first."""
+        """Return the captions of the run's data set that match a photo: (score, caption), best first."""
         from retrieval.searcher import search_captions
 
         searcher, captions = catalog.searcher(run), catalog.captions(run)
-        query = searcher.embed_images([checked(photo)], target="captions")
-        (matches,) = search_captions(query, searcher.embed_captions(captions), captions, MOST_CAPTIONS)
+        query = searcher.embed_images([check_upload(photo)], target="captions")
+        (matches,) = search_captions(query, searcher.embed_captions(captions), captions, MAX_CAPTIONS)
         return [[round(match.score, 3), match.item] for match in matches]
 
     button.click(find_captions, [photo, run], found, concurrency_id="model", api_name="find_captions")
@@ -92,13 +93,13 @@ def _labels_tab(gr, catalog, run):
             photo = _photo_input(gr, "A photo", "labels-photo")
             labels = gr.Textbox(label="Labels, one per line", lines=4, placeholder="a dog\na cat", elem_id="labels")
             button = gr.Button("Choose", variant="primary", elem_id="choose")
-        chosen = gr.Label(label="Which fits", num_top_classes=10, scale=2, elem_id="chosen")
+        chosen = gr.Label(label="Probabilities", num_top_classes=10, scale=2, elem_id="chosen")
 
     @_public_errors(gr, catalog)
     def choose_label(photo: str | None, labels: str, run: str):
-        """Which of the labels (one per line) fits a photo: their probabilities."""
+        """Return the probability of each label (one per line) for a photo."""
         lines = [line.strip() for line in (labels or "").splitlines() if line.strip()]
-        matches = catalog.searcher(run).classify(checked(photo), lines)
+        matches = catalog.searcher(run).classify(check_upload(photo), lines)
         return {match.item: match.score for match in matches}
 
     button.click(choose_label, [photo, labels, run], chosen, concurrency_id="model", api_name="choose_label")
@@ -106,61 +107,61 @@ def _labels_tab(gr, catalog, run):
 
 def _model_tab(gr, catalog, run, page):
     with gr.Tab("Model"):
-        metrics = gr.Dataframe(label="Recall and mAP in percent, median ranks, as `python evaluate.py` measured them")
-        curves = gr.Image(label="Training", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
+        metrics = gr.Dataframe(label="Recall and mAP in percent, and median ranks, from `python evaluate.py`")
+        curves = gr.Image(label="Curves", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
         settings = gr.JSON(label="Settings", elem_id="settings")
 
     @_public_errors(gr, catalog)
     def about(run: str):
-        """A run's metrics by split, its curves, and its settings."""
+        """Return a run's metrics by split, its training curves and its settings."""
         from PIL import Image
 
         folder = catalog.runs[run]
         if folder is None:
             return {"headers": ["split"], "data": []}, None, {"model": run}
         config = vars(read_config(folder))
-        measured = read_metrics(folder)
-        names = list(dict.fromkeys(name for values in measured.values() for name in values))
+        metrics_by_split = read_metrics(folder)
+        names = list(dict.fromkeys(name for values in metrics_by_split.values() for name in values))
         rows = [
             [split, *(round(values[name], 1) if name in values else "" for name in names)]
-            for split, values in measured.items()
+            for split, values in metrics_by_split.items()
         ]
-        drawn = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
-        shown = {
+        curves_image = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
+        public_settings = {
             name: display_name(value) if isinstance(value, str) else value
             for name, value in config.items()
             if not name.endswith("_dir")
         }
-        return {"headers": ["split", *names], "data": rows}, drawn, shown
+        return {"headers": ["split", *names], "data": rows}, curves_image, public_settings
 
     gr.on([page.load, run.change], about, run, [metrics, curves, settings], api_name="about")
 
 
 def _photo_input(gr, label, elem_id):
     photo = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=elem_id)
-    # Gradio would unpack the file here, whatever it is; `checked` looks at it first.
+    # Gradio would decode any file here. Pass on the path instead, so that `check_upload` sees the file first.
     photo.preprocess = lambda payload: payload and payload.path
-    keep = photo.async_move_resource_to_block_cache
+    move_to_cache = photo.async_move_resource_to_block_cache
 
-    async def keep_upload(path):  # Gradio would fetch an address of any size and keep it
+    async def move_upload_to_cache(path):  # Gradio would download any address, without a limit of the size
         if path is not None and "://" in str(path):
-            raise gr.Error("send the photo itself, not its address", print_exception=False)
-        return await keep(path)
+            raise gr.Error("upload the photo itself, not its address", print_exception=False)
+        return await move_to_cache(path)
 
-    photo.async_move_resource_to_block_cache = keep_upload
+    photo.async_move_resource_to_block_cache = move_upload_to_cache
     return photo
 
 
 def _public_errors(gr, catalog) -> Callable:
-    """A visitor's mistake becomes a message in the page."""
+    """Decorate a function so that its errors become messages in the page, without absolute paths."""
 
     def decorate(function):
         @wraps(function)
-        def wrapped(*words):
+        def wrapped(*args):
             try:
-                return function(*words)
+                return function(*args)
             except KeyError as error:
-                raise gr.Error(f"the page does not offer {error}", print_exception=False) from None
+                raise gr.Error(f"no such run or gallery: {error}", print_exception=False) from None
             except (ValueError, OSError) as error:
                 raise gr.Error(catalog.public_error(error), print_exception=False) from None
 
@@ -169,44 +170,47 @@ def _public_errors(gr, catalog) -> Callable:
     return decorate
 
 
-def checked(photo: str | None) -> Path:
-    """The path of an uploaded photo; ValueError for none, for what is no photo, and for one too large to unpack."""
+def check_upload(photo: str | None) -> Path:
+    """Return the path of an uploaded photo. Raises ValueError for None, an unreadable file, or too many pixels."""
     if photo is None:
         raise ValueError("choose a photo")
     try:
         with open_image(photo) as image:
             pixels = image.width * image.height
-    except Exception:  # decoders raise what they like
+    except Exception:  # decoders raise errors of many types
         raise ValueError(f"{Path(photo).name} is not a photo that can be read") from None
-    if pixels > MOST_PIXELS:
+    if pixels > MAX_PIXELS:
         raise ValueError(
-            f"{Path(photo).name} has {pixels / 1e6:.0f} million pixels; the most is {MOST_PIXELS / 1e6:.0f}"
+            f"{Path(photo).name} has {pixels / 1e6:.0f} million pixels; the maximum is {MAX_PIXELS / 1e6:.0f}"
         )
     return Path(photo)
 
 
-def thumbnails(matches: list) -> list:
-    """A small copy of each photo found, with its score and name; one that is gone by now is left out."""
+def make_thumbnails(matches: list) -> list:
+    """Return a thumbnail of each photo found, with its score and name; photos that no longer exist are skipped."""
     with ThreadPoolExecutor() as pool:
-        copies = list(pool.map(thumbnail, [match.item for match in matches]))
-    pairs = zip(copies, matches, strict=True)
-    return [(copy, f"{match.score:.3f}  {display_filename(match.item)}") for copy, match in pairs if copy is not None]
+        images = list(pool.map(_thumbnail, [match.item for match in matches]))
+    return [
+        (image, f"{match.score:.3f}  {display_filename(match.item)}")
+        for image, match in zip(images, matches, strict=True)
+        if image is not None
+    ]
 
 
-def thumbnail(path: Path):
-    """The photo, at most THUMBNAIL pixels wide and high, or None."""
+def _thumbnail(path: Path):
+    """Return the photo, at most THUMBNAIL_SIZE pixels wide and high, or None if it cannot be read."""
     from PIL import Image
 
     try:
-        image = Image.fromarray(load_image(path, THUMBNAIL))
+        image = Image.fromarray(load_image(path, THUMBNAIL_SIZE))
     except OSError:
         return None
-    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
     return image
 
 
-def gradio():
-    """The library, or one line that says what to install."""
+def import_gradio():
+    """Import Gradio. Raises ValueError with the install command if it is missing."""
     try:
         return importlib.import_module("gradio")
     except ModuleNotFoundError:

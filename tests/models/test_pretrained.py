@@ -17,7 +17,7 @@ from tiny_dual_encoders import KINDS
 from models.checkpoint import load_run
 from models.pretrained import load_dual_encoder
 from retrieval.encoder import load_encoder, load_pretrained_encoder
-from runtime.run_dir import read_config
+from runtime.run_dir import read_config, read_log
 from training.trainer import train
 
 WORDS = ["red on the left", "a picture of red beside blue, blue beside red", "blue"]
@@ -225,3 +225,11 @@ def test_a_pair_without_a_run_is_measured(photos, tmp_path, monkeypatch, saved):
     assert "--dataset" in one_line_error(run_in_process("evaluate.py", "--model", saved))
     both = run_in_process("evaluate.py", "runs/x", "--model", saved / "clip", "--dataset", photos)
     assert "one of" in one_line_error(both)
+
+
+@pytest.mark.parametrize("frozen", [{"freeze_image": True}, {"freeze_text": True}, {"freeze_epochs": 1, "epochs": 2}])
+def test_dual_encoder_trains_with_one_side_frozen_or_both_for_an_epoch(tiny_config, saved, frozen):
+    """Its frozen side has no head, and so no gradient at all."""
+    changes = {"model": str(saved / "clip"), "image_size": None} | frozen
+    folder = train(tiny_config(**changes), open_data_of(tiny_config()), None)
+    assert len(read_log(folder)) == changes.get("epochs", 1)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from helpers import one_line_error, run_in_process, run_script
+from helpers import one_line_error, run_in_process, run_script, write_image_folder
 
+from data.loading import open_dataset
 from models.checkpoint import load_state
 from runtime import distributed
 from runtime.run_dir import read_log
+from training.dataloader import EpochSampler
 
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
@@ -58,6 +60,37 @@ def test_two_processes_reach_the_weights_of_one(launcher, freezing, flags, tmp_p
         assert {k: v for k, v in record.items() if k not in timings} == pytest.approx(
             {k: v for k, v in other.items() if k not in timings}, rel=1e-5
         )
+
+
+def test_validation_images_that_do_not_divide_among_processes_are_all_measured(flags, tmp_path):
+    """Three validation photos on two processes, first all readable, then two."""
+    photos = write_image_folder(tmp_path / "photos", 30)
+    header, *rows = (photos / "captions.txt").read_text().splitlines()
+    splits = ["val"] * 6 + ["test"] * 10 + ["train"] * 44  # of two captions per photo
+    lines = [f"{header},split", *(f"{row},{split}" for row, split in zip(rows, splits, strict=True))]
+    (photos / "captions.txt").write_text("\n".join(lines) + "\n")
+    val = open_dataset(str(photos), data_dir=None, cache_dir=str(tmp_path / "c"), split_seed=0).split("val")
+    assert len(val.paths) == 3
+    flags = [*flags, "--dataset", photos, "--epochs", 1]
+    single = run_script("train.py", *flags, "--name", "one", cwd=tmp_path)
+    double = run_train_with("torchrun", *flags, "--name", "two", cwd=tmp_path)
+    assert "2 processes" in double.stdout and "processes" not in single.stdout
+    one, two = (read_log(tmp_path / "runs" / name)[0] for name in ("one", "two"))
+    assert one["rsum"] == pytest.approx(two["rsum"])
+    val.paths[0].write_bytes(b"broken")
+    done = run_train_with("torchrun", *flags, "--name", "broken", cwd=tmp_path)
+    assert "val: 1 photo could not be read" in done.stdout
+
+
+def test_process_without_a_readable_photo_takes_part_in_every_step(flags, tmp_path):
+    photos = write_image_folder(tmp_path / "photos", 30)
+    train = open_dataset(str(photos), data_dir=None, cache_dir=str(tmp_path / "c"), split_seed=0).split("train")
+    order = EpochSampler(22, 22, 0, micro_batch_size=11, process=1, processes=2)
+    for _, index in next(iter(order))[0]:  # all photos of rank 1 in the first epoch's only step
+        train.paths[index].write_bytes(b"broken")
+    flags = [*flags, "--dataset", photos, "--epochs", 1]
+    done = run_train_with("torchrun", *flags, "--name", "two", cwd=tmp_path)
+    assert "train: 11 photos could not be read" in done.stdout and "epoch 1/1" in done.stdout
 
 
 def test_indivisible_batch_size_is_an_error_with_the_nearest_divisible_ones(flags, tmp_path, monkeypatch):

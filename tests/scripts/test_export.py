@@ -63,7 +63,7 @@ def test_onnx_towers_compute_the_embeddings_of_pytorch(tmp_path, image_tower, te
         expected = model.encode_text(*(torch.from_numpy(array) for array in inputs.values()))
         np.testing.assert_allclose(text_emb, expected.detach().numpy(), atol=1e-4)
     settings = json.loads((run / "onnx" / "settings.json").read_text())
-    assert settings["view"]["size"] == 32 and settings["max_tokens"] == 64
+    assert settings["preprocess"]["size"] == 32 and settings["max_tokens"] == 64
     assert settings["temperature"] == pytest.approx(model.temperature.item())
     assert not list(run.glob(".onnx*"))
     assert "not empty" in one_line_error(run_in_process("export.py", run, "--onnx"))

@@ -201,7 +201,7 @@ def test_out_of_memory_error_names_the_flag_to_lower_and_keeps_finished_epochs(t
 
     monkeypatch.setattr(train_step, "objective_loss", objective_loss)
     config = tiny_config(epochs=2)
-    with pytest.raises(ValueError, match=r"out of memory with 8 images .*--micro-batch-size .* to 4 or less") as error:
+    with pytest.raises(ValueError, match=r"out of memory with 7 images .*--micro-batch-size .* to 3 or less") as error:
         train(config, open_data_of(config), None)
     folder = trainer.Path(config.runs_dir) / "run"
     assert str(folder) in str(error.value) and len(read_log(folder)) == 1

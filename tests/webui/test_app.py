@@ -1,6 +1,6 @@
-"""The page as a visitor meets it, in a headless Chromium: finds, labels, refuses rubbish, and serves nothing else.
+"""The web page in a headless Chromium: it searches, classifies, rejects invalid uploads, and serves no other files.
 
-Needs `pip install gradio selenium` and Debian's chromium and chromium-driver; without them these tests are skipped.
+Needs `pip install gradio selenium` and Debian's chromium and chromium-driver; otherwise, the browser tests are skipped.
 """
 
 import json
@@ -21,53 +21,53 @@ from helpers import ROOT, one_line_error, run_in_process, write_image_folder
 from PIL import Image
 
 from retrieval.searcher import Match
-from webui.catalog import OWN_PHOTOS, Catalog
-from webui.page import MOST_PIXELS, checked, gradio, thumbnails
+from webui.catalog import RUN_PHOTOS, Catalog
+from webui.page import MAX_PIXELS, check_upload, import_gradio, make_thumbnails
 
-SENTENCE, FOUND = "a yellow circle left of a red cross", "scene_164.png"
+SENTENCE, MATCH = "a yellow circle left of a red cross", "scene_164.png"
 QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
-QUICK += ["--num-workers", 0, "--precision", "float32"]  # accelerate allows a process one precision only
-WAIT = 60  # seconds
-OFFERED = ("runs/sample", "pictures")
+QUICK += ["--num-workers", 0, "--precision", "float32"]  # accelerate allows one precision per process
+TIMEOUT = 60  # seconds
+RUN_AND_GALLERY = ("runs/sample", "pictures")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a run that knows the sample set, and a gallery of its pictures among other files."""
+def root(tmp_path_factory):
+    """A folder with a run trained on the sample set, a gallery of its photos, and other files."""
     pytest.importorskip("gradio")
-    place = tmp_path_factory.mktemp("page")
+    root = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(place)
+        patch.chdir(root)
         done = run_in_process("train.py", *QUICK, "--epochs", 9, "--name", "sample")
     assert done.returncode == 0, done.stderr
-    (place / "pictures").mkdir()
-    for picture in sorted((place / "cache" / "sample" / "Images").iterdir())[150:180]:
-        shutil.copy(picture, place / "pictures")
-    (place / "pictures" / "secret.txt").write_text("for nobody")
-    (place / "rubbish.jpg").write_bytes(b"this is no photo")
-    return place
+    (root / "pictures").mkdir()
+    for picture in sorted((root / "cache" / "sample" / "Images").iterdir())[150:180]:
+        shutil.copy(picture, root / "pictures")
+    (root / "pictures" / "secret.txt").write_text("confidential")
+    (root / "invalid.jpg").write_bytes(b"this is no photo")
+    return root
 
 
 @pytest.fixture(scope="module")
-def page(place):
-    """The address of the page, which runs as a person starts it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def page(root):
+    """The address of the page, served by `python app.py` in a process of its own."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
     command = [sys.executable, ROOT / "app.py", "--gallery", "pictures", "--port", port, "--split", "train"]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=place, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     try:
-        said = ""
-        while "open http" not in said:
+        output = ""
+        while "open http" not in output:
             line = process.stdout.readline()
-            assert line, said
-            said += line
+            assert line, output
+            output += line
         yield f"http://127.0.0.1:{port}"
         process.send_signal(signal.SIGINT)
-        left, _ = process.communicate(timeout=WAIT)
-        assert process.returncode == 0 and "page.py" not in said + left, said + left
+        output += process.communicate(timeout=TIMEOUT)[0]
+        assert process.returncode == 0 and "page.py" not in output, output
     finally:
         process.kill()
 
@@ -82,8 +82,8 @@ def chromium():
         pytest.skip("needs chromium and chromium-driver")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1000"):
-        options.add_argument(word)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1000"):
+        options.add_argument(argument)
     browser = webdriver.Chrome(options=options, service=Service(driver))
     yield browser
     browser.quit()
@@ -91,7 +91,7 @@ def chromium():
 
 @pytest.fixture
 def visit(chromium, page):
-    """The page freshly loaded, and the few things that a visitor does there."""
+    """The page, loaded anew in the browser."""
     chromium.get(page)
     visit = Visit(chromium)
     visit.element("#sentence textarea, #sentence input")
@@ -99,99 +99,102 @@ def visit(chromium, page):
 
 
 class Visit:
+    """A visitor's actions in the page."""
+
     def __init__(self, browser):
         self.browser = browser
 
     def elements(self, selector):
-        return [e for e in self.browser.find_elements("css selector", selector) if e.is_displayed()]
+        return [element for element in self.browser.find_elements("css selector", selector) if element.is_displayed()]
 
     def element(self, selector, *, displayed=True):
         return self.until(
             lambda: (self.elements(selector) if displayed else self.browser.find_elements("css selector", selector))[0]
         )
 
-    def until(self, look):
-        end = time.monotonic() + WAIT
+    def until(self, condition):
+        """Return the value of `condition` as soon as it is true."""
+        deadline = time.monotonic() + TIMEOUT
         while True:
             try:
-                if found := look():
-                    return found
-            except Exception:  # not there yet, or there and gone again
-                if time.monotonic() > end:
+                if value := condition():
+                    return value
+            except Exception:  # the element does not exist yet, or Gradio has replaced it
+                if time.monotonic() > deadline:
                     raise
-            assert time.monotonic() < end, self.browser.find_element("tag name", "body").text
+            assert time.monotonic() < deadline, self.browser.find_element("tag name", "body").text
             time.sleep(0.1)
 
     def tab(self, name):
-        self.until(lambda: [b for b in self.elements("button[role=tab]") if b.text == name])[0].click()
+        self.until(lambda: [tab for tab in self.elements("button[role=tab]") if tab.text == name])[0].click()
 
-    def upload(self, where, path):
-        self.element(f"#{where} input[type=file]", displayed=False).send_keys(str(path))
+    def upload(self, elem_id, path):
+        self.element(f"#{elem_id} input[type=file]", displayed=False).send_keys(str(path))
         if path.suffix == ".png":
-            self.element(f"#{where} img")
+            self.element(f"#{elem_id} img")
         else:
-            self.until(lambda: not self.elements(f"#{where} .uploading, #{where} [data-testid=upload-progress]"))
+            self.until(lambda: not self.elements(f"#{elem_id} .uploading, #{elem_id} [data-testid=upload-progress]"))
             time.sleep(1)
 
-    def names(self):
-        """Scores and names of the photos found, in their order."""
+    def matches(self):
+        """Return the scores and names of the photos found, in their order."""
         return self.until(lambda: re.findall(r"^(-?\d\.\d{3})\s+(\S+)$", self.element("#found").text, re.MULTILINE))
 
     def message(self):
         return self.until(lambda: self.element(".toast-body, .toast-wrap").text)
 
 
-def test_a_sentence_shows_the_right_photo_first(visit):
+def test_sentence_finds_the_matching_photo_first(visit):
     visit.element("#sentence textarea, #sentence input").send_keys(SENTENCE)
     visit.element("#search").click()
-    names = visit.names()
-    assert names[0][1] == FOUND and len(names) == 12
-    scores = [float(score) for score, _ in names]
+    matches = visit.matches()
+    assert matches[0][1] == MATCH and len(matches) == 12
+    scores = [float(score) for score, _ in matches]
     assert scores == sorted(scores, reverse=True)
     first = visit.element("#found img")
     assert visit.until(lambda: int(first.get_property("naturalWidth"))) == 128
 
 
-def test_a_photo_finds_itself(visit, place):
-    visit.upload("search-photo", place / "pictures" / "scene_157.png")
+def test_photo_finds_itself(visit, root):
+    visit.upload("search-photo", root / "pictures" / "scene_157.png")
     visit.element("#search").click()
-    assert visit.names()[0][1] == "scene_157.png"
+    assert visit.matches()[0][1] == "scene_157.png"
 
 
-def test_a_photo_finds_captions_of_the_data_set(visit, place):
+def test_photo_finds_captions_of_the_data_set(visit, root):
     visit.tab("Captions")
-    visit.upload("captions-photo", place / "pictures" / FOUND)
+    visit.upload("captions-photo", root / "pictures" / MATCH)
     visit.element("#find-captions").click()
     visit.until(lambda: "circle" in visit.element("#captions").text)
 
 
-def test_labels_are_shown_with_their_probabilities(visit, place):
+def test_labels_are_shown_with_their_probabilities(visit, root):
     visit.tab("Labels")
-    visit.upload("labels-photo", place / "pictures" / FOUND)
+    visit.upload("labels-photo", root / "pictures" / MATCH)
     visit.element("#labels textarea").send_keys("a yellow circle\na green star")
     visit.element("#choose").click()
     assert "%" in visit.until(lambda: "%" in visit.element("#chosen").text and visit.element("#chosen").text)
     assert visit.element("#chosen").text.index("a yellow circle") < visit.element("#chosen").text.index("a green star")
 
 
-def test_rubbish_is_answered_by_a_message(visit, place):
-    visit.upload("search-photo", place / "rubbish.jpg")
+def test_invalid_upload_shows_an_error_message(visit, root):
+    visit.upload("search-photo", root / "invalid.jpg")
     visit.element("#search").click()
-    assert "rubbish.jpg is not a photo" in visit.message()
+    assert "invalid.jpg is not a photo" in visit.message()
 
 
-def test_an_empty_question_is_answered_by_a_message(visit):
+def test_empty_query_shows_an_error_message(visit):
     visit.element("#search").click()
     assert "write a sentence or choose a photo" in visit.message()
 
 
-def test_a_sentence_that_is_too_long_is_answered_with_a_warning(visit):
+def test_truncated_sentence_shows_a_warning_and_its_matches(visit):
     visit.element("#sentence textarea, #sentence input").send_keys("red circle " * 80)
     visit.element("#search").click()
-    assert "the model reads 64" in visit.message() and len(visit.names()) == 12
+    assert "the model reads 64" in visit.message() and len(visit.matches()) == 12
 
 
-def test_the_page_about_the_model_shows_its_curves(visit):
+def test_model_tab_shows_training_curves_and_settings(visit):
     visit.tab("Model")
     visit.until(lambda: int(visit.element("#curves img").get_property("naturalWidth")) > 500)
     assert "test_resnet" in visit.until(lambda: visit.element("#settings").text)
@@ -199,48 +202,48 @@ def test_the_page_about_the_model_shows_its_curves(visit):
 
 def fetch(address):
     try:
-        with urllib.request.urlopen(address, timeout=WAIT) as answer:
-            return answer.status, answer.read()
+        with urllib.request.urlopen(address, timeout=TIMEOUT) as response:
+            return response.status, response.read()
     except urllib.error.HTTPError as error:
         return error.code, error.read()
 
 
 @pytest.mark.parametrize("prefix", ["/gradio_api/file=", "/file=", "/gradio_api/stream/"])
 @pytest.mark.parametrize("quoted", [False, True])
-def test_no_file_of_this_machine_is_served(page, place, prefix, quoted):
-    config = place / "runs" / "sample" / "config.json"
-    targets = ["/etc/passwd", place / "pictures" / "secret.txt", place / "pictures" / FOUND]
+def test_no_other_file_of_the_machine_is_served(page, root, prefix, quoted):
+    config = root / "runs" / "sample" / "config.json"
+    targets = ["/etc/passwd", root / "pictures" / "secret.txt", root / "pictures" / MATCH]
     targets += [config, "runs/sample/best.pt"]
     targets += ["http://example.com/x.png", "HTTPS://example.com", page]
-    targets += ["../../../../../../etc/passwd", f"{place}/pictures/../pictures/{FOUND}", f"file://{config}"]
+    targets += ["../../../../../../etc/passwd", f"{root}/pictures/../pictures/{MATCH}", f"file://{config}"]
     for target in map(str, targets):
         status, body = fetch(page + prefix + (urllib.parse.quote(target, safe="") if quoted else target))
         assert status in (401, 403, 404, 405), (target, status)
         assert body == b"not served" or "://" not in target or "stream" in prefix, target
-        assert b"for nobody" not in body and b"root:" not in body and b"PNG" not in body
+        assert b"confidential" not in body and b"root:" not in body and b"PNG" not in body
 
 
-def ask(page, name, *words):
-    """Call the page's API as a program does: the event that ends the call, and its data."""
-    data = json.dumps({"data": words}).encode()
+def call_api(page, name, *args):
+    """Call an endpoint of the page's API; return the last event and its data."""
+    data = json.dumps({"data": args}).encode()
     request = urllib.request.Request(f"{page}/gradio_api/call/{name}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=WAIT) as answer:
-        number = json.load(answer)["event_id"]
-    _, body = fetch(f"{page}/gradio_api/call/{name}/{number}")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        event_id = json.load(response)["event_id"]
+    _, body = fetch(f"{page}/gradio_api/call/{name}/{event_id}")
     event, _, data = body.decode().strip().rpartition("event: ")[2].partition("\ndata: ")
     return event, data
 
 
-def test_programs_may_ask_too_and_get_small_copies_only(page):
-    event, data = ask(page, "search_photos", SENTENCE, None, "runs/sample", "pictures", 3)
-    found = json.loads(data)[0]
-    assert event == "complete" and len(found) == 3 and found[0]["caption"].endswith(FOUND)
-    assert fetch(found[0]["image"]["url"])[0] == 200
-    assert "pictures" not in found[0]["image"]["path"]
+def test_api_returns_matches_with_thumbnails_instead_of_files(page):
+    event, data = call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)
+    matches = json.loads(data)[0]
+    assert event == "complete" and len(matches) == 3 and matches[0]["caption"].endswith(MATCH)
+    assert fetch(matches[0]["image"]["url"])[0] == 200
+    assert "pictures" not in matches[0]["image"]["path"]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "args",
     [
         (SENTENCE, None, "runs/other", "pictures", 3),
         (SENTENCE, None, "runs/sample", "/etc", 3),
@@ -248,18 +251,18 @@ def test_programs_may_ask_too_and_get_small_copies_only(page):
         (SENTENCE, {"path": "pictures/secret.txt", "meta": {"_type": "gradio.FileData"}}, "runs/sample", "pictures", 3),
     ],
 )
-def test_programs_reach_no_other_run_folder_or_file(page, words):
-    event, data = ask(page, "search_photos", *words)
+def test_api_gives_no_access_to_other_runs_folders_or_files(page, args):
+    event, data = call_api(page, "search_photos", *args)
     assert event == "error" and "root:" not in data
 
 
-def test_an_address_is_not_fetched_for_a_visitor(page):
+def test_remote_address_is_not_downloaded(page):
     photo = {"path": "http://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
-    event, data = ask(page, "search_photos", SENTENCE, photo, *OFFERED, 3)
-    assert event == "error" and "send the photo itself" in data
+    event, data = call_api(page, "search_photos", SENTENCE, photo, *RUN_AND_GALLERY, 3)
+    assert event == "error" and "upload the photo itself" in data
 
 
-def test_a_large_upload_is_refused(page):
+def test_upload_above_20_mb_is_refused(page):
     boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.jpg\r\n\r\n"
     body = boundary + bytes(21_000_000) + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -267,43 +270,43 @@ def test_a_large_upload_is_refused(page):
     assert status == 413
 
 
-def test_the_page_describes_its_api(page):
+def test_api_documents_its_four_endpoints(page):
     status, body = fetch(f"{page}/gradio_api/info")
-    has_flag = json.loads(body)["named_endpoints"]
-    assert status == 200 and set(has_flag) == {"/search_photos", "/find_captions", "/choose_label", "/about"}
+    endpoints = json.loads(body)["named_endpoints"]
+    assert status == 200 and set(endpoints) == {"/search_photos", "/find_captions", "/choose_label", "/about"}
 
 
-def test_an_upload_is_looked_at_before_it_is_unpacked(tmp_path):
-    side = int(MOST_PIXELS**0.5) + 1
+def test_upload_is_checked_before_it_is_decoded(tmp_path):
+    side = int(MAX_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match=r"large\.png has 50 million pixels; the most is 50"):
-        checked(str(tmp_path / "large.png"))
+    with pytest.raises(ValueError, match=r"large\.png has 50 million pixels; the maximum is 50"):
+        check_upload(str(tmp_path / "large.png"))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own, of the bomb
+        warnings.simplefilter("ignore")  # Pillow warns about decompression bombs
         Image.new("1", (14_000, 14_000)).save(tmp_path / "bomb.png")
     with pytest.raises(ValueError, match=r"bomb\.png"):
-        checked(str(tmp_path / "bomb.png"))
-    (tmp_path / "rubbish.jpg").write_bytes(b"no photo")
-    with pytest.raises(ValueError, match=r"rubbish\.jpg is not a photo"):
-        checked(str(tmp_path / "rubbish.jpg"))
+        check_upload(str(tmp_path / "bomb.png"))
+    (tmp_path / "invalid.jpg").write_bytes(b"no photo")
+    with pytest.raises(ValueError, match=r"invalid\.jpg is not a photo"):
+        check_upload(str(tmp_path / "invalid.jpg"))
     with pytest.raises(ValueError, match="choose a photo"):
-        checked(None)
+        check_upload(None)
 
 
-def test_without_gradio_the_page_says_what_to_install(monkeypatch):
+def test_missing_gradio_is_an_error_with_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(ValueError, match="pip install gradio"):
-        gradio()
+        import_gradio()
 
 
-def test_thumbnails_are_small_and_those_of_vanished_photos_are_left_out(tmp_path):
+def test_thumbnails_are_small_and_skip_deleted_photos(tmp_path):
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg")
-    found = thumbnails([Match(0.5, tmp_path / "gone.jpg"), Match(0.25, tmp_path / "wide.jpg")])
-    ((copy, caption),) = found
-    assert copy.width == 512 and caption == "0.250  wide.jpg"
+    thumbnails = make_thumbnails([Match(0.5, tmp_path / "deleted.jpg"), Match(0.25, tmp_path / "wide.jpg")])
+    ((image, caption),) = thumbnails
+    assert image.width == 512 and caption == "0.250  wide.jpg"
 
 
-def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypatch):
+def test_catalog_contains_its_runs_and_folders_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_image_folder(tmp_path / "photos", 10)
     (tmp_path / "first").mkdir()
@@ -311,8 +314,8 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
     (tmp_path / "other" / "photos").mkdir(parents=True)
     folders = [tmp_path / "photos", tmp_path / "other" / "photos"]
     catalog = Catalog(tmp_path / "first", folders, runs_dir=tmp_path / "runs", **settings)
-    assert catalog.runs == {"first": tmp_path / "first"}  # visitors see no way from the machine's root
-    assert catalog.galleries == ["photos", "photos (2)", OWN_PHOTOS]
+    assert catalog.runs == {"first": tmp_path / "first"}  # visitors see no absolute path
+    assert catalog.galleries == ["photos", "photos (2)", RUN_PHOTOS]
     assert list(catalog.folders.values()) == folders
     with pytest.raises(KeyError):
         catalog.searcher("/etc")
@@ -320,7 +323,7 @@ def test_a_shelf_offers_its_runs_and_folders_and_nothing_else(tmp_path, monkeypa
         Catalog(None, [], runs_dir=tmp_path / "runs", **settings)
 
 
-def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_paths(tmp_path):
+def test_model_precedes_a_run_of_the_same_name_and_messages_contain_no_paths(tmp_path):
     (tmp_path / "runs" / "clip").mkdir(parents=True)
     settings = {"split": "test", "data_dir": None, "options": {}, "runs_dir": tmp_path / "none"}
     (tmp_path / "Pictures").mkdir()
@@ -333,7 +336,7 @@ def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_pa
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("arguments", "substrings"),
     [
         (["--auth", "me"], ["--auth", "NAME:PASSWORD"]),
         (["--port", 0], ["--port", "0"]),
@@ -343,7 +346,7 @@ def test_a_pair_keeps_its_place_beside_a_run_of_its_name_and_messages_hold_no_pa
         ([], ["no runs in runs/", "python train.py"]),
     ],
 )
-def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, parts):
+def test_wrong_arguments_are_a_one_line_error(tmp_path, monkeypatch, arguments, substrings):
     monkeypatch.chdir(tmp_path)
-    line = one_line_error(run_in_process("app.py", *words))
-    assert all(part in line for part in parts), line
+    line = one_line_error(run_in_process("app.py", *arguments))
+    assert all(substring in line for substring in substrings), line
