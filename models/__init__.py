@@ -1,4 +1,4 @@
-"""Image and text towers by name, assembled into a CLIPModel; what is frozen, adapted or split; checkpoints.
+"""Towers by name, assembled into a CLIPModel; freezing, adapters and splitting of the trunk; checkpoints.
 
 The nn.Modules themselves are in modules.py.
 """

@@ -28,7 +28,7 @@ def local_or_name(name: str) -> str:
 def offline_if_unreachable() -> None:
     """Make the hub's libraries use only their local cache, and so fail immediately, if the hub does not respond.
 
-    `local_files_only=True` would not suffice: timm does not pass it on.
+    `local_files_only=True` is not enough: timm does not accept it, and transformers still retries the connection.
     """
     constants = huggingface_hub.constants
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

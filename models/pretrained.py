@@ -1,6 +1,6 @@
-"""Pretrained pairs of towers (CLIP, SigLIP, Chinese-CLIP, AltCLIP, ALIGN ...), each half with its projection.
+"""Pretrained dual encoders of transformers (CLIP, SigLIP, Chinese-CLIP, AltCLIP, ALIGN ...) as two towers.
 
-They are transformers' own dual encoders, with their own preprocessing and tokenizer.
+Each tower includes its projection to the shared space. Preprocessing and tokenizer are those of the dual encoder.
 """
 
 import copy
@@ -22,7 +22,7 @@ from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, 
 from models.image_size import require_image_size
 from modules import ImageEncoder, TextEncoder
 
-KNOWN = (
+KNOWN_DUAL_ENCODERS = (  # for suggestions in error messages; other names work too
     "openai/clip-vit-base-patch32",
     "openai/clip-vit-base-patch16",
     "openai/clip-vit-large-patch14",
@@ -38,84 +38,89 @@ KNOWN = (
     "BAAI/AltCLIP",
     "kakaobrain/align-base",
 )
-FIXED_LENGTH = ("siglip", "siglip2")  # read the last position, padding included, and know no mask (arXiv 2303.15343)
+# Model types that pool the last position, padding included, and take no attention mask (arXiv 2303.15343).
+FIXED_LENGTH = ("siglip", "siglip2")
+INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}  # PIL's codes
 
 
 class PretrainedDualEncoder(NamedTuple):
-    """Both towers of a pretrained pair, and what else it brings."""
+    """Both towers of a pretrained dual encoder, its tokenizer and its learned scale."""
 
     image_encoder: ImageEncoder
     text_encoder: TextEncoder
     tokenizer: PreTrainedTokenizerBase
-    specification: dict  # of both towers, for pair_from
+    specification: dict  # for dual_encoder_from_spec
     temperature: float
     bias: float | None
 
 
 class DualEncoderImageSide(nn.Module):
-    """Normalised pixels (B, 3, H, W) to a pair's projected image features (B, D)."""
+    """Normalized pixels (B, 3, H, W) to the projected image features (B, D) of a dual encoder."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = _half(model, "text")
-        vision = getattr(model.config, "vision_config", None)
-        self.patch = vision.patch_size if model.config.model_type == "siglip2" else None
+        self.model = _without_children(model, "text")
+        vision_config = getattr(model.config, "vision_config", None)
+        self.patch_size = vision_config.patch_size if model.config.model_type == "siglip2" else None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if self.patch is None:
-            return _rows(self.model.get_image_features(pixel_values=pixels))
-        # This one takes photos of any shape, as a list of patches (B, patches, patch * patch * 3).
-        high, wide = (side // self.patch for side in pixels.shape[2:])
-        patches = pixels.unflatten(2, (high, self.patch)).unflatten(4, (wide, self.patch)).permute(0, 2, 4, 3, 5, 1)
-        patches = patches.reshape(len(pixels), high * wide, -1)
-        return _rows(
+        if self.patch_size is None:
+            return _pooled_features(self.model.get_image_features(pixel_values=pixels))
+        # SigLIP 2 takes images of any shape, as a sequence of patches (B, rows * columns, patch_size**2 * 3).
+        size = self.patch_size
+        rows, columns = (side // size for side in pixels.shape[2:])
+        patches = pixels.unflatten(2, (rows, size)).unflatten(4, (columns, size)).permute(0, 2, 4, 3, 5, 1)
+        patches = patches.reshape(len(pixels), rows * columns, -1)
+        return _pooled_features(
             self.model.get_image_features(
                 pixel_values=patches,
                 pixel_attention_mask=torch.ones(patches.shape[:2], dtype=torch.long, device=pixels.device),
-                spatial_shapes=torch.tensor([[high, wide]] * len(pixels), device=pixels.device),
+                spatial_shapes=torch.tensor([[rows, columns]] * len(pixels), device=pixels.device),
             )
         )
 
 
 class DualEncoderTextSide(nn.Module):
-    """Token ids, padded on the right, and mask (M, L) to a pair's projected text features (M, D)."""
+    """Token ids, padded on the right, and mask (M, L) to the projected text features (M, D) of a dual encoder."""
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
-        self.model, self.config = _half(model, "vision", "visual"), model.config
+        self.model, self.config = _without_children(model, "vision", "visual"), model.config
         self.pad_id, self.pads_left = tokenizer.pad_token_id, tokenizer.padding_side == "left"
-        fixed = model.config.model_type in FIXED_LENGTH
-        self.length = model.config.text_config.max_position_embeddings if fixed else None
+        has_fixed_length = model.config.model_type in FIXED_LENGTH
+        self.fixed_length = model.config.text_config.max_position_embeddings if has_fixed_length else None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.length is not None:
-            input_ids = F.pad(input_ids, (0, self.length - input_ids.shape[1]), value=self.pad_id)
-            if self.pads_left:  # what stands last, the padding, moves to the front
-                places = torch.arange(self.length, device=input_ids.device) + attention_mask.sum(1, keepdim=True)
-                input_ids = input_ids.gather(1, places % self.length)
-            return _rows(self.model.get_text_features(input_ids=input_ids))
-        return _rows(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
+        if (length := self.fixed_length) is not None:
+            input_ids = F.pad(input_ids, (0, length - input_ids.shape[1]), value=self.pad_id)
+            if self.pads_left:  # rotate each row so that the padding comes first
+                positions = torch.arange(length, device=input_ids.device) + attention_mask.sum(1, keepdim=True)
+                input_ids = input_ids.gather(1, positions % length)
+            return _pooled_features(self.model.get_text_features(input_ids=input_ids))
+        return _pooled_features(self.model.get_text_features(input_ids=input_ids, attention_mask=attention_mask))
 
 
 def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEncoder:
-    """A pretrained pair by its name on the hub, or from a folder as the hub's downloader leaves it.
+    """Load a pretrained dual encoder from the hub, or from a local folder in the layout of the hub.
 
-    image_size None takes the pair's own. Raises ValueError, FileNotFoundError or ConnectionError.
+    image_size None selects the size that it was trained at. Raises ValueError, FileNotFoundError or ConnectionError.
     """
     source = local_or_name(name)
     if not Path(source).is_dir():
         if "/" not in name:
-            raise ValueError(f"no pair {name!r}: neither a folder nor a hub's OWNER/NAME{_meant(name)}")
+            raise ValueError(
+                f"unknown dual encoder {name!r}: pass a local folder or OWNER/NAME on the hub{_suggestions(name)}"
+            )
         offline_if_unreachable()
     try:
-        model, specification, own_size = _load(source, image_size)
+        model, specification, default_size = _load(source, image_size)
         tokenizer = load_tokenizer(source)
-    except Exception as error:  # transformers lets every library below it raise its own
-        raise loading_error("pair", name, error, flag="--model", advice=_meant(name)) from None
-    temperature, bias = _learned_scale(model)
-    images, texts = _towers(model, tokenizer, specification)
-    require_image_size(images, name, advice=f"--image-size {own_size}")
-    return PretrainedDualEncoder(images, texts, tokenizer, specification, temperature, bias)
+    except Exception as error:  # the libraries that transformers calls raise many types
+        raise loading_error("dual encoder", name, error, flag="--model", advice=_suggestions(name)) from None
+    temperature, bias = _pop_learned_scale(model)
+    image_encoder, text_encoder = _build_towers(model, tokenizer, specification)
+    require_image_size(image_encoder, name, advice=f"--image-size {default_size}")
+    return PretrainedDualEncoder(image_encoder, text_encoder, tokenizer, specification, temperature, bias)
 
 
 def is_dual_encoder_spec(specification: dict) -> bool:
@@ -126,57 +131,58 @@ def is_dual_encoder_spec(specification: dict) -> bool:
 def dual_encoder_from_spec(
     specification: dict, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[ImageEncoder, TextEncoder]:
-    """The towers of a specification and a transformers configuration, their weights still random."""
+    """Build the towers of a specification and a transformers configuration with random weights."""
     model = AutoModel.from_config(config, trust_remote_code=False)
-    _learned_scale(model)
-    return _towers(model, tokenizer, specification)
+    _pop_learned_scale(model)
+    return _build_towers(model, tokenizer, specification)
 
 
 def _load(source, image_size):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     kind = type(AutoConfig.from_pretrained(source)).__name__.removesuffix("Config")
-    model, report = AutoModel.from_pretrained(source, output_loading_info=True)
+    model, loading_info = AutoModel.from_pretrained(source, output_loading_info=True)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
-        raise ValueError(f"it is a {kind}, no pair of towers: give it as --text-encoder")
-    require_weights(report["missing_keys"], report["unexpected_keys"])
+        raise ValueError(f"it is a {kind}, not a dual encoder: pass it with --text-encoder")
+    require_weights(loading_info["missing_keys"], loading_info["unexpected_keys"])
     model = model.float().eval()  # some weights are stored in half precision
     processor = transformers.AutoImageProcessor.from_pretrained(source)
-    preprocess = _view(processor, getattr(model.config, "vision_config", None))
+    preprocess = _preprocess_of(processor, getattr(model.config, "vision_config", None))
     return model, _specification(processor, preprocess.resized(image_size)), preprocess.size
 
 
 def _specification(processor, preprocess):
-    normalises = getattr(processor, "do_normalize", True)
+    normalizes = getattr(processor, "do_normalize", True)
     return {
         "dual_encoder": True,
-        "mean": list(processor.image_mean) if normalises else [0.0] * 3,
-        "std": list(processor.image_std) if normalises else [1.0] * 3,
+        "mean": list(processor.image_mean) if normalizes else [0.0] * 3,
+        "std": list(processor.image_std) if normalizes else [1.0] * 3,
         "preprocess": asdict(preprocess),
     }
 
 
-def _view(processor, vision):
-    """The processor's geometry: a shortest edge and the middle cut out, or the photo squeezed into a square."""
-    interpolation = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "area"}
+def _preprocess_of(processor, vision_config):
+    """Convert an image processor: it resizes the shorter side and crops the center, or resizes to a square."""
     resample = getattr(processor, "resample", None)
-    method = "bicubic" if resample is None else interpolation.get(int(resample), "bicubic")
-    if (patches := getattr(processor, "max_num_patches", None)) is not None:  # any shape: here a square of as many
-        return Preprocess(math.isqrt(patches) * vision.patch_size, None, method)
+    interpolation = "bicubic" if resample is None else INTERPOLATIONS.get(int(resample), "bicubic")
+    # This processor preserves the aspect ratio; here it is replaced by a square of as many patches.
+    if (patches := getattr(processor, "max_num_patches", None)) is not None:
+        return Preprocess(math.isqrt(patches) * vision_config.patch_size, None, interpolation)
     size = {key: value for key, value in dict(getattr(processor, "size", None) or {}).items() if value}
     crop = {key: value for key, value in dict(getattr(processor, "crop_size", None) or {}).items() if value}
     edge = size.get("shortest_edge")
     if edge is None:
-        return Preprocess(size.get("height") or vision.image_size, None, method)
-    final = (crop.get("height") if getattr(processor, "do_center_crop", False) else None) or edge
-    return Preprocess(final, max(edge, final), method)
+        return Preprocess(size.get("height") or vision_config.image_size, None, interpolation)
+    final_size = (crop.get("height") if getattr(processor, "do_center_crop", False) else None) or edge
+    return Preprocess(final_size, max(edge, final_size), interpolation)
 
 
-def _learned_scale(model):
-    """The pair's temperature and bias, taken out of it: the whole model has its own."""
+def _pop_learned_scale(model):
+    """Remove the learned temperature and bias from the model, and return them: CLIPModel has its own."""
     scale, bias = getattr(model, "logit_scale", None), getattr(model, "logit_bias", None)
     temperature = 0.07 if scale is None else math.exp(-scale.item())
-    if scale is None and isinstance(getattr(model, "temperature", None), nn.Parameter):  # ALIGN's divides already
+    # ALIGN learns the temperature itself, not the logarithm of its inverse.
+    if scale is None and isinstance(getattr(model, "temperature", None), nn.Parameter):
         temperature = model.temperature.item()
     for name in ("logit_scale", "logit_bias", "temperature"):
         if isinstance(getattr(model, name, None), nn.Parameter):
@@ -184,32 +190,38 @@ def _learned_scale(model):
     return temperature, None if bias is None else bias.item()
 
 
-def _towers(model, tokenizer, specification):
-    images, texts = DualEncoderImageSide(model), DualEncoderTextSide(model, tokenizer)
-    text = model.config.text_config
-    dim = getattr(model.config, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size
+def _build_towers(model, tokenizer, specification):
+    image_side, text_side = DualEncoderImageSide(model), DualEncoderTextSide(model, tokenizer)
+    text_config = model.config.text_config
+    dim = getattr(model.config, "projection_dim", None) or getattr(text_config, "projection_size", None)
+    dim = dim or text_config.hidden_size
     preprocess = Preprocess.from_specification(specification)
     mean, std = specification["mean"], specification["std"]
-    image_encoder = ImageEncoder(images, dim=dim, mean=mean, std=std, preprocess=preprocess)
-    return image_encoder, TextEncoder(texts, pooling="own", dim=dim)
+    image_encoder = ImageEncoder(image_side, dim=dim, mean=mean, std=std, preprocess=preprocess)
+    return image_encoder, TextEncoder(text_side, pooling="own", dim=dim)
 
 
-def _half(model, *prefixes):
-    """The model without the children of one side; what is left is shared, not copied."""
-    half = copy.copy(model)
-    half._modules = {name: child for name, child in model._modules.items() if not name.startswith(prefixes)}
-    return half
+def _without_children(model, *prefixes):
+    """Return a shallow copy without the child modules of one side; it shares the remaining ones with the model."""
+    side = copy.copy(model)
+    side._modules = {name: child for name, child in model._modules.items() if not name.startswith(prefixes)}
+    return side
 
 
-def _rows(features):
-    """transformers 5 returns a record, earlier ones the rows."""
-    return features if isinstance(features, Tensor) else features.pooler_output
+def _pooled_features(output):
+    """Return the features (B, D): transformers 5 returns them in a record, earlier versions directly."""
+    return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _meant(name):
-    """The known pairs that look like `name`, in brackets."""
+def _suggestions(name):
+    """Return the known names similar to `name`, as text in parentheses; "" if there are none."""
     word = name.lower().rpartition("/")[2]
-    likeness = {known: difflib.SequenceMatcher(None, word, known.lower().rpartition("/")[2]) for known in KNOWN}
-    near = [known for known in KNOWN if likeness[known].ratio() > 0.6 or word[:4] in known.lower()]
-    near = sorted(near, key=lambda known: -likeness[known].ratio())[:3] if len(word) > 3 and name not in KNOWN else []
-    return f" (did you mean {', '.join(near)}?)" if near else ""
+    if len(word) <= 3 or name in KNOWN_DUAL_ENCODERS:
+        return ""
+    similarity = {
+        known: difflib.SequenceMatcher(None, word, known.lower().rpartition("/")[2]).ratio()
+        for known in KNOWN_DUAL_ENCODERS
+    }
+    similar = [known for known in KNOWN_DUAL_ENCODERS if similarity[known] > 0.6 or word[:4] in known.lower()]
+    similar = sorted(similar, key=lambda known: -similarity[known])[:3]
+    return f" (did you mean {', '.join(similar)}?)" if similar else ""

@@ -158,7 +158,7 @@ def _image_processor(image_encoder, preprocess):
     mean, std = (getattr(image_encoder, name).flatten().tolist() for name in ("mean", "std"))
     options = {"image_mean": mean, "image_std": std, "resample": resample}
     square = {"height": preprocess.size, "width": preprocess.size}
-    if patch := image_encoder.backbone.patch:
+    if patch := image_encoder.backbone.patch_size:
         return transformers.Siglip2ImageProcessor(
             patch_size=patch, max_num_patches=(preprocess.size // patch) ** 2, **options
         )

@@ -1,26 +1,27 @@
-"""Tiny models of the dual encoders that transformers knows, each with its tokenizer and image processor."""
+"""Tiny dual encoders of transformers with random weights, each with its tokenizer and image processor."""
 
 import transformers
 from helpers import tiny_tokenizer
 
 VISION = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TEXT = VISION | {"hidden_size": 16}
-SQUEEZED = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
+SQUARE = {"size": {"height": 32, "width": 32}, "do_center_crop": False}
 
 
 def clip_tokenizer():
-    """A byte-pair tokenizer in CLIP's own form, its vocabulary single letters."""
-    letters = [chr(code) for code in range(33, 127)]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return transformers.CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[])
+    """Return a byte-pair tokenizer of CLIP whose vocabulary is single characters."""
+    characters = [chr(code) for code in range(33, 127)]
+    tokens = [*characters, *(f"{character}</w>" for character in characters), "<|startoftext|>", "<|endoftext|>"]
+    return transformers.CLIPTokenizer(vocab={token: token_id for token_id, token in enumerate(tokens)}, merges=[])
 
 
 def clip():
     tokenizer = clip_tokenizer()
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = TEXT | ends | {"vocab_size": len(tokenizer), "max_position_embeddings": 60}
+    special_tokens = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = transformers.CLIPConfig(
-        text_config=text, vision_config=VISION | {"image_size": 32, "patch_size": 8}, projection_dim=12
+        text_config=TEXT | special_tokens | {"vocab_size": len(tokenizer), "max_position_embeddings": 60},
+        vision_config=VISION | {"image_size": 32, "patch_size": 8},
+        projection_dim=12,
     )
     processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     return transformers.CLIPModel(config), tokenizer, processor
@@ -33,7 +34,7 @@ def chinese_clip():
         vision_config=VISION | {"image_size": 32, "patch_size": 8},
         projection_dim=12,
     )
-    return transformers.ChineseCLIPModel(config), tokenizer, transformers.ChineseCLIPImageProcessor(**SQUEEZED)
+    return transformers.ChineseCLIPModel(config), tokenizer, transformers.ChineseCLIPImageProcessor(**SQUARE)
 
 
 def siglip():
@@ -42,7 +43,7 @@ def siglip():
         text_config=TEXT | {"vocab_size": len(tokenizer), "max_position_embeddings": 20, "projection_size": 24},
         vision_config=VISION | {"image_size": 32, "patch_size": 8},
     )
-    return transformers.SiglipModel(config), tokenizer, transformers.SiglipImageProcessor(**SQUEEZED)
+    return transformers.SiglipModel(config), tokenizer, transformers.SiglipImageProcessor(**SQUARE)
 
 
 def siglip2():
@@ -59,7 +60,7 @@ def siglip2():
 
 
 def alt_clip():
-    """A pair whose text side is XLM-RoBERTa: the multilingual kind."""
+    """Return a multilingual dual encoder: its text side is XLM-RoBERTa."""
     tokenizer = tiny_tokenizer()
     config = transformers.AltCLIPConfig(
         text_config=TEXT
@@ -72,7 +73,7 @@ def alt_clip():
 
 
 def bert_and_vit():
-    """Any two towers that transformers has joined."""
+    """Return a dual encoder that transformers assembled from two single towers."""
     tokenizer = tiny_tokenizer()
     config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(
         transformers.ViTConfig(**VISION, image_size=32, patch_size=8),
@@ -82,7 +83,7 @@ def bert_and_vit():
     return (
         transformers.VisionTextDualEncoderModel(config),
         tokenizer,
-        transformers.ViTImageProcessor(size=SQUEEZED["size"]),
+        transformers.ViTImageProcessor(size=SQUARE["size"]),
     )
 
 

@@ -197,12 +197,15 @@ def test_a_missing_checkpoint_is_named(tmp_path):
 def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(tmp_path):
     model = tiny_model()[0]
     for change, key in (
-        (lambda weights: weights.pop("text_head.norm.bias"), "lacks text_head.norm.bias"),
-        (lambda weights: weights.update(extra=torch.ones(1)), "does not know extra"),
-        (lambda weights: weights.update(logit_scale=torch.ones(2)), "another shape for logit_scale [2] instead of []"),
-        (lambda weights: weights.update(logit_scale=5.0), "no plain tensor for logit_scale"),
-        (lambda weights: weights.update(logit_scale=torch.ones((), dtype=torch.int64)), "no plain tensor for logit"),
-        (lambda weights: weights.update(logit_scale=torch.ones((), device="meta")), "no plain tensor for logit_scale"),
+        (lambda weights: weights.pop("text_head.norm.bias"), "missing tensors: text_head.norm.bias"),
+        (lambda weights: weights.update(extra=torch.ones(1)), "unexpected tensors: extra"),
+        (
+            lambda weights: weights.update(logit_scale=torch.ones(2)),
+            "size mismatch: logit_scale has shape [2] instead of []",
+        ),
+        (lambda weights: weights.update(logit_scale=5.0), "invalid tensors: logit_scale"),
+        (lambda weights: weights.update(logit_scale=torch.ones((), dtype=torch.int64)), "invalid tensors: logit"),
+        (lambda weights: weights.update(logit_scale=torch.ones((), device="meta")), "invalid tensors: logit_scale"),
     ):
         weights = dict(model.state_dict())
         change(weights)
@@ -330,7 +333,7 @@ def test_a_checkpoint_without_a_model_is_one_line(trained):
 def test_a_model_of_other_dimensions_is_refused(trained):
     folder, _ = trained
     write_config(folder, dataclasses.replace(read_config(folder), embed_dim=8))
-    assert "another shape" in one_line(lambda: load_run(folder))
+    assert "size mismatch" in one_line(lambda: load_run(folder))
 
 
 @pytest.mark.parametrize(

@@ -288,7 +288,7 @@ def test_the_arguments_in_a_folders_config_shape_the_tower_and_its_saved_copy(im
 
 
 def test_a_text_model_given_as_the_image_tower_is_named_as_such(text_tower):
-    assert "is it a text model or a pair?" in one_line(lambda: image_encoder(text_tower), ValueError)
+    assert "is it a text model or a dual encoder?" in one_line(lambda: image_encoder(text_tower), ValueError)
 
 
 def test_an_image_model_given_as_the_text_tower_is_named_as_such(image_tower):
