@@ -1,7 +1,7 @@
-"""Every setting of a training run, with its default: those of `python train.py --dataset flickr8k`.
+"""All settings of a training run with their defaults, which are those of `python train.py --dataset flickr8k`.
 
-Edit a default here, or override it for one run with a flag: `--alpha 0.2 --batch-size 64 --no-pretrained`. What differs
-for the sample set, for other data and for pretrained dual encoders stands below Config.
+Edit a default here, or override it for one run with a flag: `--alpha 0.2 --batch-size 64 --no-pretrained`. The tables
+below Config contain other values for the sample set, for other data and for pretrained dual encoders.
 """
 
 import math
@@ -15,58 +15,58 @@ class Config:
 
     # Data
     dataset: str = "sample"  # "sample", "flickr8k", "flickr30k", "coco", a folder or caption file, or OWNER/NAME (hub)
-    data_dir: str | None = None  # where the data set is on disk; without it a named one is downloaded with kagglehub
+    data_dir: str | None = None  # folder of the data set; without it a named data set is downloaded with kagglehub
     allow_bad_rows: bool = False  # continue although more than 5 % of the caption rows cannot be used
-    split_seed: int = 0  # decides which images are held out where the data set brings no split
-    cache_images: bool = False  # keep photos decoded at training size in cache_dir; for machines with few cores
-    image_size: int | None = None  # pixels; None is the size the image tower was trained at (ResNet50: 224)
-    captions_per_image: int = 2  # captions drawn for each image of a batch, out of all it has
+    split_seed: int = 0  # seed of the split into training, validation and test photos, if the data set has none
+    cache_images: bool = False  # cache photos, decoded and resized, in cache_dir; for machines with few cores
+    image_size: int | None = None  # pixels; None: the size at which the image tower was trained (ResNet50: 224)
+    captions_per_image: int = 2  # captions that are drawn for each photo of a batch
     max_tokens: int = 64  # longer captions are truncated
-    augment: bool = True  # random crops and horizontal flips ("left" and "right" are swapped in the captions)
-    min_crop: float = 0.6  # smallest share of a photo's area that a random crop keeps; 1 never crops
+    augment: bool = True  # random crops and horizontal flips, which swap "left" and "right" in the captions
+    min_crop: float = 0.6  # smallest share of a photo's area that a random crop contains; 1: no crops
 
     # Model
     model: str | None = None  # a pretrained dual encoder instead of two towers: CLIP, SigLIP, ...; a name or folder
     image_encoder: str = "resnet50"  # a timm model, or a folder or file with its weights
     text_encoder: str = "sentence-transformers/all-mpnet-base-v2"  # a transformers model, a folder, or "scratch"
-    pretrained: bool = True  # False: random weights; the text tower is then "scratch", small, with its own vocabulary
+    pretrained: bool = True  # False: random weights; the text tower is then "scratch": small, with its own vocabulary
     freeze_image: bool = False  # do not train the image tower
-    freeze_text: bool = False  # do not train the text tower; with both frozen, training runs on cached features
+    freeze_text: bool = False  # do not train the text tower; if both are frozen, the heads train on cached features
     unfreeze_image_stages: int | None = 1  # train only the last stages of the image tower (ResNet50 has 4); None: all
     unfreeze_text_layers: int | None = 6  # train only the last layers of the text tower (MPNet has 12); None: all
-    cached_views: int = 4  # augmented views per photo whose frozen activations are cached on disk; 0 caches nothing
-    lora: int = 0  # rank of low-rank adapters (LoRA, needs peft) that train instead of the towers' weights; 0 is none
+    cached_views: int = 4  # augmented views per photo whose frozen activations are cached on disk; 0: no cache
+    lora: int = 0  # rank of low-rank adapters (LoRA, needs peft) that train instead of the towers' weights; 0: none
     freeze_epochs: int = 8  # train only the heads in the first epochs, then the towers too
-    fold_batch_norm: bool = True  # fold pretrained batch norms, their statistics fixed, into the convolutions (faster)
+    fold_batch_norm: bool = True  # fold pretrained batch norms, with fixed statistics, into the convolutions (faster)
     image_pooling: str = "own"  # POOLINGS in modules.py: own (the backbone's), mean, max or gpo over regions
     text_pooling: str = "mean"  # POOLINGS in modules.py: mean, max, gpo over tokens, or cls
     image_head: str = "auto"  # HEADS in modules.py: residual, linear, adaptor, none; auto: residual, with --model none
     text_head: str = "auto"  # as image_head
     embed_dim: int = 1024  # dimensions of the shared space
     dropout: float = 0.5  # in the projection heads
-    image_feature_dropout: float = 0.3  # on the image features, before their head; helps where the tower is frozen
+    image_feature_dropout: float = 0.3  # on the image features, before the head; helps if the image tower is frozen
     word_dropout: float = 0.1  # share of a caption's tokens that are masked in training
-    start_from: str | None = None  # a run's folder: training starts from its best weights and its towers
+    start_from: str | None = None  # a run folder: start from its towers and its best weights
 
-    # Evaluation and search; `evaluate.py --as-trained` measures without
-    eval_image_scale: float = 8 / 7  # photos are read this many times larger than in training (arXiv 1906.06423)
+    # Evaluation and search; `evaluate.py --as-trained` uses neither
+    eval_image_scale: float = 8 / 7  # image size relative to that of training (arXiv 1906.06423)
     tta_flip: bool = True  # average the embeddings of a photo and its mirror image
 
     # Objective: a main term over all pairs of the batch + alpha * triplet margin loss
     objective: str = "info_nce"  # OBJECTIVES in training/objectives.py: info_nce, sigmoid, cosine, soft
     softness: float = 0.2  # of "soft": share of the targets that follows the similarity of images and of captions
-    cosine_margin: float = 0.2  # of "cosine": negatives below this cosine cost nothing
-    alpha: float = 1.0  # weight of the triplet term; 0 leaves it out
-    alpha_warmup_epochs: float = 2.0  # alpha grows from 0: hardest negatives mislead an untrained model
-    negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # in the batch, for the triplet term
+    cosine_margin: float = 0.2  # of "cosine": negatives below this cosine add no loss
+    alpha: float = 1.0  # weight of the triplet term; 0: no triplet term
+    alpha_warmup_epochs: float = 2.0  # alpha grows from 0, because hardest negatives mislead an untrained model
+    negatives: Literal["hardest", "semi-hard", "all"] = "hardest"  # of the triplet term, within the batch
     distance: Literal["euclidean", "cosine"] = "euclidean"  # of the triplet term: between unit vectors, or 1 - cosine
-    margin: float = 0.2  # in that distance
-    temperature: float = 0.07  # initial value of the learned temperature; it divides the cosines
+    margin: float = 0.2  # in units of `distance`
+    temperature: float = 0.07  # initial value of the learned temperature, which divides the cosines
 
     # Optimisation
-    epochs: int = 13  # passes over the training images
-    batch_size: int = 256  # images; each brings its captions, all others are negatives
-    micro_batch_size: int | None = None  # images in memory at a time; smaller needs less memory, and takes longer
+    epochs: int = 13  # passes over the training photos
+    batch_size: int = 256  # photos; the captions of all other photos in the batch are negatives
+    micro_batch_size: int | None = None  # photos in memory at a time; fewer need less memory and more time
     lr_image: float = 3e-4  # peak learning rate of the image tower
     lr_text: float = 4e-4  # ... of the text tower
     lr_heads: float = 1e-3  # ... of the projection heads and the temperature
@@ -75,15 +75,15 @@ class Config:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
 
     # Run
-    name: str | None = None  # the run's folder in runs_dir; without it, the data set and the time
-    runs_dir: str = "runs"  # checkpoints, logs and pictures of runs
-    cache_dir: str = "cache"  # cached features, token ids and photos; safe to delete
+    name: str | None = None  # folder name of the run in runs_dir; default: the data set and the time
+    runs_dir: str = "runs"  # folder for checkpoints, logs and plots of runs
+    cache_dir: str = "cache"  # folder for cached features, token ids and photos; safe to delete
     seed: int = 0  # of weights, order, crops and dropout
-    save_every_steps: int | None = None  # steps between checkpoints within an epoch; one is written after each epoch
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" takes the GPU if there is one
+    save_every_steps: int | None = None  # steps between checkpoints, in addition to the one after each epoch
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" selects the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is in float32
-    compile: bool = False  # torch.compile the image tower: faster steps after a wait; needs a C++ compiler
-    num_workers: int = -1  # processes that load photos; -1 decides by the cores and the device
+    compile: bool = False  # torch.compile the image tower: faster steps after compilation; needs a C++ compiler
+    num_workers: int = -1  # processes that load photos; -1 selects by the number of cores and the device
 
     def __post_init__(self):
         for names, bounds, is_valid in BOUNDS:
@@ -100,24 +100,26 @@ class Config:
 
     def _check_combinations(self):
         if self.model is not None and (self.image_pooling, self.text_pooling) != ("own", "mean"):
-            raise ValueError("--model brings its own pooling: leave out --image-pooling and --text-pooling")
+            raise ValueError("--model has its own pooling: leave out --image-pooling and --text-pooling")
         if self.lora and (self.unfreeze_image_stages or self.unfreeze_text_layers):
             raise ValueError(
                 "--lora trains adapters in whole towers: leave out --unfreeze-image-stages and --unfreeze-text-layers"
             )
         if self.word_dropout and self.freeze_text:
-            raise ValueError("--word-dropout needs a text tower that trains: leave it or --freeze-text out")
+            raise ValueError(
+                "--word-dropout needs a text tower that trains: pass --word-dropout 0, or leave out --freeze-text"
+            )
         if self.cached_views and not (self.freeze_image or self.unfreeze_image_stages):
             raise ValueError(
                 "--cached-views caches activations of frozen stages: add --unfreeze-image-stages 1, or --freeze-image"
             )
         if self.cached_views > 1 and not self.augment:
-            raise ValueError("--no-augment leaves one view of a photo: --cached-views 1")
+            raise ValueError("--no-augment makes all views of a photo equal: add --cached-views 1")
         if self.freeze_image and self.freeze_text:
             if self.lora:
                 raise ValueError("--lora has no tower to adapt: leave out --freeze-image or --freeze-text")
             if self.heads == ("none", "none"):
-                raise ValueError("nothing is left to train: add --image-head adaptor --text-head adaptor")
+                raise ValueError("there is nothing to train: add --image-head adaptor --text-head adaptor")
 
     @property
     def bias(self) -> float | None:
@@ -132,14 +134,14 @@ class Config:
 
     @property
     def views(self) -> int:
-        """Cached views per photo, 0 where photos are read anew; two frozen towers need one."""
+        """Cached views per photo, at least 1 if both towers are frozen; 0 if photos are loaded in every epoch."""
         return self.cached_views or int(self.freeze_image and self.freeze_text)
 
 
-# What differs for other data: field -> (the default above that it replaces, the value). A default that you have edited
-# above wins over these tables, a flag over both. The first lines of a run say which values came from here.
+# Values for other data: field -> (the default above that it replaces, the value). A default that you edited above has
+# priority over these tables, and a flag over both. The first lines of a run print which values are from here.
 
-OWN_PHOTOS = {  # a folder, a caption file, a hub's data set, flickr30k, coco: both towers train from end to end
+OWN_PHOTOS = {  # a folder, a caption file, a data set of the hub, flickr30k, coco: both towers train end to end
     "text_encoder": ("sentence-transformers/all-mpnet-base-v2", "distilbert-base-uncased"),
     "unfreeze_image_stages": (1, None),
     "unfreeze_text_layers": (6, None),
@@ -171,16 +173,16 @@ SAMPLE = OWN_PHOTOS | {  # small towers from scratch: no download, and minutes o
     "lr_text": (4e-4, 1e-3),
     "lr_heads": (1e-3, 1e-3),
 }
-PRETRAINED_DUAL_ENCODER = OWN_PHOTOS | {  # --model: it can do the task already, and large steps make it forget
+PRETRAINED_DUAL_ENCODER = OWN_PHOTOS | {  # --model: trained for this task already; large steps would destroy that
     "lr_image": (3e-4, 5e-6),
     "lr_text": (4e-4, 5e-6),
 }
-# Flags that decide what trains: with one of them, flickr8k takes OWN_PHOTOS too.
+# Flags that change what trains: with one of them, flickr8k uses OWN_PHOTOS too.
 FLAGS_WITHOUT_RECIPE = ("--start-from", "--no-pretrained", "--freeze-image", "--freeze-text", "--lora")
 
 
 def preset_name(dataset: str, model: str | None = None, *, recipe: bool = True) -> str | None:
-    """The name of the table above that applies to a data set, or None: flickr8k trains with Config's own defaults."""
+    """Return the name of the table above that applies to a data set; None if the defaults of Config apply."""
     if model is not None:
         return "PRETRAINED_DUAL_ENCODER"
     if dataset == "sample":
@@ -189,7 +191,7 @@ def preset_name(dataset: str, model: str | None = None, *, recipe: bool = True) 
 
 
 def preset_values(name: str | None) -> dict:
-    """The values of a table above that apply: those whose default in Config has not been edited."""
+    """Return the values of a table above, without the fields whose default in Config was edited."""
     table = {} if name is None else globals()[name]
     return {
         field: value
@@ -199,11 +201,11 @@ def preset_values(name: str | None) -> dict:
 
 
 def default_config(dataset: str, model: str | None = None, *, recipe: bool = True) -> Config:
-    """The configuration before any flag: Config's defaults with what differs for this data set."""
+    """Return the configuration for a data set without any flags."""
     return Config(dataset=dataset, model=model, **preset_values(preset_name(dataset, model, recipe=recipe)))
 
 
-# What weights and towers are: no flag can change it once they are trained.
+# Fields that determine the towers and the shapes of their weights: no flag can change them after training.
 ARCHITECTURE = (
     "model",
     "image_encoder",
@@ -216,10 +218,10 @@ ARCHITECTURE = (
     "text_head",
     "embed_dim",
 )
-# What a run that starts from another takes over from it.
+# Fields that a run with --start-from copies from the other run.
 MODEL_FIELDS = (*ARCHITECTURE, "image_size", "eval_image_scale", "tta_flip", "lora")
 
-# Fields and flags that were called otherwise in version 1: old name -> name.
+# Fields and flags that version 1 called differently: old name -> new name.
 RENAMED = {
     "image_stages": "unfreeze_image_stages",
     "text_layers": "unfreeze_text_layers",
@@ -228,7 +230,7 @@ RENAMED = {
     "search_mirrored": "tta_flip",
 }
 
-BOUNDS = (  # fields, what they must be, and the test of it
+BOUNDS = (  # fields, description of the valid values, test
     ("captions_per_image epochs batch_size embed_dim", "at least 1", lambda v: v >= 1),
     ("unfreeze_image_stages unfreeze_text_layers save_every_steps", "at least 1", lambda v: v is None or v >= 1),
     ("image_size", "at least 16", lambda v: v is None or v >= 16),

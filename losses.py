@@ -1,4 +1,4 @@
-"""The objectives: pure functions of embeddings or of a similarity matrix, images in rows, at least in float32."""
+"""The losses: pure functions of embeddings or of a cosine matrix with images in rows, in float32 or more."""
 
 from typing import NamedTuple
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Below this the squared distance of unit vectors is rounding, and the slope of its root goes to infinity.
+# A smaller squared distance of unit vectors is rounding error, where the gradient of the square root is unbounded.
 MIN_SQUARED_DISTANCE = 1e-12
 
 
 class LossTerms(NamedTuple):
-    """The objective and its two terms, each (): total = main + alpha * triplet."""
+    """An objective and its two terms, each (): total = main + alpha * triplet."""
 
     total: Tensor
     main: Tensor
@@ -19,7 +19,7 @@ class LossTerms(NamedTuple):
 
     @property
     def info_nce(self) -> Tensor:
-        """The main term by its name where that is InfoNCE."""
+        """The main term, for objectives where it is InfoNCE."""
         return self.main
 
 
@@ -33,10 +33,10 @@ def contrastive_loss(
     alpha: float,
     margin: float,
 ) -> LossTerms:
-    """Add InfoNCE and alpha times the hardest-negative triplet loss, in float32 under autocast too.
+    """Compute InfoNCE plus alpha times the hardest-negative triplet loss, in float32 even under autocast.
 
     image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives.
-    With alpha 0 the triplet term is still reported, but carries no gradient and costs no backward pass.
+    With alpha 0 the triplet term is reported, but has no gradient and costs no backward pass.
     """
     with torch.autocast(image_emb.device.type, enabled=False):
         image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
@@ -47,121 +47,122 @@ def contrastive_loss(
 
 
 def positive_mask(image_ids: Tensor, caption_image_ids: Tensor) -> Tensor:
-    """Mark the captions of each image: image_ids (B,), caption_image_ids (M,) -> (B,M) bool."""
+    """Return whether each caption belongs to each image: image_ids (B,), caption_image_ids (M,) -> (B,M) bool."""
     return image_ids[:, None] == caption_image_ids
 
 
 def info_nce(sim: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
-    """Average the two directions' cross entropies to targets uniform over the positives -> ().
+    """Cross entropy to targets uniform over the positives, averaged over both directions -> ().
 
-    sim (B,M) cosines, positives (B,M) bool; temperature divides. Every row and every column needs a positive, else
-    the loss is nan. With one caption per image this is CLIP's loss (arXiv 2103.00020, fig. 3).
+    sim (B,M) cosines, positives (B,M) bool; temperature divides. Every row and column needs a positive, otherwise the
+    loss is nan. With one caption per image this is CLIP's loss (arXiv 2103.00020, fig. 3).
     """
     logits = at_least_float32(sim) / temperature
     return (_uniform_cross_entropy(logits, positives) + _uniform_cross_entropy(logits.T, positives.T)) / 2
 
 
 def _uniform_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
-    """Mean over rows of the cross entropy to the target uniform over the row's positives -> ()."""
-    # Filled, not multiplied by the mask: a logit of -inf times 0 would be nan.
+    """Cross entropy to the target uniform over a row's positives, averaged over rows -> ()."""
+    # masked_fill instead of a product with the mask: -inf * 0 would be nan.
     positive_logit = logits.masked_fill(~positives, 0).sum(1) / positives.sum(1)
     return (logits.logsumexp(1) - positive_logit).mean()
 
 
 def sigmoid_loss(sim: Tensor, positives: Tensor, temperature: float | Tensor, bias: float | Tensor) -> Tensor:
-    """Ask of every pair on its own whether it belongs together: -log sigmoid(±(sim / temperature + bias)) -> ().
+    """Binary cross entropy of every pair: -log sigmoid(±(sim / temperature + bias)) -> ().
 
-    sim (B,M) cosines, positives (B,M) bool. Summed over the images, mean over the captions (SigLIP, arXiv 2303.15343,
-    eq. 1, whose batch has one caption per image).
+    sim (B,M) cosines, positives (B,M) bool. The sum over images is averaged over captions (SigLIP, arXiv 2303.15343,
+    eq. 1, where a batch has one caption per image).
     """
     logits = at_least_float32(sim) / temperature + bias
     return -F.logsigmoid(torch.where(positives, logits, -logits)).sum(0).mean()
 
 
 def cosine_margin_loss(sim: Tensor, positives: Tensor, margin: float) -> Tensor:
-    """Half of 1 - s for a pair, half of max(0, s - margin) for the others -> ().
+    """Half of 1 - s for positives plus half of max(0, s - margin) for negatives -> ().
 
-    sim (B,M) cosines, positives (B,M) bool. Mean over a caption's images, then over the others, their sum's mean over
-    the captions: so that many negatives do not drown the positives (for the pairs: Chopra, Hadsell and LeCun, CVPR
-    2005; the form is that of torch's cosine_embedding_loss).
+    sim (B,M) cosines, positives (B,M) bool. For each caption, positives and negatives are averaged separately, so that
+    many negatives do not outweigh the positives; then the mean over captions. The form is that of torch's
+    cosine_embedding_loss (contrastive pairs: Chopra, Hadsell and LeCun, CVPR 2005).
     """
     sim = at_least_float32(sim)
-    own = ((1 - sim) * positives).sum(0) / positives.sum(0).clamp(min=1)
-    other = ((sim - margin).relu() * ~positives).sum(0) / (~positives).sum(0).clamp(min=1)
-    return (own + other).mean() / 2
+    positive_loss = ((1 - sim) * positives).sum(0) / positives.sum(0).clamp(min=1)
+    negative_loss = ((sim - margin).relu() * ~positives).sum(0) / (~positives).sum(0).clamp(min=1)
+    return (positive_loss + negative_loss).mean() / 2
 
 
 def soft_info_nce(
     image_emb: Tensor, text_emb: Tensor, positives: Tensor, temperature: float | Tensor, softness: float
 ) -> Tensor:
-    """InfoNCE to targets of which a share goes by resemblance among photos and among captions -> ().
+    """InfoNCE with soft targets, a share of which follows the similarity of images and of captions -> ().
 
-    image_emb (B,D), text_emb (M,D) unit rows, positives (B,M) bool, every caption of one image. Targets carry no
-    gradient. Softness 0 is info_nce (SoftCLIP, arXiv 2303.17561, eq. 5-7, before its further terms).
+    image_emb (B,D), text_emb (M,D) unit rows, positives (B,M) bool, where each caption belongs to one image. Targets
+    have no gradient. Softness 0 is info_nce (SoftCLIP, arXiv 2303.17561, eq. 5-7, without its further terms).
     """
-    of_image, of_text = resembling(image_emb, text_emb, positives)
-    rows, columns = (
-        soft_cross_entropy(anchors @ others.T, same, own @ others_own.T, temperature, softness)
-        for anchors, others, same, own, others_own in (
-            (image_emb, text_emb, positives, of_image, of_text),
-            (text_emb, image_emb, positives.T, of_text, of_image),
+    image_features, text_features = similarity_features(image_emb, text_emb, positives)
+    image_loss, caption_loss = (
+        soft_cross_entropy(anchors @ others.T, is_positive, features @ other_features.T, temperature, softness).mean()
+        for anchors, others, is_positive, features, other_features in (
+            (image_emb, text_emb, positives, image_features, text_features),
+            (text_emb, image_emb, positives.T, text_features, image_features),
         )
     )
-    return (rows.mean() + columns.mean()) / 2
+    return (image_loss + caption_loss) / 2
 
 
-def resembling(image_emb: Tensor, text_emb: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (B,2D) and (M,2D) whose products say how image i resembles caption m: half how it resembles m's image, half
-    how its own captions, on average, resemble m. Without gradient."""
+def similarity_features(image_emb: Tensor, text_emb: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features of images (B,2D) and captions (M,2D), without gradient, whose products are the soft targets.
+
+    For image i and caption m, the product is the mean of two similarities: the cosine of i with the image of m, and the
+    mean cosine of the captions of i with m.
+    """
     image_emb, text_emb = image_emb.detach(), text_emb.detach()
-    shares = positives.to(image_emb.dtype)
-    captions = (shares @ text_emb) / shares.sum(1, keepdim=True).clamp(min=1)  # (B, D)
-    images = shares.T @ image_emb  # (M, D)
-    return torch.cat([image_emb, captions], 1) / 2**0.5, torch.cat([images, text_emb], 1) / 2**0.5
+    weights = positives.to(image_emb.dtype)
+    caption_means = (weights @ text_emb) / weights.sum(1, keepdim=True).clamp(min=1)  # (B, D)
+    own_images = weights.T @ image_emb  # (M, D)
+    return torch.cat([image_emb, caption_means], 1) / 2**0.5, torch.cat([own_images, text_emb], 1) / 2**0.5
 
 
 def soft_cross_entropy(
-    sim: Tensor, positives: Tensor, resemblance: Tensor, temperature: float | Tensor, softness: float
+    sim: Tensor, positives: Tensor, target_sim: Tensor, temperature: float | Tensor, softness: float
 ) -> Tensor:
-    """Cross entropy of rows to (1 - softness) × uniform over positives + softness × softmax of resemblance -> (R,).
+    """Cross entropy to (1 - softness) * uniform over positives + softness * softmax of target_sim, per row -> (R,).
 
-    sim, resemblance (R,C) cosines, positives (R,C) bool; temperature divides both.
+    sim, target_sim (R,C) cosines, positives (R,C) bool; temperature divides both.
     """
     logits = sim / temperature
-    fixed = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    target_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
     uniform = positives.to(sim.dtype) / positives.sum(1, keepdim=True)
-    target = (1 - softness) * uniform + softness * (resemblance / fixed).softmax(1)
+    target = (1 - softness) * uniform + softness * (target_sim / target_temperature).softmax(1)
     return logits.logsumexp(1) - (target * logits).sum(1)
 
 
 def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: str = "euclidean") -> Tensor:
-    """Average max(0, margin + d(positive) - d(hardest negative)) over the positive pairs, both ways -> ().
+    """Mean of max(0, margin + d(positive) - d(hardest negative)) over the positive pairs, in both directions -> ().
 
-    sim (B,M) cosines of unit vectors, positives (B,M) bool, margin in the distance: "euclidean", that of torch's
-    triplet_margin_loss, or "cosine", 1 - cosine. A row or column without negatives adds 0. Hardest in batch as in
-    VSE++ (arXiv 1707.05612, eq. 6), but over every caption of an image.
+    sim (B,M) cosines of unit vectors, positives (B,M) bool, margin in units of the distance: "euclidean", as in torch's
+    triplet_margin_loss, or "cosine", 1 - cosine. A row or column without negatives adds 0. The hardest negative in the
+    batch is that of VSE++ (arXiv 1707.05612, eq. 6), here for every caption of an image.
     """
     sim = at_least_float32(sim)
-    # A row of positives only gets -inf, a negative infinitely far away: it never violates the margin.
+    # Without negatives the maximum is -inf: an infinite distance, which never violates the margin.
     negatives = sim.masked_fill(positives, -torch.inf)
-    hardest_caption, hardest_image = (
-        negatives.max(dim, keepdim=True).values
-        for dim in (1, 0)  # (B, 1), (1, M)
-    )
+    hardest_caption = negatives.max(1, keepdim=True).values  # (B, 1)
+    hardest_image = negatives.max(0, keepdim=True).values  # (1, M)
     near = _distance(sim, distance)
     violation = (margin + near - _distance(hardest_caption, distance)).relu()
     violation = violation + (margin + near - _distance(hardest_image, distance)).relu()  # (B, M)
-    # Masked, not gathered: on a GPU the host would have to wait to learn how many positives there are.
+    # Masked instead of gathered: to gather, the host would wait for the GPU to count the positives.
     return (violation * positives).sum() / (2 * positives.sum())
 
 
 def triplet_from_cosines(
     positive: Tensor, hardest_caption: Tensor, hardest_image: Tensor, margin: float, *, distance: str = "euclidean"
 ) -> Tensor:
-    """Average the margin violations of positive pairs, given their cosines and their hardest negatives' -> ().
+    """Compute hardest_triplet from the cosines of P positive pairs and of their hardest negatives -> ().
 
-    positive, hardest_caption, hardest_image (P,): the pair's own cosine, that of its image with the hardest negative
-    caption, and that of its caption with the hardest negative image; -inf where there is none.
+    positive (P,): cosine of image and caption. hardest_caption (P,): that of the image with its hardest negative
+    caption. hardest_image (P,): that of the caption with its hardest negative image. -inf if there is no negative.
     """
     near = _distance(positive, distance)
     by_image = (margin + near - _distance(hardest_caption, distance)).relu().mean()
@@ -172,26 +173,27 @@ def triplet_from_cosines(
 def mined_triplet(
     sim: Tensor, positives: Tensor, margin: float, *, negatives: str, distance: str = "euclidean"
 ) -> Tensor:
-    """The triplet term over "all" or the nearest "semi-hard" negatives of each positive pair, both ways -> ().
+    """Triplet loss with "all" or "semi-hard" negatives of each positive pair, in both directions -> ().
 
-    sim, positives, margin and distance as in hardest_triplet; see violations for the two kinds. Memory O(M * M).
+    sim, positives, margin and distance as in hardest_triplet, negatives as in margin_violations. Memory O(M * M).
     """
     sim = at_least_float32(sim)
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
-    pairs = sim[image, caption]
+    positive = sim[image, caption]
     settings = {"negatives": negatives, "distance": distance}
-    by_image = violations(sim.index_select(0, image), pairs, ~positives[image], margin, **settings)
-    by_caption = violations(sim.T.index_select(0, caption), pairs, ~positives.T[caption], margin, **settings)
+    by_image = margin_violations(sim.index_select(0, image), positive, ~positives[image], margin, **settings)
+    by_caption = margin_violations(sim.T.index_select(0, caption), positive, ~positives.T[caption], margin, **settings)
     return (by_image.mean() + by_caption.mean()) / 2
 
 
-def violations(
+def margin_violations(
     sim: Tensor, positive: Tensor, is_negative: Tensor, margin: float, *, negatives: str, distance: str
 ) -> Tensor:
-    """How far each positive pair, positive (P,), violates the margin among its anchor's sim, is_negative (P,C) -> (P,).
+    """Compute the triplet loss of each positive pair -> (P,).
 
+    positive (P,): cosine of the pair; sim, is_negative (P,C): cosines of its anchor, and which of them are negatives.
     "all": the mean over all negatives (VSE0 of arXiv 1707.05612, eq. 5, as a mean). "semi-hard": the nearest negative
-    that is farther than the positive, 0 where there is none (FaceNet, arXiv 1503.03832, section 3.2).
+    that is farther than the positive, 0 if there is none (FaceNet, arXiv 1503.03832, section 3.2).
     """
     near, far = _distance(positive, distance)[:, None], _distance(sim, distance)  # (P, 1), (P, C)
     if negatives == "all":
@@ -201,11 +203,12 @@ def violations(
 
 
 def _distance(cosine: Tensor, kind: str) -> Tensor:
-    """Of unit vectors from their cosine: 1 - cosine, or Euclidean with a finite slope at cosine 1."""
+    """Convert cosines of unit vectors to 1 - cosine, or to Euclidean distances with a finite gradient at cosine 1."""
     if kind == "cosine":
         return 1 - cosine
     return (2 - 2 * cosine).clamp(min=MIN_SQUARED_DISTANCE).sqrt()
 
 
 def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32; float32 and float64 are unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

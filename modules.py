@@ -1,6 +1,6 @@
-"""The dual encoder: an image tower, a text tower, and a projection head on each into one shared space.
+"""The dual encoder: an image tower and a text tower, each with a head that projects to one shared space.
 
-Poolings and heads are the two tables POOLINGS and HEADS: a new one is a class or function and a line there.
+To add a pooling or a head, write a function or class and add a line to the table POOLINGS or HEADS.
 """
 
 import math
@@ -16,23 +16,24 @@ from data.preprocess import Preprocess
 __all__ = ["HEADS", "POOLINGS", "CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
-LENGTH_BUCKET, GPU_LENGTH_BUCKET = 64, 256  # captions of similar length encoded together: few tokens are padding
-ATTENTIONS = ("sdpa", "eager")  # of transformers, whose masks are a bool or added to the scores
-GPO_POSITIONS, GPO_HIDDEN = 32, 32  # of GPO's position code and its GRU, as in the authors' code
+LENGTH_BUCKET, GPU_LENGTH_BUCKET = 64, 256  # captions of similar length per forward pass: less padding
+ATTENTIONS = ("sdpa", "eager")  # implementations of transformers whose masks are boolean or additive
+POSITION_EMBEDDINGS = ("position_embeddings", "position_embedding")  # names in the backbones of transformers
+GPO_POSITIONS, GPO_HIDDEN = 32, 32  # dimensions of GPO's position codes and its GRU, as in the authors' code
 
 
 def cls_pool(features: Tensor, mask: Tensor) -> Tensor:
-    """Take the first token: features (M, L, D), mask (M, L) -> (M, D)."""
+    """Return the first token: features (M, L, D), mask (M, L) -> (M, D)."""
     return features[:, 0]
 
 
 def max_pool(features: Tensor, mask: Tensor) -> Tensor:
-    """Maximum over the entries that mask marks: (M, L, D), (M, L) -> (M, D)."""
+    """Maximum over the entries where mask is 1: (M, L, D), (M, L) -> (M, D)."""
     return features.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(1)
 
 
 def mean_pool(features: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the entries that mask marks: (M, L, D), (M, L) -> (M, D)."""
+    """Mean over the entries where mask is 1: (M, L, D), (M, L) -> (M, D)."""
     weights = mask.unsqueeze(-1).to(features.dtype)
     return (features * weights).sum(1) / weights.sum(1).clamp(min=1)
 
@@ -56,8 +57,8 @@ class GeneralizedPooling(nn.Module):
         return torch.einsum("mld,ml->md", ranked, self._weights(lengths, features.shape[1]).to(features.dtype))
 
     def _weights(self, lengths, max_length):
-        """Weight of each rank for sequences of these lengths: (M,) -> (M, max_length)."""
-        distinct, inverse = lengths.unique(return_inverse=True)  # sequences of one length share their weights
+        """Return the weight of each rank for sequences of these lengths: (M,) -> (M, max_length)."""
+        distinct, inverse = lengths.unique(return_inverse=True)  # sequences of equal length have the same weights
         codes = _position_codes(max_length, device=lengths.device).expand(len(distinct), -1, -1)
         packed = nn.utils.rnn.pack_padded_sequence(codes, distinct.cpu(), batch_first=True, enforce_sorted=False)
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=max_length)
@@ -67,14 +68,14 @@ class GeneralizedPooling(nn.Module):
 
 
 def _position_codes(length, *, device):
-    """Sinusoidal codes of the ranks, (length, GPO_POSITIONS) (arXiv 1706.03762, section 3.5)."""
+    """Return sinusoidal codes of the ranks, (length, GPO_POSITIONS) (arXiv 1706.03762, section 3.5)."""
     rank = torch.arange(length, device=device).unsqueeze(1)
     rate = torch.exp(torch.arange(0, GPO_POSITIONS, 2, device=device) * (-math.log(10000.0) / GPO_POSITIONS))
     return torch.stack([(rank * rate).sin(), (rank * rate).cos()], 2).flatten(1)
 
 
-# Name -> what makes the pooling of a tower with `dim` features: (M, L, D), (M, L) -> (M, D).
-# "own" is the backbone's built-in pooling; a backbone that returns (B, D) needs no other.
+# Name -> factory: from a tower's `dim` to a pooling (M, L, D), (M, L) -> (M, D).
+# "own" is the pooling inside the backbone, which then returns (B, D).
 POOLINGS: dict[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None] = {
     "own": None,
     "mean": lambda dim: mean_pool,
@@ -85,9 +86,9 @@ POOLINGS: dict[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]] | None] 
 
 
 class Tower(nn.Module):
-    """An encoder that can be frozen: it then gets no gradients and stays in eval mode, batch norm included.
+    """An encoder that can be frozen: it then has no gradients and stays in eval mode, including its batch norms.
 
-    A learned pooling belongs to the head: it trains on a frozen backbone too.
+    A learned pooling counts as part of the head: it trains even if the backbone is frozen.
     """
 
     def __init__(self, backbone: nn.Module, *, dim: int, pooling: str):
@@ -99,12 +100,12 @@ class Tower(nn.Module):
         self.freeze(False)
 
     def freeze(self, frozen: bool, *, trainable: Collection[str] | None = None) -> None:
-        """Freeze the backbone, or let all of it train, or only the parameters named in `trainable`."""
+        """Freeze the backbone, or unfreeze all of it or only the parameters named in `trainable`."""
         self.frozen, self.trainable = frozen, trainable
         self.freeze_temporarily(self.temporarily_frozen)
 
     def freeze_temporarily(self, temporarily_frozen: bool) -> None:
-        """Freeze the backbone for the first epochs, or release what `freeze` lets train."""
+        """Freeze the whole backbone, or restore the state set by `freeze`."""
         self.temporarily_frozen = temporarily_frozen
         for name, parameter in self.backbone.named_parameters():
             parameter.requires_grad_(not self.is_frozen and (self.trainable is None or name in self.trainable))
@@ -112,7 +113,7 @@ class Tower(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether no parameter of the backbone trains at present."""
+        """Whether the whole backbone is frozen now, permanently or temporarily."""
         return self.frozen or self.temporarily_frozen
 
     def train(self, mode: bool = True):
@@ -123,15 +124,15 @@ class Tower(nn.Module):
             for module in self.backbone.modules():
                 frozen = not any(parameter.requires_grad for parameter in module.parameters(recurse=False))
                 if frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()  # a frozen norm must not update its statistics either
+                    module.eval()  # a frozen norm must not update its running statistics
         return self
 
 
 class ImageEncoder(Tower):
-    """Images to pooled features of a timm backbone, never its class logits.
+    """Pooled features of a timm backbone, without its classifier: images (B, 3, H, W) -> (B, dim).
 
-    images (B, 3, H, W): uint8, or float in 0..1; mean and std are applied here, so that every caller does the same.
-    `preprocess` turns a photo into (H, W). Returns (B, dim).
+    images are uint8, or float in 0..1. They are normalized with mean and std here, so that all callers agree.
+    `preprocess` describes how a photo is resized to (H, W).
     """
 
     def __init__(
@@ -146,8 +147,7 @@ class ImageEncoder(Tower):
     ):
         # channels_last: faster convolutions on CPU and GPU
         super().__init__(backbone.to(memory_format=torch.channels_last), dim=dim, pooling=pooling)
-        # (frozen prefix, trainable suffix or None) once models/trunk_split.py has split the backbone; a tuple, so that
-        # its modules are not registered twice.
+        # trunk_parts: set by models/trunk_split.py; a tuple, so that the modules are not registered a second time.
         self.preprocess, self.trunk_parts = preprocess, None
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -156,8 +156,10 @@ class ImageEncoder(Tower):
         return self._pooled(self.backbone(self._normalized(images)))
 
     def forward_frozen(self, images: Tensor) -> Tensor:
-        """Activations of the frozen prefix, in the precision it computes in: pooled features (B, dim), tokens
-        (B, R, C), or a feature map (B, H, W, C), channels last as convolutions hold it in memory."""
+        """Return the activations of the frozen prefix, in the dtype of its computation.
+
+        They are pooled features (B, dim), tokens (B, R, C), or a feature map (B, H, W, C), channels last as in memory.
+        """
         prefix, suffix = self.trunk_parts
         activations = prefix(self._normalized(images))
         if suffix is None and not isinstance(self.pool, nn.Module):
@@ -165,7 +167,7 @@ class ImageEncoder(Tower):
         return activations.movedim(1, -1) if activations.ndim == 4 else activations
 
     def forward_trainable(self, activations: Tensor) -> Tensor:
-        """Activations of `forward_frozen` through the trainable suffix -> (B, dim)."""
+        """Apply the trainable suffix to the activations of `forward_frozen` -> (B, dim)."""
         suffix = self.trunk_parts[1]
         if suffix is None and not isinstance(self.pool, nn.Module):
             return activations
@@ -190,10 +192,7 @@ class ImageEncoder(Tower):
 
 
 class TextEncoder(Tower):
-    """Captions to pooled features of a transformers backbone; padding is on the right.
-
-    input_ids, attention_mask (M, L). Returns (M, dim).
-    """
+    """Pooled features of a transformers backbone: input_ids, attention_mask (M, L), padded on the right -> (M, dim)."""
 
     def __init__(self, backbone: nn.Module, *, pooling: str, dim: int | None = None):
         super().__init__(backbone, dim=dim or backbone.config.hidden_size, pooling=pooling)
@@ -201,15 +200,15 @@ class TextEncoder(Tower):
 
     @property
     def max_tokens(self) -> int | None:
-        """The number of positions that the backbone has embeddings for; None where there is no such limit."""
+        """Number of positions for which the backbone has embeddings; None if there is no limit."""
         for name, module in self.backbone.named_modules():
-            if isinstance(module, nn.Embedding) and name.endswith(("position_embeddings", "position_embedding")):
-                # RoBERTa's positions start behind the padding index
+            if isinstance(module, nn.Embedding) and name.split(".")[-1] in POSITION_EMBEDDINGS:
+                # RoBERTa's positions start after the padding index
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return None
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """lengths: the number of tokens of each caption, where the host knows it; a GPU need not be asked then."""
+        """Encode in buckets of similar length; on a GPU only with `lengths` (tokens per caption), to avoid a wait."""
         size = GPU_LENGTH_BUCKET if input_ids.is_cuda else LENGTH_BUCKET
         if len(input_ids) <= size or (input_ids.is_cuda and lengths is None):
             return self._encode(input_ids, attention_mask)
@@ -224,19 +223,19 @@ class TextEncoder(Tower):
             attention_mask = self._drop_tokens(attention_mask)
         mask = _expand_mask(attention_mask, self.backbone) if attention_mask.is_cuda else attention_mask
         hidden = self.backbone(input_ids=input_ids, attention_mask=mask)
-        # a dual encoder's text side returns (M, dim), pooled already; others a record with (M, L, dim)
+        # The text side of a dual encoder returns pooled features (M, dim), other backbones a record with (M, L, dim).
         return hidden if self.pool is None else self.pool(hidden.last_hidden_state, attention_mask)
 
     def _drop_tokens(self, attention_mask):
-        """The mask (M, L) without random tokens; the first and last, [CLS] and [SEP], always stay."""
-        kept = torch.rand(attention_mask.shape, device=attention_mask.device) >= self.word_dropout
+        """Mask random tokens in the mask (M, L), except the first and the last, [CLS] and [SEP]."""
+        remains = torch.rand(attention_mask.shape, device=attention_mask.device) >= self.word_dropout
         position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        kept |= (position == 0) | (position == attention_mask.sum(1, keepdim=True) - 1)
-        return attention_mask * kept
+        remains |= (position == 0) | (position == attention_mask.sum(1, keepdim=True) - 1)
+        return attention_mask * remains
 
 
 def _expand_mask(attention_mask, backbone):
-    """The mask as transformers' attention takes it, (M, 1, L, L): of a mask (M, L) it asks the GPU whether all is 1."""
+    """Expand a mask (M, L) to (M, 1, L, L), as attention uses it: transformers would wait for the GPU to check it."""
     attention = getattr(backbone.config, "_attn_implementation", None)
     if not hasattr(sys.modules[type(backbone).__module__], "create_bidirectional_mask") or attention not in ATTENTIONS:
         return attention_mask
@@ -247,7 +246,7 @@ def _expand_mask(attention_mask, backbone):
 
 
 class ProjectionHead(nn.Module):
-    """Tower features (*, in_dim) to the shared space (*, out_dim): linear, then a residual block, then LayerNorm."""
+    """Tower features (*, in_dim) to the shared space (*, out_dim): linear, residual block, LayerNorm."""
 
     def __init__(self, in_dim: int, out_dim: int, dropout: float = 0.0):
         super().__init__()
@@ -292,12 +291,12 @@ class AdaptorHead(nn.Module):
 
 
 class IdentityHead(nn.Identity):
-    """The tower's own space, unchanged."""
+    """Tower features, unchanged."""
 
-    keeps_dim = True  # its output has the tower's dimensions
+    keeps_dim = True  # the output has as many dimensions as the tower
 
 
-# Name -> class, called with (in_dim, out_dim, dropout).
+# Name -> class with the constructor arguments (in_dim, out_dim, dropout).
 HEADS: dict[str, type[nn.Module]] = {
     "residual": ProjectionHead,
     "linear": LinearHead,
@@ -307,9 +306,9 @@ HEADS: dict[str, type[nn.Module]] = {
 
 
 class CLIPModel(nn.Module):
-    """Both towers with their heads, a learned temperature and, where `bias` gives its initial value, a learned bias.
+    """Both towers with their heads, a learned temperature and, unless `bias` is None, a learned bias.
 
-    The shared space has embed_dim dimensions, or those of a tower whose head keeps them ("none", "adaptor").
+    The shared space has embed_dim dimensions, or those of a tower whose head preserves them ("none", "adaptor").
     Training and search call the same encode_image and encode_text, which return unit vectors in float32.
     """
 
@@ -328,14 +327,12 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         heads = [_look_up(HEADS, name, "head") for name in (image_head, text_head)]
-        kept = [
-            tower.dim
-            for head, tower in zip(heads, (image_encoder, text_encoder), strict=True)
-            if head.__dict__.get("keeps_dim")
-        ]
-        self.embed_dim = embed_dim = kept[-1] if kept else embed_dim
-        if kept and kept[0] != embed_dim:
-            raise ValueError(f"the image head keeps its tower's {kept[0]} dimensions, the other has {embed_dim}")
+        towers = zip(heads, (image_encoder, text_encoder), strict=True)
+        fixed_dims = [tower.dim for head, tower in towers if getattr(head, "keeps_dim", False)]
+        self.embed_dim = embed_dim = fixed_dims[-1] if fixed_dims else embed_dim
+        if fixed_dims and fixed_dims[0] != embed_dim:
+            dims = f"the image tower has {fixed_dims[0]} dimensions and the text tower {embed_dim}"
+            raise ValueError(f"both heads keep the dimensions of their towers, but {dims}: choose another head for one")
         self.image_head = heads[0](image_encoder.dim, embed_dim, dropout)
         self.text_head = heads[1](text_encoder.dim, embed_dim, dropout)
         self.logit_bias = None
@@ -344,16 +341,16 @@ class CLIPModel(nn.Module):
 
     @property
     def temperature(self) -> Tensor:
-        """What the cosines are divided by, ()."""
+        """Divisor of the cosines, ()."""
         return (-self.logit_scale).exp()
 
     @property
     def bias(self) -> Tensor | float:
-        """What is added to the scaled cosines, (); 0 where none is learned."""
+        """Bias that is added to the scaled cosines, (); 0.0 if none is learned."""
         return 0.0 if self.logit_bias is None else self.logit_bias
 
     def use_bias(self, initial: float | None) -> None:
-        """Learn a bias, starting at `initial` unless there is one already; None removes it."""
+        """Add a learned bias with this initial value, unless there is one already; None removes it."""
         if initial is None or self.logit_bias is None:
             start = self.logit_scale.detach().clone()  # on the model's device
             self.logit_bias = None if initial is None else nn.Parameter(start.fill_(initial))
@@ -375,7 +372,7 @@ class CLIPModel(nn.Module):
         return F.normalize(self.text_head(features).float(), dim=-1)
 
     def forward(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """A batch of images and captions, or of cached features -> image_emb (B, D), text_emb (M, D)."""
+        """Encode a batch of images and captions, or of cached features -> image_emb (B, D), text_emb (M, D)."""
         if "pixels" in batch:
             image_emb = self.encode_image(batch["pixels"])
         else:
@@ -385,7 +382,7 @@ class CLIPModel(nn.Module):
         return image_emb, self.project_text(batch["text_features"])
 
     def freeze_towers_temporarily(self, temporarily_frozen: bool) -> None:
-        """Freeze both towers for the first epochs, or release what trains of them."""
+        """Freeze both towers, or restore the states set by `freeze`; used in the first epochs."""
         for tower in (self.image_encoder, self.text_encoder):
             if tower.temporarily_frozen != temporarily_frozen:
                 tower.freeze_temporarily(temporarily_frozen)
@@ -400,11 +397,11 @@ class CLIPModel(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep the logit scale, 1 / temperature, at or below MAX_LOGIT_SCALE; called after each step."""
+        """Limit the logit scale, 1 / temperature, to MAX_LOGIT_SCALE; called after each optimizer step."""
         self.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
 
 def _look_up(table, name, kind):
     if name not in table:
-        raise ValueError(f"no {kind} {name!r}: choose one of {', '.join(table)}")
+        raise ValueError(f"unknown {kind} {name!r}: choose one of {', '.join(table)}")
     return table[name]

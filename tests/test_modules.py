@@ -1,16 +1,28 @@
-"""The model: unit rows in float32, one answer however a photo or caption comes, and towers that stay frozen."""
+"""The model: its embeddings, temperature, dropout and frozen towers."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import tiny_model
+from helpers import open_data_of, tiny_model
 from torch import nn
 
 from models.trunk_split import split_trunk
-from modules import LENGTH_BUCKET, MAX_LOGIT_SCALE, CLIPModel, ImageEncoder, ProjectionHead, TextEncoder
+from modules import (
+    HEADS,
+    LENGTH_BUCKET,
+    MAX_LOGIT_SCALE,
+    POOLINGS,
+    CLIPModel,
+    ImageEncoder,
+    ProjectionHead,
+    TextEncoder,
+)
+from training.objectives import OBJECTIVES
+from training.trainer import train
 
 
 def generator(seed=0):
@@ -27,8 +39,8 @@ def captions(lengths=(6, 3, 1, 4), length=6):
     return input_ids * attention_mask, attention_mask
 
 
-class FixedText(nn.Module):
-    """A text backbone whose hidden states are given."""
+class FixedTextBackbone(nn.Module):
+    """A text backbone that always returns the same hidden states."""
 
     def __init__(self, hidden):
         super().__init__()
@@ -49,7 +61,7 @@ def test_embeddings_are_unit_rows_in_float32(training, precision):
         torch.testing.assert_close(emb.norm(dim=1), torch.ones(4), atol=1e-5, rtol=0)
 
 
-def test_training_and_search_share_one_path():
+def test_forward_equals_encode_image_and_encode_text():
     model = tiny_model()[0].eval()
     input_ids, attention_mask = captions()
     image_emb, text_emb = model({"pixels": pixels(), "input_ids": input_ids, "attention_mask": attention_mask})
@@ -57,7 +69,7 @@ def test_training_and_search_share_one_path():
     assert torch.equal(text_emb, model.encode_text(input_ids, attention_mask))
 
 
-def test_stored_features_give_the_embeddings_of_the_photos_and_captions():
+def test_embeddings_from_cached_features_equal_those_from_pixels_and_tokens():
     model = tiny_model()[0].eval()
     model.image_encoder.freeze(True)
     split_trunk(model.image_encoder)
@@ -72,7 +84,7 @@ def test_uint8_and_float_images_agree():
     torch.testing.assert_close(encoder(pixels()), encoder(pixels().float() / 255))
 
 
-def test_mean_and_std_are_applied_once_and_per_channel():
+def test_mean_and_std_are_applied_once_per_channel():
     encoder = ImageEncoder(nn.Identity(), dim=3, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 0.2))
     image = torch.rand(2, 3, 4, 4, generator=generator())
     for channel, (mean, std) in enumerate([(0.1, 0.5), (0.2, 0.25), (0.3, 0.2)]):
@@ -81,7 +93,7 @@ def test_mean_and_std_are_applied_once_and_per_channel():
 
 def test_mean_pooling_ignores_padding():
     hidden = torch.randn(2, 3, 4, generator=generator())
-    encoder = TextEncoder(FixedText(hidden), pooling="mean")
+    encoder = TextEncoder(FixedTextBackbone(hidden), pooling="mean")
     pooled = encoder(torch.zeros(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]]))
     torch.testing.assert_close(pooled[0], (hidden[0, 0] + hidden[0, 1]) / 2)
     torch.testing.assert_close(pooled[1], hidden[1].mean(0))
@@ -89,7 +101,7 @@ def test_mean_pooling_ignores_padding():
 
 def test_cls_pooling_takes_the_first_token():
     hidden = torch.randn(2, 3, 4, generator=generator())
-    encoder = TextEncoder(FixedText(hidden), pooling="cls")
+    encoder = TextEncoder(FixedTextBackbone(hidden), pooling="cls")
     assert torch.equal(encoder(torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3)), hidden[:, 0])
 
 
@@ -103,12 +115,12 @@ def test_padding_does_not_change_an_embedding(pooling):
     )
 
 
-def test_what_else_is_in_the_batch_does_not_change_an_embedding():
+def test_other_images_of_the_batch_do_not_change_an_embedding():
     model = tiny_model()[0].eval()
     torch.testing.assert_close(model.encode_image(pixels())[:1], model.encode_image(pixels()[:1]), atol=1e-5, rtol=0)
 
 
-def test_the_projection_head_is_a_residual_block_and_a_layer_norm():
+def test_projection_head_is_a_residual_block_and_a_layer_norm():
     head = ProjectionHead(6, 4, dropout=0.5).double().eval()
     nn.init.normal_(head.norm.weight)
     nn.init.normal_(head.norm.bias)
@@ -121,7 +133,7 @@ def test_the_projection_head_is_a_residual_block_and_a_layer_norm():
 
 
 @pytest.mark.parametrize(("dropout", "feature_dropout"), [(0.5, 0.0), (0.0, 0.5)])
-def test_dropout_acts_in_training_only(dropout, feature_dropout):
+def test_dropout_applies_in_training_mode_only(dropout, feature_dropout):
     head = ProjectionHead(6, 4, dropout=dropout)
     head.feature_dropout.p = feature_dropout
     x = torch.randn(50, 6, generator=generator())
@@ -130,13 +142,13 @@ def test_dropout_acts_in_training_only(dropout, feature_dropout):
 
 
 @pytest.mark.parametrize("temperature", [0.07, 0.5, 1.0])
-def test_the_temperature_starts_where_it_is_set(temperature):
+def test_temperature_starts_at_the_given_value(temperature):
     encoders = [tiny_model()[0].image_encoder, tiny_model()[0].text_encoder]
     model = CLIPModel(*encoders, embed_dim=2, dropout=0.0, temperature=temperature)
     assert model.temperature.item() == pytest.approx(temperature, rel=1e-6)
 
 
-def test_the_temperature_is_clamped_from_below_only():
+def test_temperature_is_clamped_from_below_only():
     model = tiny_model()[0]
     for scale, clamped in ((1e6, MAX_LOGIT_SCALE), (3.0, 3.0), (0.5, 0.5)):
         model.logit_scale.data.fill_(math.log(scale))
@@ -144,7 +156,7 @@ def test_the_temperature_is_clamped_from_below_only():
         assert 1 / model.temperature.item() == pytest.approx(clamped, rel=1e-5)
 
 
-def test_the_temperature_learns():
+def test_temperature_has_a_gradient():
     model = tiny_model()[0]
     model.temperature.backward()
     assert model.logit_scale.grad is not None and model.logit_scale.grad != 0
@@ -160,18 +172,18 @@ def train_one_step(model):
 
 
 @pytest.mark.parametrize("tower", ["image_encoder", "text_encoder"])
-def test_a_frozen_tower_keeps_every_tensor_through_a_training_step_and_the_other_learns(tower):
+def test_training_step_changes_no_tensor_of_a_frozen_tower_and_all_other_modules(tower):
     model = tiny_model(freeze_image=tower == "image_encoder", freeze_text=tower == "text_encoder")[0]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     train_one_step(model)
     changed = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
     assert not any(key.startswith(tower) for key in changed)
-    for part in {"image_encoder", "text_encoder", "image_head", "text_head"} - {tower}:
-        assert any(key.startswith(part) for key in changed)
+    for module in {"image_encoder", "text_encoder", "image_head", "text_head"} - {tower}:
+        assert any(key.startswith(module) for key in changed)
     assert tower != "text_encoder" or any("running_mean" in key for key in changed)
 
 
-def test_a_frozen_tower_stays_in_eval_mode_when_the_model_trains():
+def test_frozen_tower_stays_in_eval_mode_when_the_model_trains():
     model = tiny_model(freeze_image=True)[0].train()
     assert not any(module.training for module in model.image_encoder.modules())
     assert all(module.training for module in (*model.text_encoder.modules(), model.image_head, model))
@@ -179,7 +191,7 @@ def test_a_frozen_tower_stays_in_eval_mode_when_the_model_trains():
     assert not any(module.training for module in model.modules())
 
 
-def test_a_tower_can_be_let_train_again():
+def test_frozen_tower_can_be_unfrozen():
     model = tiny_model(freeze_image=True)[0].train()
     model.image_encoder.freeze(False)
     assert all(p.requires_grad for p in model.image_encoder.parameters())
@@ -187,51 +199,68 @@ def test_a_tower_can_be_let_train_again():
     assert model.image_encoder.backbone.training
 
 
-def test_mean_and_std_are_no_weights():
+def test_mean_and_std_are_not_in_the_state_dict():
     assert not {key for key in tiny_model()[0].state_dict() if key.endswith(("mean", "std")) and "running" not in key}
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls", "max", "gpo"])
-def test_captions_read_in_groups_of_similar_length_come_back_in_their_order(pooling):
+def test_captions_encoded_in_buckets_of_similar_length_are_returned_in_their_order(pooling):
     tower = tiny_model(pooling=pooling)[0].text_encoder.eval()
     lengths = torch.randint(1, 12, (2 * LENGTH_BUCKET + 5,), generator=generator()).tolist()
     input_ids, attention_mask = captions(lengths, 12)
     with torch.no_grad():
-        alone = [
-            tower(ids[None, :n], mask[None, :n])
-            for ids, mask, n in zip(input_ids, attention_mask, lengths, strict=True)
+        one_by_one = [
+            tower(ids[None, :length], mask[None, :length])
+            for ids, mask, length in zip(input_ids, attention_mask, lengths, strict=True)
         ]
-        torch.testing.assert_close(tower(input_ids, attention_mask), torch.cat(alone), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(tower(input_ids, attention_mask), torch.cat(one_by_one), atol=1e-5, rtol=1e-5)
 
 
-def test_words_are_dropped_in_training_but_never_the_first_token_nor_the_last(monkeypatch):
+def test_word_dropout_in_training_never_masks_the_first_or_last_token(monkeypatch):
     tower = tiny_model()[0].text_encoder
     lengths = torch.randint(1, 12, (2000,), generator=generator())
     input_ids, attention_mask = captions(lengths.tolist(), 12)
-    seen, forward = [], tower.backbone.forward
+    masks, forward = [], tower.backbone.forward
     monkeypatch.setattr(
-        tower.backbone, "forward", lambda **batch: seen.append(batch["attention_mask"]) or forward(**batch)
+        tower.backbone, "forward", lambda **batch: masks.append(batch["attention_mask"]) or forward(**batch)
     )
     monkeypatch.setattr("modules.LENGTH_BUCKET", len(lengths))
 
-    def read(mode):
-        tower.train(mode)(input_ids, attention_mask)
-        return seen.pop()
+    def mask_in_mode(training):
+        tower.train(training)(input_ids, attention_mask)
+        return masks.pop()
 
-    assert torch.equal(read(True), attention_mask)
+    assert torch.equal(mask_in_mode(True), attention_mask)
     tower.word_dropout = 0.3
-    mask, rows = read(True), torch.arange(len(lengths))
+    mask, rows = mask_in_mode(True), torch.arange(len(lengths))
     assert mask[:, 0].all() and mask[rows, lengths - 1].all() and not (mask * (1 - attention_mask)).any()
-    inner = attention_mask.sum() - attention_mask[:, 0].sum() - (lengths > 1).sum()
-    assert (attention_mask - mask).sum() / inner == pytest.approx(0.3, abs=0.03)
-    assert torch.equal(read(False), attention_mask)
+    inner_tokens = attention_mask.sum() - attention_mask[:, 0].sum() - (lengths > 1).sum()
+    assert (attention_mask - mask).sum() / inner_tokens == pytest.approx(0.3, abs=0.03)
+    assert torch.equal(mask_in_mode(False), attention_mask)
     tower.freeze(True)
-    assert torch.equal(read(True), attention_mask)
+    assert torch.equal(mask_in_mode(True), attention_mask)
 
 
-def test_captions_read_in_groups_are_padded_to_the_longest_of_their_group(monkeypatch):
+def test_each_bucket_of_captions_is_padded_to_its_longest(monkeypatch):
     tower = tiny_model()[0].text_encoder.eval()
-    seen, read = [], tower._encode
-    monkeypatch.setattr(tower, "_encode", lambda ids, mask: seen.append(tuple(ids.shape)) or read(ids, mask))
+    shapes, encode = [], tower._encode
+    monkeypatch.setattr(tower, "_encode", lambda ids, mask: shapes.append(tuple(ids.shape)) or encode(ids, mask))
     tower(*captions([3] * LENGTH_BUCKET + [9] * LENGTH_BUCKET + [5], 12))
-    assert seen == [(LENGTH_BUCKET, 9), (LENGTH_BUCKET, 5), (1, 3)]
+    assert shapes == [(LENGTH_BUCKET, 9), (LENGTH_BUCKET, 5), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("field", "known"),
+    [
+        ("image_head", HEADS),
+        ("text_head", HEADS),
+        ("image_pooling", POOLINGS),
+        ("text_pooling", POOLINGS),
+        ("objective", OBJECTIVES),
+    ],
+)
+def test_unknown_name_is_an_error_that_lists_the_known_ones_and_creates_no_run(tiny_config, field, known):
+    config = tiny_config(**{field: "none-such"})
+    with pytest.raises(ValueError, match=f"unknown .* 'none-such': choose one of {', '.join(known)}"):
+        train(config, open_data_of(config), None)
+    assert not Path(config.runs_dir).exists()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from losses import cosine_margin_loss, sigmoid_loss, soft_cross_entropy, triplet_from_cosines, violations
+from losses import cosine_margin_loss, margin_violations, sigmoid_loss, soft_cross_entropy, triplet_from_cosines
 
 
 class ChunkedPairs:
@@ -158,7 +158,7 @@ def _mean_over_captions(pairs, loss, *settings):
 
 
 def _similarity_features(pairs):
-    """Compute losses.resembling from the positive pairs, without the (B, M) mask -> (B, 2D), (M, 2D)."""
+    """Compute losses.similarity_features from the positive pairs, without the (B, M) mask -> (B, 2D), (M, 2D)."""
     image_emb, text_emb = pairs.image_emb.detach(), pairs.text_emb.detach()
     image, caption = pairs.positives
     counts = image.bincount(minlength=len(image_emb)).clamp(min=1)[:, None]
@@ -177,7 +177,7 @@ def _mined_triplet(pairs, objective):
         positive = sim.gather(1, other[:, None]).squeeze(1)
         is_negative = anchor_ids[anchor][:, None] != other_ids
         settings = {"negatives": objective.negatives, "distance": objective.distance}
-        return violations(sim, positive, is_negative, objective.margin, **settings).sum()
+        return margin_violations(sim, positive, is_negative, objective.margin, **settings).sum()
 
     def one_direction(anchors, anchor_ids, anchor, others, other_ids, other):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others))

@@ -1,4 +1,4 @@
-"""Checkpoints and run folders: written whole or not at all, read without running code, and every fault is named."""
+"""Checkpoints and run folders: written atomically, read without running code, and every problem is a clear error."""
 
 import dataclasses
 import json
@@ -20,14 +20,14 @@ from runtime.atomic_io import replace_file, write_text
 from runtime.run_dir import create_run, newest_finished_run, read_config, read_log, write_config
 
 
-class Hostile:
-    """Runs a command when it is unpickled."""
+class Exploit:
+    """Creates the folder `evidence` when it is unpickled."""
 
-    def __init__(self, witness):
-        self.witness = witness
+    def __init__(self, evidence):
+        self.evidence = evidence
 
     def __reduce__(self):
-        return os.mkdir, (str(self.witness),)
+        return os.mkdir, (str(self.evidence),)
 
 
 def one_line(call, kind=ValueError):
@@ -38,7 +38,7 @@ def one_line(call, kind=ValueError):
 
 
 def make_run(folder, model=None, *, epochs=2, finished=2, **settings):
-    """A run's folder with settings and a log of `finished` epochs, and best.pt."""
+    """Create a run folder with config.json, a log of `finished` epochs and, after an epoch, best.pt."""
     folder.mkdir(parents=True)
     write_config(folder, Config(epochs=epochs, **settings))
     write_text(folder / "log.jsonl", "".join(json.dumps({"epoch": k + 1}) + "\n" for k in range(finished)))
@@ -48,8 +48,8 @@ def make_run(folder, model=None, *, epochs=2, finished=2, **settings):
 
 
 @pytest.fixture
-def trained(image_tower, text_tower, tmp_path):
-    """A run's folder as training leaves it, and the model whose weights it holds."""
+def trained_run(image_tower, text_tower, tmp_path):
+    """A run folder as training writes it, and the model whose weights it contains."""
     from modules import CLIPModel
 
     image, specification = build_image_encoder(str(image_tower), pretrained=True, fold_batch_norm=True)
@@ -60,12 +60,12 @@ def trained(image_tower, text_tower, tmp_path):
     return folder, model
 
 
-def test_a_writer_that_fails_leaves_the_old_file_whole_and_nothing_else(tmp_path):
+def test_failed_write_leaves_only_the_old_file_unchanged(tmp_path):
     path = tmp_path / "last.pt"
     path.write_text("old")
 
-    def write(unfinished):
-        unfinished.write_text("half of the n")
+    def write(temporary):
+        temporary.write_text("half of the n")
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
@@ -73,9 +73,9 @@ def test_a_writer_that_fails_leaves_the_old_file_whole_and_nothing_else(tmp_path
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupted_writer_leaves_no_file_where_none_was(tmp_path):
-    def write(unfinished):
-        unfinished.write_text("half")
+def test_interrupted_first_write_leaves_no_file(tmp_path):
+    def write(temporary):
+        temporary.write_text("half")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -83,46 +83,46 @@ def test_an_interrupted_writer_leaves_no_file_where_none_was(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_replaced_file_holds_the_new_text_only(tmp_path):
+def test_replaced_file_contains_only_the_new_text(tmp_path):
     write_text(tmp_path / "x", "a long old text")
     write_text(tmp_path / "x", "neu: ü")
     assert (tmp_path / "x").read_text("utf-8") == "neu: ü" and len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_state_reads_back_as_it_was_written(tmp_path):
+def test_saved_state_loads_unchanged(tmp_path):
     state = {"model": {"w": torch.randn(3, 4)}, "epoch": 3, "history": [{"loss": 0.5}], "scaler": {}}
     save_state(tmp_path / "last.pt", state)
-    again = load_state(tmp_path / "last.pt")
-    assert torch.equal(again["model"].pop("w"), state["model"].pop("w")) and again == state
+    loaded = load_state(tmp_path / "last.pt")
+    assert torch.equal(loaded["model"].pop("w"), state["model"].pop("w")) and loaded == state
 
 
-def test_code_in_a_checkpoint_is_refused_and_never_run(tmp_path):
-    witness = tmp_path / "ran"
-    torch.save({"model": Hostile(witness)}, tmp_path / "zip.pt")
-    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": Hostile(witness)}))
+def test_code_in_a_checkpoint_is_an_error_and_never_runs(tmp_path):
+    evidence = tmp_path / "ran"
+    torch.save({"model": Exploit(evidence)}, tmp_path / "zip.pt")
+    (tmp_path / "raw.pt").write_bytes(pickle.dumps({"model": Exploit(evidence)}))
     for name in ("zip.pt", "raw.pt"):
         assert name in one_line(lambda name=name: load_state(tmp_path / name))
-    assert not witness.exists()
+    assert not evidence.exists()
 
 
-def test_a_pickled_object_of_the_program_is_refused(tmp_path):
+def test_pickled_object_of_the_project_is_an_error(tmp_path):
     torch.save({"config": Config()}, tmp_path / "last.pt")
     assert "more than tensors" in one_line(lambda: load_state(tmp_path / "last.pt"))
 
 
-def test_a_checkpoint_that_was_changed_is_noticed_though_it_loads(tmp_path):
+def test_changed_checkpoint_is_detected_although_torch_loads_it(tmp_path):
     path = tmp_path / "best.pt"
     save_state(path, {"model": {"w": torch.zeros(1000)}})
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"\0" * 100, b"\0" * 99 + b"\1", 1))
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b"\0" * 100, b"\0" * 99 + b"\1", 1))
     assert torch.load(path, weights_only=True)["model"]["w"].shape == (1000,)
     line = one_line(lambda: load_state(path))
     assert str(path) in line and "changed or truncated" in line and "checksums.txt" in line
-    path.write_bytes(whole)
+    path.write_bytes(original)
     load_state(path)
 
 
-def test_a_checkpoint_from_elsewhere_is_refused_where_another_was_noted_and_taken_where_none_was(tmp_path):
+def test_checkpoint_of_another_run_is_an_error_unless_the_file_has_no_checksum(tmp_path):
     save_state(tmp_path / "best.pt", {"model": {}})
     (tmp_path / "other").mkdir()
     save_state(tmp_path / "other" / "best.pt", {"model": {"w": torch.ones(2)}})
@@ -132,30 +132,30 @@ def test_a_checkpoint_from_elsewhere_is_refused_where_another_was_noted_and_take
     assert load_state(tmp_path / "best.pt")["model"]["w"].tolist() == [1, 1]
 
 
-def test_checksums_are_those_of_sha256sum_one_per_file(tmp_path):
+def test_checksums_have_the_format_of_sha256sum_and_one_line_per_file(tmp_path):
     import hashlib
 
-    for name, number in (("last.pt", 1), ("best.pt", 1), ("last.pt", 2)):
-        save_state(tmp_path / name, {"epoch": number})
+    for name, epoch in (("last.pt", 1), ("best.pt", 1), ("last.pt", 2)):
+        save_state(tmp_path / name, {"epoch": epoch})
     lines = sorted((tmp_path / "checksums.txt").read_text().splitlines())
     expected = [f"{hashlib.sha256((tmp_path / n).read_bytes()).hexdigest()}  {n}" for n in ("last.pt", "best.pt")]
     assert lines == sorted(expected)
 
 
-@pytest.mark.parametrize("moment", ["checksums.add_checksum", "os.replace", "checkpoint.keep_checksum"])
-def test_at_every_moment_of_a_write_the_old_checkpoint_or_the_new_one_is_whole(tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize("step", ["checkpoint.add_checksum", "os.replace", "checkpoint.keep_checksum"])
+def test_write_interrupted_at_any_step_leaves_a_valid_checkpoint(tmp_path, monkeypatch, step):
     path = tmp_path / "last.pt"
     save_state(path, {"epoch": 1})
-    module, _, name = moment.replace("checksums.add_checksum", "checkpoint.add_checksum").partition(".")
-    real, module = os.replace, {"os": os, "checkpoint": checkpoint}[module]
+    module, _, name = step.partition(".")
+    replace, module = os.replace, {"os": os, "checkpoint": checkpoint}[module]
 
-    def cut(*arguments):
+    def interrupt(*arguments):
         if name != "replace" or arguments[1] == path:
             raise KeyboardInterrupt
-        real(*arguments)
+        replace(*arguments)
 
-    with monkeypatch.context() as power, pytest.raises(KeyboardInterrupt):
-        power.setattr(module, name, cut)
+    with monkeypatch.context() as interruption, pytest.raises(KeyboardInterrupt):
+        interruption.setattr(module, name, interrupt)
         save_state(path, {"epoch": 2})
     assert load_state(path)["epoch"] == (2 if name == "keep_checksum" else 1)
     for epoch in (3, 4):
@@ -165,38 +165,38 @@ def test_at_every_moment_of_a_write_the_old_checkpoint_or_the_new_one_is_whole(t
 
 
 @pytest.mark.parametrize("line", ["x", "abc  last.pt", "0" * 64 + " last.pt"])
-def test_damaged_checksums_are_one_line_that_names_the_file(tmp_path, line):
+def test_damaged_checksums_are_an_error_that_names_the_file_and_line(tmp_path, line):
     save_state(tmp_path / "last.pt", {"epoch": 1})
     (tmp_path / "checksums.txt").write_text(line + "\n")
     assert "checksums.txt, line 1" in one_line(lambda: load_state(tmp_path / "last.pt"))
 
 
 @pytest.mark.parametrize("value", [5, None, [1, 2], "text"])
-def test_a_checkpoint_that_is_no_dict_is_one_line(tmp_path, value):
+def test_checkpoint_that_is_not_a_dict_is_a_one_line_error(tmp_path, value):
     torch.save(value, tmp_path / "last.pt")
     assert "not a dict" in one_line(lambda: load_state(tmp_path / "last.pt"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_one_line_that_names_it(tmp_path, share):
+def test_truncated_checkpoint_is_an_error_that_names_the_file(tmp_path, share):
     path = tmp_path / "best.pt"
     save_state(path, {"model": {"w": torch.randn(100, 100)}})
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
     assert str(path) in one_line(lambda: load_state(path))
 
 
-def test_a_text_file_is_no_checkpoint(tmp_path):
+def test_text_file_as_checkpoint_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / "best.pt").write_text("hello, this is a text\n")
     assert "best.pt" in one_line(lambda: load_state(tmp_path / "best.pt"))
 
 
-def test_a_missing_checkpoint_is_named(tmp_path):
+def test_missing_checkpoint_is_an_error_that_names_the_file(tmp_path):
     assert "best.pt" in one_line(lambda: load_state(tmp_path / "best.pt"), FileNotFoundError)
 
 
-def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(tmp_path):
+def test_missing_unexpected_and_invalid_tensors_are_named_in_the_error(tmp_path):
     model = tiny_model()[0]
-    for change, key in (
+    for change, expected in (
         (lambda weights: weights.pop("text_head.norm.bias"), "missing tensors: text_head.norm.bias"),
         (lambda weights: weights.update(extra=torch.ones(1)), "unexpected tensors: extra"),
         (
@@ -210,10 +210,10 @@ def test_tensors_that_are_missing_unexpected_or_of_another_shape_are_named(tmp_p
         weights = dict(model.state_dict())
         change(weights)
         line = one_line(lambda weights=weights: load_weights(model, tmp_path, weights))
-        assert key in line and str(tmp_path) in line and "(1 " in line
+        assert expected in line and str(tmp_path) in line and "(1 " in line
 
 
-def test_weights_that_do_not_fit_change_nothing(tmp_path):
+def test_weights_that_do_not_match_leave_the_model_unchanged(tmp_path):
     model = tiny_model()[0]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     weights = {key: torch.zeros_like(tensor) for key, tensor in before.items()} | {"extra": torch.ones(1)}
@@ -223,7 +223,7 @@ def test_weights_that_do_not_fit_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("image", "text"), [(False, False), (True, False), (False, True), (True, True)])
-def test_the_weights_of_frozen_towers_are_set_apart(image, text):
+def test_split_frozen_separates_the_weights_of_frozen_towers(image, text):
     model = tiny_model(freeze_image=image, freeze_text=text)[0]
     trained, frozen = split_frozen(model)
     assert trained.keys() | frozen.keys() == model.state_dict().keys() and not trained.keys() & frozen.keys()
@@ -233,7 +233,7 @@ def test_the_weights_of_frozen_towers_are_set_apart(image, text):
     assert {"logit_scale", "image_head.projection.weight"} <= trained.keys()
 
 
-def test_frozen_weights_are_read_from_their_own_file(tmp_path):
+def test_frozen_weights_are_loaded_from_frozen_pt(tmp_path):
     model = tiny_model(freeze_image=True)[0]
     trained, frozen = split_frozen(model)
     save_state(tmp_path / "frozen.pt", frozen)
@@ -244,7 +244,7 @@ def test_frozen_weights_are_read_from_their_own_file(tmp_path):
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in other.state_dict().items())
 
 
-def test_a_tower_that_was_let_train_after_all_is_read_from_the_checkpoint(tmp_path):
+def test_tower_that_trained_later_is_loaded_from_the_checkpoint_not_from_frozen_pt(tmp_path):
     model = tiny_model(freeze_image=True)[0]
     save_state(tmp_path / "frozen.pt", split_frozen(model)[1])
     newer = {key: tensor + 1 for key, tensor in model.state_dict().items()}
@@ -252,23 +252,23 @@ def test_a_tower_that_was_let_train_after_all_is_read_from_the_checkpoint(tmp_pa
     assert all(torch.equal(tensor, newer[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_run_loads_as_it_was_saved_in_eval_mode(trained, image_tower):
-    folder, model = trained
+def test_run_loads_in_eval_mode_with_the_saved_weights(trained_run, image_tower):
+    folder, model = trained_run
     run = load_run(folder)
     assert run.folder == folder and not run.model.training and run.config == read_config(folder)
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(run.model.encode_image(images), model.encode_image(images))
-    encoded = run.tokenizer(["red on the left"], return_tensors="pt")
-    inputs = encoded["input_ids"], encoded["attention_mask"]
+    tokens = run.tokenizer(["red on the left"], return_tensors="pt")
+    inputs = tokens["input_ids"], tokens["attention_mask"]
     assert torch.equal(run.model.encode_text(*inputs), model.encode_text(*inputs))
     assert run.model.text_encoder.pooling == "cls"
-    assert not torch.equal(  # the weights are the checkpoint's and not those of the towers' first folder
+    assert not torch.equal(  # the weights come from the checkpoint, not from the folder of the pretrained tower
         load_file(image_tower / "model.safetensors")["conv1.0.weight"], run.model.state_dict()["image_head.norm.weight"]
     )
 
 
-def test_a_run_without_its_parts_is_an_error_that_names_them(trained, tmp_path):
-    folder, _ = trained
+def test_missing_file_of_a_run_is_an_error_that_names_it(trained_run, tmp_path):
+    folder, _ = trained_run
     assert "nowhere" in one_line(lambda: load_run(tmp_path / "nowhere"), FileNotFoundError)
     (tmp_path / "empty").mkdir()
     assert "config.json" in one_line(lambda: load_run(tmp_path / "empty"), FileNotFoundError)
@@ -277,61 +277,62 @@ def test_a_run_without_its_parts_is_an_error_that_names_them(trained, tmp_path):
     assert "towers" in one_line(lambda: load_run(folder))
 
 
-@pytest.mark.parametrize("damage", ["", "{}", '{"architecture": "none"', '{"architecture": "no_such_model"}'])
-def test_damaged_tower_settings_are_one_line(trained, damage):
-    folder, _ = trained
-    (folder / "towers" / "image.json").write_text(damage)
+@pytest.mark.parametrize("text", ["", "{}", '{"architecture": "none"', '{"architecture": "no_such_model"}'])
+def test_damaged_specification_of_a_tower_is_a_one_line_error(trained_run, text):
+    folder, _ = trained_run
+    (folder / "towers" / "image.json").write_text(text)
     assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
 
 
-EVIL = "import os\nos.mkdir({witness!r})\nclass Evil: pass\n"
+EXPLOIT_MODULE = "import os\nos.mkdir({evidence!r})\nclass Exploit: pass\n"
 
 
-def hostile_image(folder, witness):
-    torch.save({"state_dict": Hostile(witness)}, folder / "evil.pth")
-    return {"arguments": {"checkpoint_path": str(folder / "evil.pth")}}
+def checkpoint_path_exploit(folder, evidence):
+    torch.save({"state_dict": Exploit(evidence)}, folder / "exploit.pth")
+    return {"arguments": {"checkpoint_path": str(folder / "exploit.pth")}}
 
 
-def hostile_source(folder, witness):
-    (folder / "evil").mkdir()
-    (folder / "evil" / "config.json").write_text('{"architecture": "test_resnet", "model_args": {}}')
-    return {"architecture": f"local-dir:{folder / 'evil'}"}
+def local_dir_exploit(folder, evidence):
+    (folder / "exploit").mkdir()
+    (folder / "exploit" / "config.json").write_text('{"architecture": "test_resnet", "model_args": {}}')
+    return {"architecture": f"local-dir:{folder / 'exploit'}"}
 
 
-@pytest.mark.parametrize("change", [hostile_image, hostile_source])
-def test_a_runs_image_tower_never_makes_timm_read_another_file(trained, tmp_path, change):
-    folder, _ = trained
+@pytest.mark.parametrize("exploit", [checkpoint_path_exploit, local_dir_exploit])
+def test_specification_of_an_image_tower_cannot_make_timm_read_another_file(trained_run, tmp_path, exploit):
+    folder, _ = trained_run
     path = folder / "towers" / "image.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change(tmp_path, tmp_path / "ran")))
+    path.write_text(json.dumps(json.loads(path.read_text()) | exploit(tmp_path, tmp_path / "ran")))
     assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
-def test_code_beside_a_runs_text_tower_is_never_run(trained, tmp_path, name):
-    folder, _ = trained
-    text, witness = folder / "towers" / "text", tmp_path / "ran"
-    (text / "evil.py").write_text(EVIL.format(witness=str(witness)))
-    classes = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+def test_code_in_the_folder_of_a_text_tower_never_runs(trained_run, tmp_path, name):
+    folder, _ = trained_run
+    text, evidence = folder / "towers" / "text", tmp_path / "ran"
+    (text / "exploit.py").write_text(EXPLOIT_MODULE.format(evidence=str(evidence)))
+    qualified_name = "exploit.Exploit"
+    auto_map = {"AutoConfig": qualified_name, "AutoModel": qualified_name, "AutoTokenizer": [qualified_name] * 2}
     settings = json.loads((text / name).read_text())
-    settings |= {"auto_map": classes, "model_type": "evil", "tokenizer_class": "Evil"}
+    settings |= {"auto_map": auto_map, "model_type": "exploit", "tokenizer_class": "Exploit"}
     (text / name).write_text(json.dumps(settings))
     if name == "config.json":
         assert "cannot be rebuilt" in one_line(lambda: load_run(folder))
     else:
-        load_run(folder)  # the tokenizer's own file needs no code
-    assert not witness.exists()
+        load_run(folder)  # tokenizer.json is sufficient
+    assert not evidence.exists()
 
 
-def test_a_checkpoint_without_a_model_is_one_line(trained):
-    folder, _ = trained
+def test_checkpoint_without_model_weights_is_a_one_line_error(trained_run):
+    folder, _ = trained_run
     for state in ({"epoch": 1}, {"model": 5}):
         save_state(folder / "best.pt", state)
         assert "best.pt" in one_line(lambda: load_run(folder))
 
 
-def test_a_model_of_other_dimensions_is_refused(trained):
-    folder, _ = trained
+def test_model_of_other_dimensions_is_an_error(trained_run):
+    folder, _ = trained_run
     write_config(folder, dataclasses.replace(read_config(folder), embed_dim=8))
     assert "size mismatch" in one_line(lambda: load_run(folder))
 
@@ -339,27 +340,27 @@ def test_a_model_of_other_dimensions_is_refused(trained):
 @pytest.mark.parametrize(
     "text", ["", "not json", "[1, 2]", '{"alpha": -1}', '{"unknown_setting": 1}', '{"alpha": "much"}', "null"]
 )
-def test_damaged_settings_are_one_line_that_names_the_file(tmp_path, text):
+def test_damaged_config_is_an_error_that_names_the_file(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     assert "config.json" in one_line(lambda: read_config(tmp_path))
 
 
-def test_settings_read_back_as_they_were_written(tmp_path):
+def test_written_config_is_read_unchanged(tmp_path):
     config = Config(dataset="flickr8k", alpha=0.25, name="ünï", data_dir="/x y")
     write_config(tmp_path, config)
     assert read_config(tmp_path) == config
 
 
-def test_a_run_without_a_log_has_no_epochs(tmp_path):
+def test_run_without_a_log_has_no_epochs(tmp_path):
     assert read_log(tmp_path) == []
 
 
-def test_a_run_is_named_after_its_data_set_and_the_time(tmp_path):
+def test_run_is_named_after_its_data_set_and_the_time(tmp_path):
     folder = create_run(Config(dataset="/data/my_photos", runs_dir=str(tmp_path / "runs")))
     assert folder.is_dir() and folder.name.startswith("my_photos-") and folder.parent == tmp_path / "runs"
 
 
-def test_a_run_that_holds_an_epoch_is_never_overwritten(tmp_path):
+def test_run_with_a_finished_epoch_is_never_overwritten(tmp_path):
     folder = make_run(tmp_path / "runs" / "x")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     line = one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
@@ -367,27 +368,27 @@ def test_a_run_that_holds_an_epoch_is_never_overwritten(tmp_path):
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_what_a_start_without_a_checkpoint_left_does_not_reach_the_next_run(tmp_path):
-    left = make_run(tmp_path / "runs" / "x")
-    for path in left.iterdir():
+def test_files_of_a_run_without_a_checkpoint_are_removed_before_the_next_run(tmp_path):
+    folder = make_run(tmp_path / "runs" / "x")
+    for path in folder.iterdir():
         if path.name not in ("config.json", "towers"):
             path.unlink()
-    write_config(left, Config(name="x"), {"command": "python train.py"})
-    (left / "towers" / "text").mkdir(parents=True, exist_ok=True)
-    (left / "towers" / "image.json").write_text("{}")
+    write_config(folder, Config(name="x"), {"command": "python train.py"})
+    (folder / "towers" / "text").mkdir(parents=True, exist_ok=True)
+    (folder / "towers" / "image.json").write_text("{}")
     for name in ("frozen.pt", "bad_batch.json", ".last.pt.4711"):
-        (left / name).write_bytes(b"of another start")
-    assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == left
-    assert [path.name for path in left.iterdir()] == ["lock"]
+        (folder / name).write_bytes(b"of another run")
+    assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == folder
+    assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
-def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
+def test_folder_in_which_another_process_trains_is_unchanged(tmp_path):
     config = Config(name="x", runs_dir=str(tmp_path / "runs"))
     (create_run(config) / "towers").mkdir()
     (tmp_path / "runs/x/towers/image.json").write_text("{}")
     script = (
         "import sys, pathlib\nfrom runtime import run_dir\n"
-        "with run_dir.lock_run(pathlib.Path('runs/x')):\n print('held', flush=True)\n"
+        "with run_dir.lock_run(pathlib.Path('runs/x')):\n print('locked', flush=True)\n"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", f"{script} sys.stdin.read()"],
@@ -397,7 +398,7 @@ def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
         stdout=subprocess.PIPE,
     )
     try:
-        assert other.stdout.readline() == b"held\n"
+        assert other.stdout.readline() == b"locked\n"
         assert "another process is training" in one_line(lambda: create_run(config))
         assert (tmp_path / "runs/x/towers/image.json").exists()
     finally:
@@ -407,46 +408,46 @@ def test_a_folder_in_which_another_process_trains_is_not_touched(tmp_path):
     assert not (tmp_path / "runs/x/towers").exists()
 
 
-@pytest.mark.parametrize("theirs", ["config.json", "towers/eiffel.jpg"])
-def test_a_folder_that_no_run_left_is_not_touched(tmp_path, theirs):
-    path = tmp_path / "runs" / "x" / theirs
+@pytest.mark.parametrize("name", ["config.json", "towers/eiffel.jpg"])
+def test_folder_that_is_not_a_run_is_unchanged(tmp_path, name):
+    path = tmp_path / "runs" / "x" / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     assert "already exists" in one_line(lambda: create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))))
     assert path.read_text() == "{}"
 
 
-def touch(folder, seconds):
+def set_end_time(folder, seconds):
     os.utime(folder / "log.jsonl", (seconds, seconds))
 
 
-def test_the_newest_finished_run_is_the_one_that_ended_last(tmp_path):
+def test_newest_finished_run_is_the_one_that_ended_last(tmp_path):
     for number, (name, finished) in enumerate([("a", 2), ("c", 2), ("b", 1), ("d", 0)]):
-        touch(make_run(tmp_path / name, finished=finished), 1_000 + number)
+        set_end_time(make_run(tmp_path / name, finished=finished), 1_000 + number)
     assert newest_finished_run(tmp_path) == tmp_path / "c"
-    touch(tmp_path / "a", 5_000)
+    set_end_time(tmp_path / "a", 5_000)
     assert newest_finished_run(tmp_path) == tmp_path / "a"
 
 
-def test_a_finished_log_without_weights_is_no_finished_run(tmp_path):
-    touch(make_run(tmp_path / "old"), 1_000)
+def test_run_without_weights_is_not_finished(tmp_path):
+    set_end_time(make_run(tmp_path / "old"), 1_000)
     (make_run(tmp_path / "new") / "best.pt").unlink()
     assert newest_finished_run(tmp_path) == tmp_path / "old"
 
 
-def test_without_a_finished_run_the_unfinished_one_is_pointed_to(tmp_path):
+def test_error_without_a_finished_run_names_the_unfinished_one(tmp_path):
     make_run(tmp_path / "x", finished=1)
     line = one_line(lambda: newest_finished_run(tmp_path), FileNotFoundError)
     assert "finished" in line and f"--run {tmp_path / 'x'}" in line and f"--resume {tmp_path / 'x'}" in line
 
 
-@pytest.mark.parametrize("place", ["empty", "missing"])
-def test_without_any_run_the_command_to_train_one_is_given(tmp_path, place):
+@pytest.mark.parametrize("runs_dir", ["empty", "missing"])
+def test_error_without_any_run_contains_the_command_to_train_one(tmp_path, runs_dir):
     (tmp_path / "empty").mkdir()
-    assert "python train.py" in one_line(lambda: newest_finished_run(tmp_path / place), FileNotFoundError)
+    assert "python train.py" in one_line(lambda: newest_finished_run(tmp_path / runs_dir), FileNotFoundError)
 
 
-def test_a_damaged_run_does_not_hide_the_finished_one(tmp_path):
-    touch(make_run(tmp_path / "good"), 1_000)
+def test_damaged_run_does_not_hide_the_finished_one(tmp_path):
+    set_end_time(make_run(tmp_path / "good"), 1_000)
     (make_run(tmp_path / "bad") / "config.json").unlink()
     assert newest_finished_run(tmp_path) == tmp_path / "good"

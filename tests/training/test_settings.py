@@ -147,7 +147,7 @@ def test_each_kind_of_head_trains_and_has_the_expected_dimensions(tiny_config, h
 
 def test_heads_that_keep_different_dimensions_are_refused(tiny_config):
     config = tiny_config(image_head="none", text_head="none")
-    with pytest.raises(ValueError, match=r"keeps its tower's 96 dimensions, the other has 32"):
+    with pytest.raises(ValueError, match=r"the image tower has 96 dimensions and the text tower 32"):
         train_run(config)
 
 
@@ -229,8 +229,8 @@ def test_more_stages_than_the_tower_has_are_refused(tiny_config, settings, messa
     [
         ({"lora": 4, "unfreeze_image_stages": 1}, "--lora"),
         (FROZEN | {"lora": 4}, "--lora"),
-        (FROZEN | {"model": "some/pair"}, "nothing is left to train"),
-        ({"model": "some/pair", "text_pooling": "gpo"}, "--model brings its own pooling"),
+        (FROZEN | {"model": "some/pair"}, "there is nothing to train"),
+        ({"model": "some/pair", "text_pooling": "gpo"}, "--model has its own pooling"),
     ],
 )
 def test_incompatible_settings_are_refused(tiny_config, settings, message):
