@@ -13,6 +13,7 @@ from config import Config
 from data.records import UNDECODED, decode_text
 from retrieval.embedding_store import list_images, list_split_images
 from retrieval.searcher import (
+    SLUG_LENGTH,
     Searcher,
     Target,
     check_index,
@@ -188,7 +189,7 @@ def save_picture(flags: Flags, folder: Path, queries: list[Query], results: list
     from runtime.text import display_text
 
     name = queries[0].sentence or queries[0].image.stem
-    picture = flags.out or folder / "matches" / f"{slug(name, max_length=40) or 'query'}.png"
+    picture = flags.out or folder / "matches" / f"{slug(name, max_length=SLUG_LENGTH) or 'query'}.png"
     plot = plot_captions if searches_captions(flags) else plot_photos
     rows = [(display_text(str(query)), query.image, matches) for query, matches in zip(queries, results, strict=True)]
     plot(rows, picture)

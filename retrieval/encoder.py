@@ -24,7 +24,7 @@ from models.pretrained import load_dual_encoder
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
 from runtime.device import autocast, pick_device, pick_precision, pick_workers
-from runtime.distributed import gather_rows, rank, shard_slice
+from runtime.distributed import gather_rows, gather_tensors, rank, shard_slice
 from runtime.run_dir import BEST
 from runtime.signals import leave_signals_to_parent
 from runtime.text import format_examples, format_skipped
@@ -91,8 +91,9 @@ class Encoder:
         batches = list(self.encode_image_batches(paths[shard_slice(len(paths))], desc))
         rows = [batch for batch, _ in batches if len(batch)]
         readable = [reason is None for _, reasons in batches for reason in reasons]
-        all_rows, _ = gather_rows(torch.cat(rows) if rows else torch.empty(0))
-        return all_rows, gather_rows(torch.tensor(readable, dtype=torch.bool))[0]
+        local = [torch.cat(rows) if rows else torch.empty(0), torch.tensor(readable, dtype=torch.bool)]
+        (all_rows, _), (all_readable, _) = gather_tensors(local)
+        return all_rows, all_readable
 
     def encode_image_batches(self, paths: Sequence[Path], desc: str) -> Iterator[tuple[Tensor, list[str | None]]]:
         """Yield batches of images as they are encoded.

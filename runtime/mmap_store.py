@@ -5,13 +5,14 @@ raises OSError. Embeddings are stored as float16 rows in NumPy's .npy format, an
 """
 
 import io
-import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+
+from runtime.atomic_io import replace_file
 
 
 def reserve_file(path: Path, size: int, *, purpose: str, advice: str) -> None:
@@ -27,10 +28,12 @@ def reserve_file(path: Path, size: int, *, purpose: str, advice: str) -> None:
         raise ValueError(
             f"{purpose} need {size / 1e9:.1f} GB in {path.parent}/, but only {free / 1e9:.1f} GB are free: {advice}"
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
+    replace_file(path, lambda temporary: _create_sparse(temporary, size))
+
+
+def _create_sparse(path, size):
+    with path.open("wb") as file:
         file.truncate(size)
-    os.replace(temporary, path)
 
 
 def write_at(file: BinaryIO, offset: int, data: bytes | np.ndarray) -> None:

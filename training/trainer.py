@@ -163,6 +163,7 @@ class Trainer:
         self.images_at_a_time = -(-self.batches.sampler.images_per_process // micro_batches)
         self.step = TrainStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
         self.state, self.last_plot = TrainState(), -math.inf
+        self.main_term = config.objective, OBJECTIVES[config.objective].label  # its key in log.jsonl, and its label
         # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
         self.lag, self.pending = int(encoder.device.type == "cuda"), []
         self.signals, self.saved, self.query_bank = StopSignals(verbose=rank() == 0), None, None
@@ -179,8 +180,7 @@ class Trainer:
                     record = self._epoch_record() | self._validate()
                     state.finish_epoch(record)
                     self._save_epoch(record)
-                    main_term = config.objective, OBJECTIVES[config.objective].label
-                    print(format_epoch(record, config.epochs, main_term), flush=True)
+                    print(format_epoch(record, config.epochs, self.main_term), flush=True)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
@@ -314,8 +314,7 @@ class Trainer:
 
     def _plot(self):
         if rank() == 0:
-            main_term = self.config.objective, OBJECTIVES[self.config.objective].label
-            plot_curves(self.state.history, self.folder / CURVES, main_term=main_term)
+            plot_curves(self.state.history, self.folder / CURVES, main_term=self.main_term)
 
     def _save_last(self):
         """Write last.pt, from which training resumes exactly at this step."""
