@@ -17,6 +17,9 @@ class Config:
     dataset: str = "sample"  # "sample", "flickr8k", "flickr30k", "coco", a folder or caption file, or OWNER/NAME (hub)
     data_dir: str | None = None  # folder of the data set; without it a named data set is downloaded with kagglehub
     allow_bad_rows: bool = False  # continue although more than 5 % of the caption rows cannot be used
+    image_column: str | None = None  # name of the column (or JSON key) with the photos' file names; None: found
+    caption_column: str | None = None  # ... with the captions
+    split_column: str | None = None  # ... with train, val or test
     split_seed: int = 0  # seed of the split into training, validation and test photos, if the data set has none
     cache_images: bool = False  # cache photos, decoded and resized, in cache_dir; for machines with few cores
     image_size: int | None = None  # pixels; None: the size at which the image tower was trained (ResNet50: 224)

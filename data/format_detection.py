@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data.image_lookup import list_files
 from data.json_reader import is_json_captions, is_karpathy, read_json
-from data.records import IMAGE_NAME, SPLIT_WORDS, CaptionRecords, decode_text
+from data.records import FIND_COLUMNS, IMAGE_NAME, SPLIT_WORDS, CaptionRecords, ColumnNames, decode_text
+from data.storage import is_file, list_files
 from data.table_reader import is_caption_table, read_table
 
 
 class CaptionFormat(NamedTuple):
     """The functions that read and recognise a caption format, given the path of a file."""
 
-    read: Callable[[Path], CaptionRecords]  # raises ValueError if the file as a whole cannot be read
+    read: Callable[[Path, ColumnNames], CaptionRecords]  # raises ValueError if the file as a whole cannot be read
     is_captions: Callable[[Path], bool]  # whether the first bytes (`records.decode_head`) look like captions
 
 
@@ -56,20 +56,20 @@ class Layout:
     unused_files: list[str]  # caption files that were found, but not read
 
 
-def read_layout(path: Path, karpathy_file: Path | None = None) -> Layout:
+def read_layout(path: Path, karpathy_file: Path | None = None, columns: ColumnNames = FIND_COLUMNS) -> Layout:
     """Read the captions of a folder or of one caption file. Raises FileNotFoundError if there are none."""
     folder = path if path.is_dir() else _dataset_folder(path)
     files = list_files(folder)
     karpathy_files = [folder / file for file in files if is_karpathy(file)]
     karpathy_files += [karpathy_file] if karpathy_file else []
-    if path.is_file():
+    if is_file(path):
         caption_files, unused_files = _with_other_splits(path, folder, files), []
     else:
         caption_files, unused_files = _choose_caption_files(folder, files)
     if _is_coco(caption_files) and path.is_dir() and any("coco" in file.name for file in karpathy_files):
         caption_files = []  # Karpathy's file contains the same captions, and the split
     if caption_files:
-        captions = _concatenate([_read(folder, file, files) for file in caption_files])
+        captions = _concatenate([_read(folder, file, files, columns) for file in caption_files])
     elif karpathy_files:
         captions = _read_matching_karpathy(karpathy_files, files)
     else:
@@ -161,9 +161,9 @@ def _caption_format(file):
     return CAPTION_FORMATS.get(os.path.splitext(file)[1].lower())
 
 
-def _read(folder, file, files):
+def _read(folder, file, files, columns):
     """Read one caption file; make its images relative to `folder` and add the split in its path."""
-    captions, own = _caption_format(file).read(folder / file), file.rpartition("/")[0]
+    captions, own = _caption_format(file).read(folder / file, columns), file.rpartition("/")[0]
     has_photos = any(other.startswith(f"{own}/") and IMAGE_NAME.fullmatch(other) for other in files)
     prefix, path_split = (f"{own}/" if own and has_photos else ""), _split_in(file)
     if prefix or path_split:
@@ -180,6 +180,7 @@ def _concatenate(records):
         first.files.extend(other.files)
         first.rows.extend(other.rows)
         first.bad_rows.extend(other.bad_rows)
+        first.notes.extend(note for note in other.notes if note not in first.notes)
     return first
 
 

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from data.format_detection import Layout
-from data.records import IMAGE_SUFFIXES, CaptionRecords, match_columns, parse_split
+from data.records import FIND_COLUMNS, IMAGE_SUFFIXES, CaptionRecords, ColumnNames, match_columns, parse_split
 from runtime.atomic_io import new_folder
 from runtime.paths import path_below
 
@@ -19,7 +19,7 @@ def is_hf_dataset(path: Path) -> bool:
     return path.is_dir() and (any((path / name).is_file() for name in SAVED_FILES) or any(_parquet_files(path)))
 
 
-def read_hf_dataset(source: Path | str, cache_dir: str | Path) -> Layout:
+def read_hf_dataset(source: Path | str, cache_dir: str | Path, names: ColumnNames = FIND_COLUMNS) -> Layout:
     """Read the captions of a local folder (Path) or of a data set on the Hub (str).
 
     Photos stored in the tables are written to `cache_dir`. Raises ValueError if `datasets` is not installed or no

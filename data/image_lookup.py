@@ -10,41 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from data.records import IMAGE_NAME
+from data.storage import is_file, read_bytes
 
-MAX_DEPTH = 5  # levels of folders that are listed, the data set's own folder included
 SAMPLE_BYTES = 1024  # from the middle of a photo; they differ for nearly all photos of the same size
 COCO_PREFIX = re.compile(r"COCO_(?:train|val|test)2014_")  # in 2014 only; 2017 has the same photos without the prefix
-
-
-def list_files(folder: Path) -> list[str]:
-    """Return the relative paths of all files below a folder, with forward slashes and without hidden files.
-
-    Each folder is listed only once.
-    """
-    files, level = [], [""]
-    for _ in range(MAX_DEPTH):
-        deeper = []
-        for parent in level:
-            try:
-                entries = list(os.scandir(folder / parent))
-            except OSError:  # a folder that cannot be opened is skipped
-                continue
-            for entry in entries:
-                if entry.name.startswith(".") or _is_link_cycle(entry):
-                    continue
-                if entry.is_dir():
-                    deeper.append(f"{parent}{entry.name}/")
-                else:
-                    files.append(parent + entry.name)
-        level = deeper
-    return sorted(files)
-
-
-def _is_link_cycle(entry):
-    """Return whether an entry links to a folder that contains it. Links to other folders are followed."""
-    if not entry.is_symlink():
-        return False
-    return (os.path.realpath(os.path.dirname(entry.path)) + os.sep).startswith(os.path.realpath(entry.path) + os.sep)
 
 
 def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tuple[dict[str, str], list[str]]:
@@ -57,7 +26,7 @@ def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tup
     existing, index = set(files), _FileIndex(files)
     found, ambiguous = {}, []
     for name in names:
-        if name in existing or (_is_outside(name) and (folder / name).is_file()):
+        if name in existing or (_is_outside(name) and is_file(folder / name)):
             found[name] = name
         elif candidates := index.candidates(name):
             if len(candidates) == 1 or _are_probably_identical(folder, candidates):
@@ -166,4 +135,4 @@ def _middle(path):
 
 
 def _digest(path):
-    return hashlib.blake2b(Path(path).read_bytes()).digest()
+    return hashlib.blake2b(read_bytes(path)).digest()

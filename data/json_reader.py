@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 from data.records import (
+    FIND_COLUMNS,
     IMAGE_SUFFIX_PATTERN,
     CaptionRecords,
+    ColumnNames,
     decode_head,
     decode_text,
     match_columns,
@@ -20,7 +22,7 @@ CAPTION_KEY = re.compile(rf'"(?:caption|captions|sentences|text|raw|[^"]+{IMAGE_
 EXAMPLE = '[{"image": "photo.jpg", "caption": ["a dog in snow", "..."]}]'
 
 
-def read_json(path: Path) -> CaptionRecords:
+def read_json(path: Path, names: ColumnNames = FIND_COLUMNS) -> CaptionRecords:
     """Read the captions of a JSON file in any of the supported formats.
 
     Raises ValueError if the file as a whole is none of them; entries that cannot be used are in `bad_rows`.

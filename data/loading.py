@@ -11,7 +11,7 @@ from config import Config
 from data.download import KAGGLE, Source, dataset_lock, find_source
 from data.format_detection import Layout, read_layout
 from data.image_lookup import find_duplicates, match_files
-from data.records import CaptionRecords, gc_paused
+from data.records import FIND_COLUMNS, CaptionRecords, ColumnNames, gc_paused
 from data.splits import RANDOM_SPLIT, SPLITS, assign_split, keep_duplicates_together
 from runtime.text import EXAMPLES, format_examples
 
@@ -40,6 +40,7 @@ class CaptionData:
     files: list[Path] = field(default_factory=list)  # the caption files
     unused_files: list[str] = field(default_factory=list)  # caption files that were found, but not read
     bad_rows: list[str] = field(default_factory=list)  # one message for each row that could not be used
+    notes: list[str] = field(default_factory=list)  # how the captions were read: columns, encoding, what was ignored
     duplicates: list[str] = field(default_factory=list)  # images skipped because val or test contains the same photo
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)  # cache of `split`
 
@@ -60,6 +61,7 @@ class CaptionData:
             f"{s} {counts.images[s]:,} images / {counts.captions[s]:,} captions" for s in SPLITS if s in counts.index
         ]
         lines = [f"{self.name}: {', '.join(sizes)} ({self.split_source})"]
+        lines += self.notes
         if self.unused_files:
             used = ", ".join(file.name for file in self.files)
             lines.append(
@@ -85,7 +87,13 @@ class CaptionData:
 
 
 def open_dataset(
-    dataset: str, *, data_dir: str | Path | None, cache_dir: str, split_seed: int, allow_bad_rows: bool = False
+    dataset: str,
+    *,
+    data_dir: str | Path | None,
+    cache_dir: str,
+    split_seed: int,
+    allow_bad_rows: bool = False,
+    columns: ColumnNames = FIND_COLUMNS,
 ) -> CaptionData:
     """Find a data set by its name, folder or file, read its captions and split it by image.
 
@@ -93,11 +101,11 @@ def open_dataset(
     """
     source = find_source(dataset, data_dir, cache_dir)
     with gc_paused():
-        return _open(dataset, source, cache_dir, split_seed, allow_bad_rows)
+        return _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns)
 
 
-def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
-    layout = _read(source, cache_dir)
+def _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns):
+    layout = _read(source, cache_dir, columns)
     _check(layout.captions, layout.folder, allow_bad_rows)
     images, captions, caption_splits = zip(*layout.captions.rows, strict=True)
     caption_image_ids, names = pd.factorize(np.array(images, dtype=object))
@@ -140,6 +148,7 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows):
         files=records.files,
         unused_files=layout.unused_files,
         bad_rows=records.bad_rows,
+        notes=records.notes,
         duplicates=excluded,
     )
 
@@ -166,18 +175,18 @@ def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: 
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such caption file or folder: {path}")
-    captions = _read(Source(path), cache_dir).captions
+    captions = _read(Source(path), cache_dir, FIND_COLUMNS).captions
     _check(captions, path, allow_bad_rows)
     return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
 
 
-def _read(source, cache_dir) -> Layout:
+def _read(source, cache_dir, columns) -> Layout:
     from data.hf_reader import is_hf_dataset, read_hf_dataset
 
     if source.hub_name or is_hf_dataset(source.path):
         with dataset_lock(cache_dir):
-            return read_hf_dataset(source.hub_name or source.path, cache_dir)
-    return read_layout(source.path, source.karpathy_file)
+            return read_hf_dataset(source.hub_name or source.path, cache_dir, columns)
+    return read_layout(source.path, source.karpathy_file, columns)
 
 
 def _check(captions: CaptionRecords, path: Path, allow_bad_rows: bool):
@@ -218,4 +227,5 @@ def open_data(config: Config, data_dir: Path | None = None) -> CaptionData:
         cache_dir=config.cache_dir,
         split_seed=config.split_seed,
         allow_bad_rows=config.allow_bad_rows,
+        columns=ColumnNames(config.image_column, config.caption_column, config.split_column),
     )

@@ -7,8 +7,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+
+from data.storage import read_bytes
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 IMAGE_SUFFIX_PATTERN = rf"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
@@ -40,6 +43,17 @@ UNDECODED = re.compile("[\udc80-\udcff]")
 HEAD_BYTES = 2**16  # from the start of a file; enough to recognise a caption format
 
 
+class ColumnNames(NamedTuple):
+    """Columns of a table or keys of JSON entries that the user named; None: found by their names and contents."""
+
+    image: str | None = None  # --image-column
+    caption: str | None = None  # --caption-column
+    split: str | None = None  # --split-column
+
+
+FIND_COLUMNS = ColumnNames()
+
+
 @dataclass
 class CaptionRecords:
     """The captions of one caption file, or of several files of one format.
@@ -52,6 +66,7 @@ class CaptionRecords:
     files: list[Path]
     rows: list[tuple[str, str, str | None]] = field(default_factory=list)
     bad_rows: list[str] = field(default_factory=list)  # messages: file, line, expected, found, how to fix it
+    notes: list[str] = field(default_factory=list)  # lines for the terminal: columns, encoding, what was ignored
 
     def add(self, image: str, captions: list[str], split: str | None, location: str, number: int, fix: str) -> None:
         """Add the captions of an image, or an error message at `location` and `number` that ends with `fix`."""
@@ -89,8 +104,7 @@ def decode_text(path: Path, limit: int | None = None) -> str:
     Decodes UTF-8 with or without BOM, UTF-16 and GB18030. Bytes that are none of these become lone surrogates
     (U+DC80 to U+DCFF), so that the reader can report their line.
     """
-    with path.open("rb") as file:
-        data = file.read(limit)
+    data = read_bytes(path, limit)
     if limit and len(data) == limit:
         data = data.rpartition(b"\n")[0] or data
     return _decode(data).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")

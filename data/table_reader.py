@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.records import (
+    FIND_COLUMNS,
     IMAGE_NAME,
     IMAGE_NAME_PATTERN,
     UNDECODED,
     CaptionRecords,
+    ColumnNames,
     decode_head,
     decode_text,
     match_columns,
@@ -43,7 +45,7 @@ class Columns:
     has_header: bool
 
 
-def read_table(path: Path) -> CaptionRecords:
+def read_table(path: Path, names: ColumnNames = FIND_COLUMNS) -> CaptionRecords:
     """Read the captions of a text file in any of the supported table formats.
 
     Raises ValueError if the file as a whole is no caption table; rows that cannot be used are in `bad_rows`.

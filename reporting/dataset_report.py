@@ -22,6 +22,9 @@ class Flags:
 
     dataset: Annotated[str | None, tyro.conf.Positional] = None  # a folder, a caption file or a name, as for train.py
     data_dir: str | None = None  # where the data set is on disk; without it a named one is downloaded with kagglehub
+    image_column: str | None = None  # name of the column (or JSON key) with the photos' file names; default: found
+    caption_column: str | None = None  # ... with the captions
+    split_column: str | None = None  # ... with train, val or test
     split_seed: int = Config.split_seed  # seed of the random split, if the data set has no split of its own
     text_encoder: str | None = None  # counts tokens with this model's tokenizer; default: one trained on the captions
     out: Path | None = None  # the figure's file; default: a file in runs/data_sets/
@@ -37,6 +40,7 @@ class Flags:
 def main() -> None:
     flags = cli.parse_flags(Flags)
     from data.loading import open_dataset
+    from data.records import ColumnNames
 
     data = open_dataset(
         flags.dataset,
@@ -44,6 +48,7 @@ def main() -> None:
         cache_dir=flags.cache_dir,
         split_seed=flags.split_seed,
         allow_bad_rows=True,
+        columns=ColumnNames(flags.image_column, flags.caption_column, flags.split_column),
     )
     print(summary(data), flush=True)
     print(f"longest caption: {longest_caption(data, flags.text_encoder)}", flush=True)
