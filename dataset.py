@@ -14,6 +14,7 @@ import numpy as np
 from data.image_cache import ImageCache
 from data.image_io import load_image
 from data.preprocess import Preprocess, random_crop_transform
+from data.repeats import RepeatedPairs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,8 +117,9 @@ class CLIPDataset:
         min_crop: float,
         seed: int,
         image_cache: ImageCache | None = None,
+        repeats: RepeatedPairs | None = None,
     ):
-        self.image_cache = image_cache
+        self.image_cache, self.repeats = image_cache, repeats
         self.paths, self.token_ids, self.flipped_ids = split.paths, token_ids, flipped_ids
         self.first_caption = np.searchsorted(split.caption_image_ids, np.arange(len(split.paths) + 1))
         self.preprocess, self.captions_per_image = preprocess, captions_per_image
@@ -132,6 +134,7 @@ class CLIPDataset:
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Return the item of (epoch, index): "pixels" (3, S, S) uint8, "captions" as token ids, and "image_id".
 
+        With `repeats`, image_id is the first image with the same bytes, and the numbers of repeated texts come along.
         If the image cannot be read, the item is {"unreadable": error message}.
         """
         epoch, index = key
@@ -148,7 +151,11 @@ class CLIPDataset:
         captions = self.flipped_ids if flipped else self.token_ids
         sampled = sample_captions(rng, self.first_caption, index, self.captions_per_image)
         pixels = _channels_first(image[:, ::-1] if flipped else image)
-        return {"pixels": pixels, "captions": [captions[m] for m in sampled], "image_id": index}
+        item = {"pixels": pixels, "captions": [captions[m] for m in sampled], "image_id": index}
+        if self.repeats is None:
+            return item
+        item["image_id"] = int(self.repeats.photo_ids[index])
+        return item | self.repeats.batch_ids([index], [sampled], [flipped])
 
     def _load(self, index):
         """Return the preprocessed image, or the image at its own size if a random crop follows."""

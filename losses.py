@@ -23,11 +23,43 @@ class LossTerms(NamedTuple):
         return self.main
 
 
+class PairIds(NamedTuple):
+    """The numbers that decide which of a batch's B images and M captions belong together; see positive_mask.
+
+    Texts that captions of several images share have a number from 0. The last two fields are None if no text does.
+    """
+
+    image_ids: Tensor  # (B,), equal for images with the same bytes
+    caption_image_ids: Tensor  # (M,)
+    caption_text_ids: Tensor | None = None  # (M,) the number of a shared text, -1 for other captions
+    image_text_ids: Tensor | None = None  # (B, K) the shared texts among all captions of an image, padded with -2
+
+    def of_images(self, rows: slice | Tensor) -> Tensor:
+        """Return the captions that belong to some of the images -> (rows, M) bool."""
+        texts = () if self.caption_text_ids is None else (self.caption_text_ids, self.image_text_ids[rows])
+        return positive_mask(self.image_ids[rows], self.caption_image_ids, *texts)
+
+    def of_captions(self, rows: slice | Tensor) -> Tensor:
+        """Return the images that belong to some of the captions -> (rows, B) bool."""
+        texts = () if self.caption_text_ids is None else (self.caption_text_ids[rows], self.image_text_ids)
+        return positive_mask(self.image_ids, self.caption_image_ids[rows], *texts).T
+
+    def floor(self, chunk_size: int) -> Tensor:
+        """Return info_nce_floor of these positives, from `chunk_size` captions at a time -> ()."""
+        per_image, per_caption = 0, []
+        for start in range(0, len(self.caption_image_ids), chunk_size):
+            positives = self.of_captions(slice(start, start + chunk_size))
+            per_image, per_caption = per_image + positives.sum(0), [*per_caption, positives.sum(1)]
+        return _floor(per_image, torch.cat(per_caption))
+
+
 def contrastive_loss(
     image_emb: Tensor,
     text_emb: Tensor,
     image_ids: Tensor,
     caption_image_ids: Tensor,
+    caption_text_ids: Tensor | None = None,
+    image_text_ids: Tensor | None = None,
     *,
     temperature: float | Tensor,
     alpha: float,
@@ -35,20 +67,47 @@ def contrastive_loss(
 ) -> LossTerms:
     """Compute InfoNCE plus alpha times the hardest-negative triplet loss, in float32 even under autocast.
 
-    image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives.
-    With alpha 0 the triplet term is reported, but has no gradient and costs no backward pass.
+    image_emb (B,D), text_emb (M,D) unit rows; ids as in PairIds. With alpha 0 the triplet term is reported, but has no
+    gradient and costs no backward pass.
     """
     with torch.autocast(image_emb.device.type, enabled=False):
         image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
-        sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, caption_image_ids)  # (B, M)
+        sim = image_emb @ text_emb.T  # (B, M)
+        positives = positive_mask(image_ids, caption_image_ids, caption_text_ids, image_text_ids)
         main = info_nce(sim, positives, temperature)
         triplet = hardest_triplet(sim if alpha else sim.detach(), positives, margin)
         return LossTerms(main + alpha * triplet, main, triplet)
 
 
-def positive_mask(image_ids: Tensor, caption_image_ids: Tensor) -> Tensor:
-    """Return whether each caption belongs to each image: image_ids (B,), caption_image_ids (M,) -> (B,M) bool."""
-    return image_ids[:, None] == caption_image_ids
+def positive_mask(
+    image_ids: Tensor,
+    caption_image_ids: Tensor,
+    caption_text_ids: Tensor | None = None,
+    image_text_ids: Tensor | None = None,
+) -> Tensor:
+    """Return whether each caption belongs to each image, by its image or by its text -> (B,M) bool.
+
+    image_ids (B,), caption_image_ids (M,): equal ids belong together. caption_text_ids (M,), image_text_ids (B,K): so
+    do a caption and every image that has its text among all its own captions, whether or not they are in the batch.
+    """
+    positives = image_ids[:, None] == caption_image_ids
+    if caption_text_ids is not None:
+        for texts in image_text_ids.unbind(1):  # K comparisons of (B, M) instead of one of (B, M, K)
+            positives |= texts[:, None] == caption_text_ids
+    return positives
+
+
+def info_nce_floor(positives: Tensor) -> Tensor:
+    """Return the lowest value of info_nce with these positives (B,M) bool: the entropy of its targets -> ().
+
+    It is 0 with one positive per row and column. Eight images that share one caption have ln 8 each.
+    """
+    return _floor(positives.sum(1), positives.sum(0))
+
+
+def _floor(per_image: Tensor, per_caption: Tensor) -> Tensor:
+    """Return info_nce_floor from the numbers of positives of the images (B,) and of the captions (M,) -> ()."""
+    return (per_image.clamp(min=1).float().log().mean() + per_caption.clamp(min=1).float().log().mean()) / 2
 
 
 def info_nce(sim: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
@@ -96,8 +155,8 @@ def soft_info_nce(
 ) -> Tensor:
     """InfoNCE with soft targets, a share of which follows the similarity of images and of captions -> ().
 
-    image_emb (B,D), text_emb (M,D) unit rows, positives (B,M) bool, where each caption belongs to one image. Targets
-    have no gradient. Softness 0 is info_nce (SoftCLIP, arXiv 2303.17561, eq. 5-7, without its further terms).
+    image_emb (B,D), text_emb (M,D) unit rows, positives (B,M) bool. Targets have no gradient. Softness 0 is info_nce
+    (SoftCLIP, arXiv 2303.17561, eq. 5-7, without its further terms).
     """
     image_features, text_features = similarity_features(image_emb, text_emb, positives)
     image_loss, caption_loss = (
@@ -113,14 +172,14 @@ def soft_info_nce(
 def similarity_features(image_emb: Tensor, text_emb: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """Return features of images (B,2D) and captions (M,2D), without gradient, whose products are the soft targets.
 
-    For image i and caption m, the product is the mean of two similarities: the cosine of i with the image of m, and the
-    mean cosine of the captions of i with m.
+    For image i and caption m, the product is the mean of two similarities: the mean cosine of i with the images of m,
+    and the mean cosine of the captions of i with m.
     """
     image_emb, text_emb = image_emb.detach(), text_emb.detach()
     weights = positives.to(image_emb.dtype)
     caption_means = (weights @ text_emb) / weights.sum(1, keepdim=True).clamp(min=1)  # (B, D)
-    own_images = weights.T @ image_emb  # (M, D)
-    return torch.cat([image_emb, caption_means], 1) / 2**0.5, torch.cat([own_images, text_emb], 1) / 2**0.5
+    image_means = (weights.T @ image_emb) / weights.sum(0)[:, None].clamp(min=1)  # (M, D)
+    return torch.cat([image_emb, caption_means], 1) / 2**0.5, torch.cat([image_means, text_emb], 1) / 2**0.5
 
 
 def soft_cross_entropy(

@@ -20,3 +20,14 @@ def format_epoch(record: dict, epochs: int, main_term: tuple[str, str]) -> str:
         f"{record['images_per_s']:.0f} images/s",
     ]
     return "   ".join(columns)
+
+
+def describe_floor(record: dict) -> str | None:
+    """Say how low InfoNCE can fall if photos and captions have several positives; None if it can reach 0."""
+    floor = record.get("info_nce_floor", 0.0)
+    if floor < 0.01:
+        return None
+    return (
+        f"InfoNCE is {record['info_nce'] - floor:.3f} above {floor:.3f}, the lowest value that it can have here: "
+        "a photo has several captions, and equal captions belong to several photos"
+    )

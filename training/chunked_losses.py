@@ -11,32 +11,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from losses import cosine_margin_loss, margin_violations, sigmoid_loss, soft_cross_entropy, triplet_from_cosines
+from losses import (
+    PairIds,
+    cosine_margin_loss,
+    margin_violations,
+    sigmoid_loss,
+    soft_cross_entropy,
+    triplet_from_cosines,
+)
 
 
 class ChunkedPairs:
     """A batch whose captions are scored `chunk_size` at a time; results that several terms need are cached.
 
-    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; image_ids (B,), caption_image_ids (M,): equal ids are
-    positives.
+    image_emb (B,D), text_emb (M,D) unit rows, float32 or float64; ids decide which pairs are positives.
     """
 
-    def __init__(self, image_emb, text_emb, image_ids, caption_image_ids, temperature, chunk_size: int):
-        self.image_emb, self.text_emb, self.chunk_size = image_emb, text_emb, chunk_size
-        self.image_ids, self.caption_image_ids = image_ids, caption_image_ids
+    def __init__(self, image_emb: Tensor, text_emb: Tensor, ids: PairIds, temperature, chunk_size: int):
+        self.image_emb, self.text_emb, self.ids, self.chunk_size = image_emb, text_emb, ids, chunk_size
         self.scale = 1 / torch.as_tensor(temperature, dtype=image_emb.dtype, device=image_emb.device)
 
     @cached_property
     def positives(self) -> tuple[Tensor, Tensor]:
         """Image and caption index of every positive pair, (P,) each."""
-        return _positive_pairs(self.image_ids, self.caption_image_ids, self.chunk_size)
+        return _positive_pairs(self.ids, self.chunk_size)
 
     @cached_property
     def scan(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The outputs of _ChunkedScan: log-sum-exps and hardest negatives, from one pass over the chunks."""
-        return _ChunkedScan.apply(
-            self.image_emb, self.text_emb, self.scale, self.image_ids, self.caption_image_ids, self.chunk_size
-        )
+        return _ChunkedScan.apply(self.image_emb, self.text_emb, self.scale, self.ids, self.chunk_size)
 
     def cosines(self, image: Tensor, caption: Tensor) -> Tensor:
         """Return the cosines of pairs (image, caption), (P,), (P,) -> (P,); -inf where either index is -1."""
@@ -67,20 +70,25 @@ def chunked_soft_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> 
     """Compute losses.soft_info_nce in chunks of images, then of captions, with B * chunk_size entries each -> ()."""
     image_similarity, text_similarity = _similarity_features(pairs)
 
-    def chunk_loss(anchors, ids, features, others, other_ids, other_features, temperature):
-        sim, positives = anchors @ others.T, ids[:, None] == other_ids
+    def chunk_loss(anchors, features, others, other_features, positives_of, rows, temperature):
+        sim, positives = anchors @ others.T, positives_of(rows)
         return soft_cross_entropy(sim, positives, features @ other_features.T, temperature, objective.softness)
 
-    def one_direction(anchors, others):
+    def one_direction(anchors, others, positives_of):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others[0]))
-        chunks = zip(*(tensor.split(size) for tensor in anchors), strict=True)
+        rows = torch.arange(len(anchors[0]), device=pairs.image_emb.device).split(size)
+        chunks = zip(*(tensor.split(size) for tensor in anchors), rows, strict=True)
         return torch.cat(
-            [checkpoint(chunk_loss, *chunk, *others, temperature, use_reentrant=False) for chunk in chunks]
+            [
+                checkpoint(chunk_loss, *chunk, *others, positives_of, rows, temperature, use_reentrant=False)
+                for *chunk, rows in chunks
+            ]
         )
 
-    images = pairs.image_emb, pairs.image_ids, image_similarity
-    texts = pairs.text_emb, pairs.caption_image_ids, text_similarity
-    return (one_direction(images, texts).mean() + one_direction(texts, images).mean()) / 2
+    images, texts = (pairs.image_emb, image_similarity), (pairs.text_emb, text_similarity)
+    by_image = one_direction(images, texts, pairs.ids.of_images)
+    by_text = one_direction(texts, images, pairs.ids.of_captions)
+    return (by_image.mean() + by_text.mean()) / 2
 
 
 def chunked_triplet(pairs: ChunkedPairs, objective) -> Tensor:
@@ -106,16 +114,16 @@ class _ChunkedScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, image_emb, text_emb, scale, image_ids, caption_image_ids, chunk_size):
+    def forward(ctx, image_emb, text_emb, scale, ids, chunk_size):
         row_lse = image_emb.new_full((len(image_emb),), -torch.inf)
-        hardest, hardest_caption = row_lse.clone(), torch.full_like(image_ids, -1, dtype=torch.int64)
+        hardest, hardest_caption = row_lse.clone(), torch.full_like(ids.image_ids, -1, dtype=torch.int64)
         column_lse, hardest_image = [], []
         for start in range(0, len(text_emb), chunk_size):
             sim = image_emb @ text_emb[start : start + chunk_size].T
             logits = scale * sim
             row_lse = torch.logaddexp(row_lse, logits.logsumexp(1))
             column_lse.append(logits.logsumexp(0))
-            sim.masked_fill_(image_ids[:, None] == caption_image_ids[start : start + chunk_size], -torch.inf)
+            sim.masked_fill_(ids.of_captions(slice(start, start + chunk_size)).T, -torch.inf)
             chunk_max, index = sim.max(1)
             hardest_caption = torch.where(chunk_max > hardest, index + start, hardest_caption)
             hardest = torch.maximum(chunk_max, hardest)
@@ -142,18 +150,21 @@ class _ChunkedScan(torch.autograd.Function):
             scale_grad += logits.mul_(weights).sum() / scale
             image_grad += weights @ text_emb[chunk]
             text_grad[chunk] = weights.T @ image_emb
-        return scale * image_grad, scale * text_grad, scale_grad, None, None, None
+        return scale * image_grad, scale * text_grad, scale_grad, None, None
 
 
 def _mean_over_captions(pairs, loss, *settings):
     """Compute a loss that is a mean over captions, as a sum over chunks -> ()."""
 
-    def chunk_sum(image_emb, text_emb, caption_image_ids, *settings):
-        positives = pairs.image_ids[:, None] == caption_image_ids
+    def chunk_sum(image_emb, text_emb, start, *settings):
+        positives = pairs.ids.of_captions(slice(start, start + len(text_emb))).T
         return len(text_emb) * loss(image_emb @ text_emb.T, positives, *settings)
 
-    chunks = zip(pairs.text_emb.split(pairs.chunk_size), pairs.caption_image_ids.split(pairs.chunk_size), strict=True)
-    sums = [checkpoint(chunk_sum, pairs.image_emb, *chunk, *settings, use_reentrant=False) for chunk in chunks]
+    chunks = enumerate(pairs.text_emb.split(pairs.chunk_size))
+    sums = [
+        checkpoint(chunk_sum, pairs.image_emb, chunk, number * pairs.chunk_size, *settings, use_reentrant=False)
+        for number, chunk in chunks
+    ]
     return torch.stack(sums).sum() / len(pairs.text_emb)
 
 
@@ -163,7 +174,8 @@ def _similarity_features(pairs):
     image, caption = pairs.positives
     counts = image.bincount(minlength=len(image_emb)).clamp(min=1)[:, None]
     captions = torch.zeros_like(image_emb).index_add(0, image, text_emb[caption]) / counts
-    images = torch.zeros_like(text_emb).index_add(0, caption, image_emb[image])
+    counts = caption.bincount(minlength=len(text_emb)).clamp(min=1)[:, None]
+    images = torch.zeros_like(text_emb).index_add(0, caption, image_emb[image]) / counts
     return torch.cat([image_emb, captions], 1) / 2**0.5, torch.cat([images, text_emb], 1) / 2**0.5
 
 
@@ -171,33 +183,35 @@ def _mined_triplet(pairs, objective):
     """Compute losses.mined_triplet in chunks of positive pairs with B * chunk_size entries each -> ()."""
     image, caption = pairs.positives
 
-    def chunk_sum(anchors, anchor_ids, anchor, others, other_ids, other):
+    def chunk_sum(anchors, anchor, others, other, positives_of):
         sim = anchors[anchor] @ others.T
         # Gathered from sim, so that positives are rounded as negatives are: ties stay ties.
         positive = sim.gather(1, other[:, None]).squeeze(1)
-        is_negative = anchor_ids[anchor][:, None] != other_ids
+        is_negative = ~positives_of(anchor)
         settings = {"negatives": objective.negatives, "distance": objective.distance}
         return margin_violations(sim, positive, is_negative, objective.margin, **settings).sum()
 
-    def one_direction(anchors, anchor_ids, anchor, others, other_ids, other):
+    def one_direction(anchors, anchor, others, other, positives_of):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others))
         sums = [
-            checkpoint(chunk_sum, anchors, anchor_ids, chunk, others, other_ids, other_chunk, use_reentrant=False)
+            checkpoint(chunk_sum, anchors, chunk, others, other_chunk, positives_of, use_reentrant=False)
             for chunk, other_chunk in zip(anchor.split(size), other.split(size), strict=True)
         ]
         return torch.stack(sums).sum()
 
-    images, texts = (pairs.image_emb, pairs.image_ids, image), (pairs.text_emb, pairs.caption_image_ids, caption)
-    return (one_direction(*images, *texts) + one_direction(*texts, *images)) / (2 * len(image))
+    images, texts = (pairs.image_emb, image), (pairs.text_emb, caption)
+    by_image = one_direction(*images, *texts, pairs.ids.of_images)
+    by_caption = one_direction(*texts, *images, pairs.ids.of_captions)
+    return (by_image + by_caption) / (2 * len(image))
 
 
-def _positive_pairs(image_ids, caption_image_ids, chunk_size):
+def _positive_pairs(ids, chunk_size):
     """Return the image and caption index of every positive pair, (P,) each, in chunks of captions."""
-    pairs = [
-        (image_ids[:, None] == ids).nonzero() + torch.tensor([0, number * chunk_size], device=ids.device)
-        for number, ids in enumerate(caption_image_ids.split(chunk_size))
-    ]
-    return torch.cat(pairs).unbind(1)
+    pairs = []
+    for start in range(0, len(ids.caption_image_ids), chunk_size):
+        image, caption = ids.of_captions(slice(start, start + chunk_size)).T.nonzero(as_tuple=True)
+        pairs.append(torch.stack([image, caption + start]))
+    return torch.cat(pairs, 1).unbind(0)
 
 
 def _pair_cosines(image_emb, text_emb, image, caption, chunk_size):

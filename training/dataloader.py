@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from data.tokenizer import pad
 from dataset import CLIPDataset
 from runtime.signals import leave_signals_to_parent
+from training.gradcache import TEXT_IDS
 
 MAX_BATCH_BYTES = 2**28  # of a batch's decoded images; the images of a larger batch are read twice
 
@@ -19,8 +20,8 @@ def collate(items: Sequence[dict], pad_id: int) -> dict:
     """Collate the readable items into a batch.
 
     Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), lengths (a list of M numbers of tokens),
-    image_ids (B,), caption_image_ids (M,), and "unreadable", a list of error messages; without a readable item only
-    that list.
+    image_ids (B,), caption_image_ids (M,), with repeated captions also caption_text_ids (M,) and image_text_ids (B,K)
+    (losses.PairIds), and "unreadable", a list of error messages; without a readable item only that list.
     """
     batch = {"unreadable": [item["unreadable"] for item in items if "unreadable" in item]}
     items = [item for item in items if "pixels" in item]
@@ -33,6 +34,8 @@ def collate(items: Sequence[dict], pad_id: int) -> dict:
         batch["caption_image_ids"] = batch["image_ids"].repeat_interleave(
             torch.tensor([len(item["captions"]) for item in items])
         )
+        if "caption_text_ids" in items[0]:
+            batch |= {key: torch.from_numpy(np.concatenate([item[key] for item in items])) for key in TEXT_IDS}
     return batch
 
 
@@ -52,7 +55,7 @@ class ImageCaptionLoader:
     ):
         batch_bytes = 3 * dataset.preprocess.size**2 * sampler.images_per_process
         self.sampler, self.reread = sampler, sampler.micro_batches > 1 and batch_bytes > MAX_BATCH_BYTES
-        self.paths = dataset.paths
+        self.paths, self.repeats = dataset.paths, dataset.repeats is not None and dataset.repeats.has_texts
         self.loader = DataLoader(
             dataset,
             batch_sampler=MicroBatchSampler(sampler, repeat=2 if self.reread else 1),
@@ -76,6 +79,25 @@ class ImageCaptionLoader:
             else:
                 micro_batches = list(islice(stream, count))
                 yield micro_batches, (micro_batches if count > 1 else None)
+
+
+def check_images_per_step(images: int, batch_size: int, processes: int) -> None:
+    """Raise ValueError if the equal batches of an epoch contain a single photo, or fewer than one per process.
+
+    Such a batch has no negatives: 3 photos in batches of at most 2 are two batches of 1.
+    """
+
+    def per_step(size):
+        return images // -(-images // size) // processes * processes
+
+    if per_step(batch_size) >= max(2, processes):
+        return
+    steps = -(-images // batch_size)
+    usable = next(size for size in range(batch_size, images * processes + 1) if per_step(size) >= max(2, processes))
+    raise ValueError(
+        f"--batch-size {batch_size} divides {images} training photos into {steps} steps of {images // steps}, fewer "
+        f"than {max(2, processes)}: use --batch-size {-(-usable // processes) * processes} or more training photos"
+    )
 
 
 class EpochSampler:

@@ -7,8 +7,12 @@ from functools import partial
 import numpy as np
 
 from config import Config
+from data.image_lookup import number_photos
 from data.loading import CaptionData
+from data.repeats import find_repeats
+from data.text_ids import number_texts
 from data.tokenizer import describe_truncation, tokenize
+from data.unknown_words import describe_unknown_words, unknown_ids
 from dataset import CLIPDataset, flip_caption
 from models.trunk_split import split_trunk
 from modules import CLIPModel
@@ -71,10 +75,16 @@ def _build_cached(config, model, encoder, train, val, first_epoch):
             texts = cache_text_features(text_encoder, model.text_encoder, captions, name, cache_dir=config.cache_dir)
         return CachedSplit(split, images, flipped_rows, texts=texts, tokens=tokens)
 
+    def find_repeats_in(cached, tokens, captions):
+        numbers = number_texts(tokens, captions, unknown_ids(encoder.tokenizer))
+        return _find_repeats(train, numbers[: len(train.captions)], numbers[cached.flipped_rows])
+
     cached_train, cached_val = cache(train, "train", config.views), cache(val, "val", 1)
-    if needs_tokens:
-        original = cached_train.tokens.rows[: len(train.captions)]
-        _report_truncation(encoder, train, replace(cached_train.tokens, rows=original))
+    tokens, (captions, _) = cached_train.tokens, add_flipped_captions(train.captions, flip=config.views > 1)
+    if tokens is None:  # the same captions as for the text features, whose token ids are in the cache
+        tokens = _tokenize(encoder, captions)
+    cached_train = replace(cached_train, repeats=find_repeats_in(cached_train, tokens, captions))
+    _report_captions(config, encoder, train, replace(tokens, rows=tokens.rows[: len(train.captions)]))
     loader = CachedFeatureLoader(
         cached_train,
         _sampler(config, int(cached_train.images.readable.sum())),
@@ -87,9 +97,11 @@ def _build_cached(config, model, encoder, train, val, first_epoch):
 
 
 def _build_from_images(config, encoder, split):
-    tokens = _tokenize(encoder, [*split.captions, *map(flip_caption, split.captions)])
+    captions = [*split.captions, *map(flip_caption, split.captions)]
+    tokens = _tokenize(encoder, captions)
     token_ids, flipped_ids = (replace(tokens, rows=rows) for rows in np.split(tokens.rows, 2))
-    _report_truncation(encoder, split, token_ids)
+    numbers, flipped_numbers = np.split(number_texts(tokens, captions, unknown_ids(encoder.tokenizer)), 2)
+    _report_captions(config, encoder, split, token_ids)
     dataset = CLIPDataset(
         split,
         token_ids,
@@ -100,6 +112,7 @@ def _build_from_images(config, encoder, split):
         min_crop=config.min_crop,
         seed=config.seed,
         image_cache=encoder.image_cache(split.paths),
+        repeats=_find_repeats(split, numbers, flipped_numbers if config.augment else numbers),
     )
     return ImageCaptionLoader(
         dataset,
@@ -110,10 +123,20 @@ def _build_from_images(config, encoder, split):
     )
 
 
+def _find_repeats(split, text_numbers, flipped_numbers):
+    return find_repeats(text_numbers, flipped_numbers, split.caption_image_ids, number_photos(split.paths))
+
+
 def _tokenize(encoder, captions):
     return tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
 
 
-def _report_truncation(encoder, split, token_ids):
-    if line := describe_truncation(encoder.tokenizer, split.captions, token_ids, max_tokens=encoder.max_tokens):
-        print(line)
+def _report_captions(config, encoder, split, tokens):
+    """Print how many captions are truncated, and how many of their words the text tower does not know."""
+    dual_encoder = config.model is not None
+    for line in (
+        describe_truncation(encoder.tokenizer, split.captions, tokens, max_tokens=encoder.max_tokens),
+        describe_unknown_words(encoder.tokenizer, split.captions, tokens, dual_encoder=dual_encoder),
+    ):
+        if line:
+            print(line)

@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.loading import Split
+from data.storage import file_stamp
 from data.tokenizer import fingerprint
 from dataset import AugmentedViews
 from modules import ImageEncoder
 from retrieval.encoder import IMAGE_BATCH, Encoder
 from runtime.atomic_io import replace_file, write_text
+from runtime.cache import load_cached, require
 from runtime.distributed import all_gather_list, rank, shard_slice, world_size
 from runtime.mmap_store import reserve_file, write_at
-from runtime.paths import file_stamp
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -61,7 +62,7 @@ def cache_image_features(
     tensors = [*_tensors(nn.ModuleList([tower.trunk_parts[0]])), ("mean", tower.mean), ("std", tower.std)]
     stamps = [f"{path.resolve()}\0{file_stamp(path)}" for path in split.paths]
     path = Path(cache_dir) / "features" / f"{_key(structure, settings, tensors, stamps)}.images"
-    if cached := _open_everywhere(path, len(split.paths), views):
+    if cached := _open_everywhere(path, len(split.paths), views, report=False):
         return cached
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")) if rank() == 0 else nullcontext():
@@ -82,16 +83,19 @@ def cache_text_features(
     settings = f"({encoder.precision},)"
     tokens = fingerprint(encoder.tokenizer, captions, encoder.max_tokens)
     path = Path(cache_dir) / "features" / f"{_key(structure, settings, _tensors(tower), [tokens])}.safetensors"
-    try:
-        rows = load_file(path)["texts"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        rows = None  # missing, or truncated by a full disk
+    rows = load_cached(path, lambda path: _load_texts(path, len(captions), tower.dim))
     if all(all_gather_list([rows is not None])):
         return rows
     rows = encoder.encode_captions(captions, f"{name}: captions")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: _save_texts(rows, temporary))
+    return rows
+
+
+def _load_texts(path, captions, dim):
+    rows = load_file(path)["texts"]
+    require(rows.dtype == torch.float32 and rows.shape == (captions, dim), f"rows are {rows.dtype} {(*rows.shape,)}")
     return rows
 
 
@@ -102,26 +106,34 @@ def _save_texts(rows, path):
         raise OSError(str(error)) from None
 
 
-def _open_everywhere(path, images, views):
+def _open_everywhere(path, images, views, *, report=True):
     """Return what _open returns, or None in all processes if it is None in one of them."""
-    cached = _open(path, images, views)
+    cached = _open(path, images, views, report=report and rank() == 0)
     return cached if all(all_gather_list([cached is not None])) else None
 
 
-def _open(path, images, views):
+def _open(path, images, views, *, report=True):
     """Open a complete file of features; return None if it is missing or damaged."""
-    try:
-        metadata = json.loads(path.with_suffix(".json").read_text("utf-8"))
-        dtype, shape, unreadable = DTYPES[metadata["dtype"]], metadata["shape"], metadata["unreadable"]
-        size = images * views * math.prod(shape)
-        if path.stat().st_size != size * dtype.itemsize:
-            return None
-        rows = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
-        readable = np.ones(images, bool)
-        readable[unreadable] = False
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RuntimeError):
-        return None
+    return load_cached(path, lambda path: _open_complete(path, images, views), report=report)
+
+
+def _open_complete(path, images, views):
+    path.stat()  # FileNotFoundError: it has not been computed yet
+    require(path.with_suffix(".json").exists(), "its .json file is missing")
+    metadata = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    dtype, shape, unreadable = DTYPES[metadata["dtype"]], metadata["shape"], metadata["unreadable"]
+    require(_is_list_of_ints(shape, 1), "the shape is not a list of sizes")
+    require(_is_list_of_ints(unreadable, 0, images), "the unreadable photos are not a list of their numbers")
+    size = images * views * math.prod(shape)
+    require(path.stat().st_size == size * dtype.itemsize, "it has another size")
+    rows = torch.from_file(str(path), shared=False, size=size, dtype=dtype)
+    readable = np.ones(images, bool)
+    readable[np.array(unreadable, dtype=int)] = False
     return CachedImageFeatures(rows.view(images * views, *shape), views, readable)
+
+
+def _is_list_of_ints(value, minimum, stop=math.inf):
+    return isinstance(value, list) and all(type(item) is int and minimum <= item < stop for item in value)
 
 
 def _compute(encoder, tower, images, desc, path):
@@ -169,7 +181,7 @@ def _write_shard(encoder, tower, images, desc, path, row_bytes):
     """
     shard, remaining = shard_slice(len(images)), copy(images)
     journal = path.with_name(f"{path.name}.{rank()}-{world_size()}.done")
-    finished, unreadable = _read_journal(journal)
+    finished, unreadable = load_cached(journal, lambda journal: _read_journal(journal, shard)) or (0, [])
     remaining.paths = images.paths[shard][finished:]
     index = shard.start + finished
     with path.open("r+b") as file:
@@ -187,13 +199,12 @@ def _write_shard(encoder, tower, images, desc, path, row_bytes):
     return unreadable
 
 
-def _read_journal(path):
+def _read_journal(path, shard):
     """Return how many images an interrupted computation finished, and the indices of those it could not read."""
-    try:
-        finished, unreadable = json.loads(path.read_text("utf-8"))
-        return int(finished), list(map(int, unreadable))
-    except (OSError, ValueError, TypeError):
-        return 0, []
+    finished, unreadable = json.loads(path.read_text("utf-8"))
+    require(_is_list_of_ints([finished], 0, shard.stop - shard.start + 1), "the number of photos is wrong")
+    require(_is_list_of_ints(unreadable, shard.start, shard.start + finished), "the unreadable photos are wrong")
+    return finished, unreadable
 
 
 def _delete_temporary(path):
@@ -208,7 +219,7 @@ def _key(structure: str, settings: str, tensors: Iterable[tuple[str, Tensor]], i
     for name, tensor in tensors:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update("\0".join(items).encode())
+    digest.update("\0".join(items).encode("utf-8", "surrogatepass"))  # a file's name may have other bytes
     return digest.hexdigest()[:32]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.loading import Split
+from data.repeats import RepeatedPairs
 from data.tokenizer import Tokens, pad
 from dataset import flip_caption, is_flipped, sample_captions
 from modules import CLIPModel
@@ -35,6 +36,7 @@ class CachedSplit:
     flipped_rows: np.ndarray  # (M,) int64
     texts: Tensor | None = None  # (rows, H)
     tokens: Tokens | None = None
+    repeats: RepeatedPairs | None = None
 
 
 def add_flipped_captions(captions: Sequence[str], *, flip: bool) -> tuple[list[str], np.ndarray]:
@@ -70,6 +72,8 @@ class CachedFeatureLoader:
         self.paths, self.readable = cached.split.paths, np.flatnonzero(cached.images.readable)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
         self.flipped_rows, self.tokens, self.views = cached.flipped_rows, cached.tokens, cached.images.views
+        self.pairs = cached.repeats
+        self.repeats = cached.repeats is not None and cached.repeats.has_texts  # as in ImageCaptionLoader
         self.images, self.frozen_epochs = _to_device_if_small(cached.images.rows, device), frozen_epochs
         self.texts = None if cached.texts is None else _to_device_if_small(cached.texts, device)
         self.first_caption = np.searchsorted(cached.split.caption_image_ids, np.arange(len(self.paths) + 1))
@@ -87,16 +91,21 @@ class CachedFeatureLoader:
                 yield map(self._micro_batch, micro_batches), map(self._micro_batch, micro_batches)
 
     def _micro_batch(self, keys):
-        image_rows, caption_rows = zip(*(self._draw(*key) for key in keys), strict=True)
-        image_rows = torch.tensor(image_rows)
-        image_ids = image_rows // self.views
+        images, views, captions = zip(*(self._draw(*key) for key in keys), strict=True)
+        images, views, flipped = np.array(images), np.array(views), [is_flipped(view) for view in views]
+        ids = images if self.pairs is None else self.pairs.photo_ids[images]
         batch = {
             "unreadable": [],
-            "image_features": self.images[image_rows],
-            "image_ids": image_ids,
-            "caption_image_ids": image_ids.repeat_interleave(torch.tensor([len(rows) for rows in caption_rows])),
+            "image_features": self.images[torch.from_numpy(images * self.views + views)],
+            "image_ids": torch.from_numpy(ids),
+            "caption_image_ids": torch.from_numpy(np.repeat(ids, [len(rows) for rows in captions])),
         }
-        caption_rows = np.concatenate(caption_rows)
+        if self.repeats:
+            text_ids = self.pairs.batch_ids(images, captions, flipped)
+            batch |= {key: torch.from_numpy(value) for key, value in text_ids.items()}
+        caption_rows = np.concatenate(
+            [self.flipped_rows[rows] if flip else rows for rows, flip in zip(captions, flipped, strict=True)]
+        )
         epoch, _ = keys[0]
         if self.texts is not None and (self.tokens is None or epoch < self.frozen_epochs):
             return batch | {"text_features": self.texts[torch.from_numpy(caption_rows)]}
@@ -105,11 +114,11 @@ class CachedFeatureLoader:
         return batch | {"input_ids": ids, "attention_mask": mask, "lengths": [len(ids) for ids in captions]}
 
     def _draw(self, epoch, index):
-        """Draw an augmented view and captions for an item; returns the row of the view and the rows of the captions."""
+        """Draw an augmented view and captions for an item; returns the image, the view and the captions."""
         rng, image = np.random.default_rng((self.sampler.seed, epoch, index)), self.readable[index]
         captions = sample_captions(rng, self.first_caption, image, self.captions_per_image)
         view = int(rng.integers(self.views)) if self.views > 1 else 0
-        return image * self.views + view, self.flipped_rows[captions] if is_flipped(view) else captions
+        return image, view, captions
 
 
 def embed_cached_split(model: CLIPModel, encoder: Encoder, cached: CachedSplit) -> Embeddings:

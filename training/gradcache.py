@@ -11,19 +11,23 @@ from losses import LossTerms
 from runtime.distributed import gather_tensors
 
 IDS = ("image_ids", "caption_image_ids")
+TEXT_IDS = ("caption_text_ids", "image_text_ids")  # of batches in which captions of several photos can be equal
 
 
 def cached_backward(
     encode: Callable[[dict], tuple[Tensor, Tensor]],
     passes: tuple[Iterable[dict], Iterable[dict] | None],
-    objective: Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms],
+    objective: Callable[..., LossTerms],
     *,
     model: nn.Module,
     backward: Callable[[Tensor], None],
     seed: Sequence[int],
     first_micro_batch: int = 0,
+    ids: Sequence[str] = IDS,
 ) -> LossTerms | None:
-    """Add the gradients of objective(image_emb, text_emb, image_ids, caption_image_ids) to the model's parameters.
+    """Add the gradients of objective(image_emb, text_emb, *ids) to the model's parameters.
+
+    ids: keys of the micro-batches, IDS or (*IDS, *TEXT_IDS), the same in all processes.
 
     passes contains the micro-batches twice, or once and None: a single one keeps its graph. The first pass encodes
     without a graph and computes the gradient at the embeddings of all processes. The second encodes again, one graph
@@ -38,12 +42,12 @@ def cached_backward(
         return encode(micro_batch)
 
     first, second = passes
-    embeddings, ids = [], []
+    embeddings, batch_ids = [], []
     with torch.set_grad_enabled(second is None), _freeze_batch_norm_stats(model, enabled=second is not None):
         for number, micro_batch in enumerate(first):
             embeddings.append(embed(micro_batch, number))
-            ids.append([micro_batch[key] for key in IDS])
-    local, local_ids = _concatenate(embeddings, ids, device=next(model.parameters()).device)
+            batch_ids.append([micro_batch[key] for key in ids])
+    local, local_ids = _concatenate(embeddings, batch_ids, len(ids), device=next(model.parameters()).device)
     sizes = [[len(rows) for rows in pair] for pair in embeddings]
     with_graph = embeddings
     if second is not None:
@@ -60,12 +64,12 @@ def cached_backward(
     return terms
 
 
-def _concatenate(embeddings, ids, *, device):
-    """Return the micro-batches' embeddings, detached, and ids, two tensors each; empty ones if none was readable."""
+def _concatenate(embeddings, ids, n_ids, *, device):
+    """Return the micro-batches' two embeddings, detached, and their ids; empty tensors if none was readable."""
     if embeddings:
         local = [torch.cat(rows).detach() for rows in zip(*embeddings, strict=True)]
         return local, [torch.cat(rows) for rows in zip(*ids, strict=True)]
-    return [torch.empty(0, device=device)] * 2, [torch.empty(0, dtype=torch.int64, device=device)] * 2
+    return [torch.empty(0, device=device)] * 2, [torch.empty(0, dtype=torch.int64, device=device)] * n_ids
 
 
 def _backward(embeddings, gradients):
@@ -77,9 +81,9 @@ def _backward(embeddings, gradients):
 
 def _embedding_gradients(local, local_ids, sizes, objective, backward):
     """Return the loss over the rows of all processes, and its gradients at this process's rows, per micro-batch."""
-    *gathered, image_ids, caption_image_ids = gather_tensors([*local, *local_ids])
+    gathered = gather_tensors([*local, *local_ids])
+    gathered, all_ids = gathered[: len(local)], [rows for rows, _ in gathered[len(local) :]]
     leaves = [rows.requires_grad_() for rows, _ in gathered]
-    all_ids = [image_ids[0], caption_image_ids[0]]
     if not len(all_ids[0]):
         return None, []
     terms = objective(*leaves, *all_ids)

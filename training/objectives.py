@@ -9,6 +9,7 @@ from torch import Tensor
 
 from losses import (
     LossTerms,
+    PairIds,
     at_least_float32,
     cosine_margin_loss,
     hardest_triplet,
@@ -98,6 +99,7 @@ def objective_loss(
     image_ids: Tensor,
     caption_image_ids: Tensor,
     objective: Objective,
+    text_ids: tuple[Tensor, Tensor] | tuple[()] = (),
     *,
     temperature: float | Tensor,
     bias: float | Tensor = 0.0,
@@ -106,20 +108,20 @@ def objective_loss(
 ) -> LossTerms:
     """Add the objective's main term and alpha times its triplet term, in float32 under autocast too.
 
-    image_emb (B,D), text_emb (M,D) unit rows; image_ids (B,), caption_image_ids (M,): equal ids are positives. With
+    image_emb (B,D), text_emb (M,D) unit rows; ids as in losses.PairIds, text_ids is () or its last two fields. With
     alpha 0 the triplet term is reported, but has no gradient and costs no backward pass. chunk_size: captions scored at
     a time, in memory O((B + M) * D + B * chunk_size), with recomputation in the backward pass; None scores all at once.
     """
-    term = OBJECTIVES[objective.name]
+    term, ids = OBJECTIVES[objective.name], PairIds(image_ids, caption_image_ids, *text_ids)
     with torch.autocast(image_emb.device.type, enabled=False):
         image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
         if chunk_size is not None and term.chunked is not None:
-            chunks = ChunkedPairs(image_emb, text_emb, image_ids, caption_image_ids, temperature, chunk_size)
+            chunks = ChunkedPairs(image_emb, text_emb, ids, temperature, chunk_size)
             main = term.chunked(chunks, objective, temperature, bias)
             with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
                 triplet = chunked_triplet(chunks, objective)
         else:
-            sim, positives = image_emb @ text_emb.T, positive_mask(image_ids, caption_image_ids)  # (B, M)
+            sim, positives = image_emb @ text_emb.T, positive_mask(*ids)  # (B, M)
             main = term.plain(Pairs(image_emb, text_emb, sim, positives), objective, temperature, bias)
             triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective)
         return LossTerms(main + alpha * triplet, main, triplet)

@@ -1,6 +1,5 @@
 """Metadata of a run: the command, package versions, the commit of this repository, and a hash of the data."""
 
-import hashlib
 import platform
 import shlex
 import subprocess
@@ -24,7 +23,7 @@ def describe_launch(data: CaptionData, device: torch.device) -> dict:
     return {
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(Path(__file__).parents[1]),
-        "data": fingerprint(data),
+        "data": data.fingerprint(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world_size(),
         "threads": torch.get_num_threads(),
@@ -42,14 +41,6 @@ def describe_changes(launches: list[dict], launch: dict) -> str | None:
     versions = versions if isinstance(versions, dict) else {}
     changed += [name for name, number in launch["versions"].items() if versions.get(name) != number]
     return ", ".join(changed) or None
-
-
-def fingerprint(data: CaptionData) -> str:
-    """Hash the image names, captions and splits of a data set, but not the pixels."""
-    digest = hashlib.sha256()
-    for column in ("image", "caption", "split"):
-        digest.update("\0".join(map(str, data.table[column])).encode("utf-8", "surrogatepass") + b"\1")
-    return digest.hexdigest()[:16]
 
 
 def git_commit(folder: Path) -> str | None:

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 from numbers import Real
 
-from training.train_step import TERMS
+from training.train_step import AVERAGED
 
 COUNTS = ("steps", "images", "pairs")
 
@@ -17,7 +17,7 @@ class EpochMeters:
     images: int = 0
     pairs: int = 0
     seconds: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TERMS, 0.0))  # over images
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(AVERAGED, 0.0))  # over images
     averaged: bool = False  # after the last step: batch norm statistics have been averaged over the processes
     clock: float | None = None
 
@@ -97,10 +97,11 @@ class TrainState:
                 raise TypeError
             counts = {name: saved[name] for name in COUNTS}
             counts["steps"] = counts["steps"] * steps_per_epoch // saved["steps_per_epoch"]
-            meters = EpochMeters(**counts, seconds=saved["seconds"], sums=saved["sums"], averaged=saved["averaged"])
+            sums = {"floor": 0.0} | saved["sums"]  # older checkpoints have no floor
+            meters = EpochMeters(**counts, seconds=saved["seconds"], sums=sums, averaged=saved["averaged"])
             restored = cls(state["epoch"], state["best_rsum"], list(state["history"]), set(state["unreadable"]), meters)
             numbers = [restored.epoch, restored.best_rsum, meters.seconds, *counts.values(), *meters.sums.values()]
-            valid = all(isinstance(number, Real) for number in numbers) and meters.sums.keys() == set(TERMS)
+            valid = all(isinstance(number, Real) for number in numbers) and meters.sums.keys() == set(AVERAGED)
             valid = valid and isinstance(restored.epoch + meters.steps, int) and 0 <= meters.steps <= steps_per_epoch
             valid = valid and restored.epoch == len(restored.history)
         except (

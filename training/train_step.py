@@ -6,17 +6,18 @@ import torch
 from accelerate import Accelerator
 
 from config import Config
-from losses import LossTerms
+from losses import LossTerms, PairIds
 from modules import CLIPModel
 from retrieval.encoder import Encoder
 from runtime import distributed
 from training.dataloader import MicroBatchPasses
-from training.gradcache import cached_backward
+from training.gradcache import IDS, TEXT_IDS, cached_backward
 from training.objectives import Objective, objective_loss
 from training.optim import build_optimizer, build_schedule
 
 ACCELERATE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "no"}
 TERMS = ("loss", "main", "triplet")
+AVERAGED = (*TERMS, "floor")  # over the images of an epoch; floor: the lowest value that InfoNCE could have
 LOSS_ENTRIES = 2**23  # cosines in memory at a time; the captions of a larger batch are scored in chunks
 
 
@@ -41,8 +42,18 @@ class StepMetrics:
 class TrainStep:
     """Forward pass, backward pass and update for batches of this process, or of all processes together."""
 
-    def __init__(self, config: Config, model: CLIPModel, encoder: Encoder, *, steps_per_epoch: int, micro_batches: int):
-        self.config, self.device, self.unwrapped = config, encoder.device, model
+    def __init__(
+        self,
+        config: Config,
+        model: CLIPModel,
+        encoder: Encoder,
+        *,
+        steps_per_epoch: int,
+        micro_batches: int,
+        repeats: bool = False,
+    ):
+        """repeats: whether the batches contain TEXT_IDS, because captions of several photos are equal."""
+        self.config, self.device, self.unwrapped, self.repeats = config, encoder.device, model, repeats
         self.steps_per_epoch = steps_per_epoch
         self.objective = Objective(
             name=config.objective,
@@ -85,15 +96,18 @@ class TrainStep:
         """
         alpha, batch = self.alpha(step), {}
 
-        def objective(image_emb, text_emb, image_ids, caption_image_ids) -> LossTerms:
-            batch.update(image_ids=image_ids, pairs=len(text_emb))
+        def objective(image_emb, text_emb, image_ids, caption_image_ids, *text_ids) -> LossTerms:
             chunk_size = max(1, LOSS_ENTRIES // len(image_emb))
+            batch.update(image_ids=image_ids, pairs=len(text_emb))
+            floor = PairIds(image_ids, caption_image_ids, *text_ids).floor(chunk_size)
+            batch["floor"] = floor if self.objective.name == "info_nce" else torch.zeros_like(floor)
             return objective_loss(
                 image_emb,
                 text_emb,
                 image_ids,
                 caption_image_ids,
                 self.objective,
+                text_ids,
                 temperature=self.unwrapped.temperature,
                 bias=self.unwrapped.bias,
                 alpha=alpha,
@@ -108,10 +122,11 @@ class TrainStep:
             backward=self.accelerator.backward,
             seed=(self.config.seed, step),
             first_micro_batch=self.first_micro_batch,
+            ids=(*IDS, *TEXT_IDS) if self.repeats else IDS,
         )
         if terms is None:
             return None
-        values = dict(zip(TERMS, terms, strict=True)) | {"gradient": self._update()}
+        values = dict(zip(TERMS, terms, strict=True)) | {"floor": batch.pop("floor"), "gradient": self._update()}
         values["stop"] = distributed.all_reduce_max(torch.full((), float(stop), device=self.device))
         return StepMetrics(step, values, **batch)
 

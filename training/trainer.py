@@ -12,15 +12,16 @@ from tqdm import tqdm
 
 from config import ARCHITECTURE, Config
 from data.loading import CaptionData
+from data.unknown_words import require_known_words
 from models.checkpoint import load_run, save_state, split_frozen
 from models.encoders import save_towers
 from models.factory import apply_config, build_model, describe_model
 from modules import CLIPModel
 from reporting.plots import plot_curves
-from reporting.terminal import format_epoch
+from reporting.terminal import describe_floor, format_epoch
 from retrieval.csls import make_query_bank
 from retrieval.encoder import Encoder, build_training_encoder
-from retrieval.metrics import retrieval_metrics
+from retrieval.metrics import describe_small_pool, retrieval_metrics
 from runtime import distributed
 from runtime.atomic_io import write_text
 from runtime.device import memory_advice, pick_device
@@ -41,13 +42,13 @@ from runtime.run_dir import (
     write_config,
 )
 from runtime.signals import Stopped, StopSignals
-from runtime.text import format_examples, format_skipped
-from training.dataloader import MicroBatchPasses
+from runtime.text import display_text, format_examples, format_skipped
+from training.dataloader import MicroBatchPasses, check_images_per_step
 from training.dataloader_factory import build_batches
 from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_changes, describe_launch
 from training.train_state import TrainState
-from training.train_step import TERMS, StepMetrics, TrainStep
+from training.train_step import AVERAGED, TERMS, StepMetrics, TrainStep
 
 PLOT_EVERY = 30  # seconds; with short epochs, plotting would take longer than training
 
@@ -78,9 +79,11 @@ def _train(config, data, resume, locks):
     distributed.broadcast_parameters(model)  # after the move to the device: NCCL has no CPU tensors
     if images < config.batch_size:
         print(f"each step uses all {images} training photos: there are fewer than --batch-size {config.batch_size}")
+    if line := describe_small_pool("val", len((val := data.split("val")).paths), len(val.captions)):
+        print(line)
     precision = str(encoder.precision).removeprefix("torch.")
     processes = f", {world_size()} processes" if world_size() > 1 else ""
-    print(f"{describe_model(model)}; {encoder.device.type}, {precision}{processes}; run {folder}")
+    print(f"{describe_model(model)}; {encoder.device.type}, {precision}{processes}; run {display_text(folder)}")
     if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
         print(f"only the heads train: --freeze-epochs {config.freeze_epochs} freezes the towers in all epochs")
     trainer = Trainer(config, folder, model, encoder, data, state)
@@ -99,6 +102,7 @@ def _check_batch_size(config, images):
         nearest = f"{size // processes * processes} or {(size // processes + 1) * processes}"
         nearest = nearest if size > processes else f"{processes}"
         raise ValueError(f"--batch-size {size} cannot be divided among {processes} processes: use {nearest}")
+    check_images_per_step(images, size, processes)
 
 
 def _new_run(config, data, locks):
@@ -107,6 +111,9 @@ def _new_run(config, data, locks):
         model, tokenizer, specification = build_model(config, data)
     else:
         model, tokenizer, _ = _load_checkpoint(config, Path(config.start_from), BEST)
+    if not config.allow_unknown_words:  # before the run's folder exists
+        captions, dual_encoder = data.split("train").captions, config.model is not None
+        require_known_words(tokenizer, captions, max_tokens=config.max_tokens, dual_encoder=dual_encoder)
     folder = None
     if rank() == 0:
         folder = create_run(config)
@@ -161,7 +168,14 @@ class Trainer:
         self.batches, self.embed_validation = build_batches(config, model, encoder, data, first_epoch=first_epoch)
         steps, micro_batches = len(self.batches), self.batches.sampler.micro_batches
         self.images_at_a_time = -(-self.batches.sampler.images_per_process // micro_batches)
-        self.step = TrainStep(config, model, encoder, steps_per_epoch=steps, micro_batches=micro_batches)
+        self.step = TrainStep(
+            config,
+            model,
+            encoder,
+            steps_per_epoch=steps,
+            micro_batches=micro_batches,
+            repeats=self.batches.repeats,
+        )
         self.state, self.last_plot = TrainState(), -math.inf
         self.main_term = config.objective, OBJECTIVES[config.objective].label  # its key in log.jsonl, and its label
         # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
@@ -181,6 +195,8 @@ class Trainer:
                     state.finish_epoch(record)
                     self._save_epoch(record)
                     print(format_epoch(record, config.epochs, self.main_term), flush=True)
+                    if state.epoch == 1 and (line := describe_floor(record)):
+                        print(line, flush=True)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
@@ -236,7 +252,7 @@ class Trainer:
             values = metrics.read()
             if nonfinite := self.step.find_nonfinite(values):
                 raise ValueError(self._save_bad_batch(nonfinite, metrics))
-            self.state.meters.add({key: values[key] for key in TERMS}, len(metrics.image_ids), metrics.pairs)
+            self.state.meters.add({key: values[key] for key in AVERAGED}, len(metrics.image_ids), metrics.pairs)
         return values
 
     def _save_bad_batch(self, nonfinite: str, metrics: StepMetrics) -> str:
@@ -257,13 +273,20 @@ class Trainer:
         state, meters = self.state, self.state.meters
         return {
             "epoch": state.epoch + 1,
-            **{self.config.objective if key == "main" else key: mean for key, mean in meters.means().items()},
+            **self._mean_losses(),
             "alpha": self.step.alpha((state.epoch + 1) * len(self.batches) - 1),
             "temperature": self.model.temperature.item(),
             "seconds": meters.seconds,
             "images_per_s": meters.images / meters.seconds,
             "pairs_per_s": meters.pairs / meters.seconds,
         }
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Return the losses of the epoch under their names in log.jsonl, and for InfoNCE the floor of its value."""
+        means, objective = self.state.meters.means(), self.config.objective
+        floor = means.pop("floor")
+        named = {objective if key == "main" else key: mean for key, mean in means.items()}
+        return named | ({"info_nce_floor": floor} if objective == "info_nce" else {})
 
     def _drop_unreadable(self, passes: MicroBatchPasses) -> MicroBatchPasses:
         """Drop micro-batches without a readable photo, and record the photos that cannot be read."""

@@ -483,7 +483,7 @@ def test_run_on_cached_views_learns_and_its_checkpoint_has_the_logged_rsum(tiny_
     [
         ({"cached_views": 2}, "--cached-views caches activations of frozen stages"),
         ({"cached_views": 2, "unfreeze_image_stages": 1, "augment": False}, "--no-augment makes all views"),
-        ({"cached_views": -1}, "--cached-views must be at least 0"),
+        ({"cached_views": -1}, "--cached-views must be from 0"),
         ({"word_dropout": 0.1, "freeze_text": True}, "--word-dropout needs a text tower that trains"),
     ],
 )
