@@ -4,7 +4,6 @@ Edit a default here, or override it for one run with a flag: `--alpha 0.2 --batc
 below Config contain other values for the sample set, for other data and for pretrained dual encoders.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,11 +19,13 @@ class Config:
     image_column: str | None = None  # name of the column (or JSON key) with the photos' file names; None: found
     caption_column: str | None = None  # ... with the captions
     split_column: str | None = None  # ... with train, val or test
+    split: Literal["auto", "random"] = "auto"  # "auto": the split that the data set has, else a random one
     split_seed: int = 0  # seed of the split into training, validation and test photos, if the data set has none
     cache_images: bool = False  # cache photos, decoded and resized, in cache_dir; for machines with few cores
     image_size: int | None = None  # pixels; None: the size at which the image tower was trained (ResNet50: 224)
     captions_per_image: int = 2  # captions that are drawn for each photo of a batch
     max_tokens: int = 64  # longer captions are truncated
+    allow_unknown_words: bool = False  # train although the text tower knows less than half of the captions' words
     augment: bool = True  # random crops and horizontal flips, which swap "left" and "right" in the captions
     min_crop: float = 0.6  # smallest share of a photo's area that a random crop contains; 1: no crops
 
@@ -93,17 +94,28 @@ class Config:
             for name in names.split():
                 value = getattr(self, name)
                 if not is_valid(value):
-                    raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {value}")
+                    raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {format_value(value)}")
+        for name, value in vars(self).items():
+            if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
+                problem = "contains a NUL character" if "\0" in value else f"has more than {MAX_TEXT:,} characters"
+                raise ValueError(f"--{name.replace('_', '-')} {problem}: {value[:40]!r}")
         if self.micro_batch_size is not None and not 1 <= self.micro_batch_size <= self.batch_size:
             bounds = f"from 1 to --batch-size ({self.batch_size})"
             raise ValueError(f"--micro-batch-size must be {bounds}, got {self.micro_batch_size}")
         if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name or "\\" in self.name):
             raise ValueError(f"--name must be a plain folder name, got {self.name!r}")
+        if self.image_size is not None and round(self.image_size * self.eval_image_scale) > MAX_IMAGE_SIZE:
+            raise ValueError(
+                f"--image-size {self.image_size} times --eval-image-scale {self.eval_image_scale} is more than "
+                f"{MAX_IMAGE_SIZE:,} pixels: choose smaller ones"
+            )
         self._check_combinations()
 
     def _check_combinations(self):
         if self.model is not None and (self.image_pooling, self.text_pooling) != ("own", "mean"):
             raise ValueError("--model has its own pooling: leave out --image-pooling and --text-pooling")
+        if self.text_pooling == "own":
+            raise ValueError("--text-pooling own: only image towers have a pooling of their own; use mean, max or gpo")
         if self.lora and (self.unfreeze_image_stages or self.unfreeze_text_layers):
             raise ValueError(
                 "--lora trains adapters in whole towers: leave out --unfreeze-image-stages and --unfreeze-text-layers"
@@ -233,21 +245,41 @@ RENAMED = {
     "search_mirrored": "tta_flip",
 }
 
+MAX_IMAGE_SIZE = 2048  # pixels; a photo of this size alone takes 50 MB, and a batch several GB
+
+# The values that each number may have, for flags and for the config.json of a run, which may be from a stranger. The
+# upper bounds exclude mistakes and damage, not experiments. NaN fails every comparison.
 BOUNDS = (  # fields, description of the valid values, test
-    ("captions_per_image epochs batch_size embed_dim", "at least 1", lambda v: v >= 1),
-    ("unfreeze_image_stages unfreeze_text_layers save_every_steps", "at least 1", lambda v: v is None or v >= 1),
-    ("image_size", "at least 16", lambda v: v is None or v >= 16),
-    ("max_tokens", "at least 3", lambda v: v >= 3),  # [CLS], a word, [SEP]
-    ("num_workers", "at least -1", lambda v: v >= -1),
-    ("split_seed seed lora freeze_epochs cached_views", "at least 0", lambda v: v >= 0),
+    ("batch_size", "from 2 to 1,000,000", lambda v: 2 <= v <= 1_000_000),  # a single photo has no negatives
+    ("embed_dim", "from 1 to 65,536", lambda v: 1 <= v <= 65_536),
+    ("captions_per_image", "from 1 to 10,000", lambda v: 1 <= v <= 10_000),
+    ("epochs", "from 1 to 1,000,000", lambda v: 1 <= v <= 1_000_000),
+    ("unfreeze_image_stages unfreeze_text_layers", "from 1 to 10,000", lambda v: v is None or 1 <= v <= 10_000),
+    ("save_every_steps", "from 1 to 10**9", lambda v: v is None or 1 <= v <= 10**9),
+    ("image_size", f"from 16 to {MAX_IMAGE_SIZE:,}", lambda v: v is None or 16 <= v <= MAX_IMAGE_SIZE),
+    ("max_tokens", "from 3 to 100,000", lambda v: 3 <= v <= 100_000),  # [CLS], a word, [SEP]
+    ("num_workers", "from -1 to 1,024", lambda v: -1 <= v <= 1024),
+    ("split_seed seed", "from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
+    ("lora", "from 0 to 4,096", lambda v: 0 <= v <= 4096),
+    ("freeze_epochs", "from 0 to 1,000,000", lambda v: 0 <= v <= 1_000_000),
+    ("cached_views", "from 0 to 10,000", lambda v: 0 <= v <= 10_000),
     ("min_crop", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("dropout image_feature_dropout word_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),
-    ("temperature", "at least 0.01 (smaller overflows the logits) and finite", lambda v: 0.01 <= v < math.inf),
+    ("temperature", "from 0.01 (smaller overflows the logits) to 1,000", lambda v: 0.01 <= v <= 1000),
     ("eval_image_scale", "from 0.5 to 4", lambda v: 0.5 <= v <= 4),
     ("softness", "from 0 to 1", lambda v: 0 <= v <= 1),
     ("cosine_margin", "from -1 to 1", lambda v: -1 <= v <= 1),
-    ("max_grad_norm", "above 0 and finite", lambda v: 0 < v < math.inf),
-    ("alpha alpha_warmup_epochs margin", "at least 0 and finite", lambda v: 0 <= v < math.inf),
-    ("lr_image lr_text lr_heads", "at least 0 and finite", lambda v: 0 <= v < math.inf),
-    ("weight_decay warmup_epochs", "at least 0 and finite", lambda v: 0 <= v < math.inf),
+    ("max_grad_norm", "above 0 and at most 1e12", lambda v: 0 < v <= 1e12),
+    ("alpha margin", "from 0 to 1e6", lambda v: 0 <= v <= 1e6),
+    ("alpha_warmup_epochs warmup_epochs", "from 0 to 1e6", lambda v: 0 <= v <= 1e6),
+    ("lr_image lr_text lr_heads weight_decay", "from 0 to 100", lambda v: 0 <= v <= 100),
 )
+MAX_TEXT = 4096  # characters of a name or a path: the limit of Linux
+
+
+def format_value(value: object) -> str:
+    """Return the value of a setting for a message, shortened: a number in a file may have thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**20:
+        return f"a number of {value.bit_length()} bits"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

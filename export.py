@@ -9,6 +9,7 @@ import tyro
 from config import Config
 from runtime import cli
 from runtime.run_dir import newest_finished_run
+from runtime.text import display_text
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def main() -> None:
 
     write = write_onnx if flags.onnx else write_transformers
     max_difference = write(load_run(folder), out)
-    print(f"written to {out}; its embeddings differ from PyTorch's by at most {max_difference:.1e}")
+    print(f"written to {display_text(out)}; its embeddings differ from PyTorch's by at most {max_difference:.1e}")
 
 
 if __name__ == "__main__":

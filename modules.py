@@ -207,6 +207,13 @@ class TextEncoder(Tower):
                 return module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         return None
 
+    @property
+    def vocabulary(self) -> int | None:
+        """Number of token ids for which the backbone has embeddings; None if it has no table of them."""
+        tables = [(name, module) for name, module in self.backbone.named_modules() if isinstance(module, nn.Embedding)]
+        words = [module for name, module in tables if name.split(".")[-1] not in POSITION_EMBEDDINGS]
+        return max((module.num_embeddings for module in words), default=None)
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Encode in buckets of similar length; on a GPU only with `lengths` (tokens per caption), to avoid a wait."""
         size = GPU_LENGTH_BUCKET if input_ids.is_cuda else LENGTH_BUCKET

@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from config import Config
+from models.allocation import LimitAllocation
 from models.encoders import load_towers
 from models.factory import assemble_model
+from models.run_check import check_run, is_library_error
 from modules import CLIPModel
 from runtime.atomic_io import replace_file
 from runtime.checksums import HashingFile, add_checksum, keep_checksum, verify_checksum
@@ -74,6 +76,8 @@ def _read(path):
     if not zipfile.is_zipfile(path):
         return None, "it is truncated or damaged, or it is not a checkpoint"
     try:
+        if problem := _archive_problem(path):
+            return None, problem
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about unusual files; they either load or raise
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -81,7 +85,41 @@ def _read(path):
         return None, "it contains more than tensors and plain values"
     except Exception:  # unpickling damaged bytes can raise any exception
         return None, "it is truncated or damaged"
-    return (state, None) if isinstance(state, dict) else (None, f"it contains a {type(state).__name__}, not a dict")
+    if not isinstance(state, dict):
+        return None, f"it contains a {type(state).__name__}, not a dict"
+    return (None, problem) if (problem := _tensor_problem(state)) else (state, None)
+
+
+def _archive_problem(path):
+    """Return why the archive is refused before it is read: torch.save compresses nothing, so that a file of 1 MB
+    cannot take more memory than that."""
+    with zipfile.ZipFile(path) as archive:
+        members, size = archive.infolist(), path.stat().st_size
+    for member in members:
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
+            return f"its member {member.filename!r:.80} is compressed, which torch.save never does"
+    if sum(member.file_size for member in members) > size:
+        return "its members are larger than the file"
+    return None
+
+
+def _tensor_problem(state):
+    """Return why a tensor of the state is refused: it would take more memory than the file, or it has no data."""
+    remaining, seen = [("", state)], set()
+    while remaining:
+        name, value = remaining.pop()
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.device.type != "cpu" or value.is_quantized:
+                return f"the tensor {name!r:.80} is not a dense tensor with data"
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return f"the tensor {name!r:.80} of shape {list(value.shape)} is larger than its data"
+        elif isinstance(value, dict | list | tuple | set):
+            if id(value) in seen:  # the same container twice, or one that contains itself
+                continue
+            seen.add(id(value))
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            remaining += [(f"{name}.{key!s:.80}" if name else f"{key!s:.80}", item) for key, item in items]
+    return None
 
 
 def split_frozen(model: CLIPModel) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -105,8 +143,15 @@ def load_weights(model: CLIPModel, folder: Path, weights: dict[str, Tensor]) -> 
     Raises ValueError, which names the tensors, if one is missing, unexpected or of another type or shape; the model is
     then unchanged.
     """
-    if (folder / FROZEN).is_file():
-        weights = load_state(folder / FROZEN) | weights
+    _load_tensors(model, folder, _with_frozen(folder, weights))
+
+
+def _with_frozen(folder, weights):
+    """Add the tensors of the run's frozen towers; those of the checkpoint have priority."""
+    return load_state(folder / FROZEN) | weights if (folder / FROZEN).is_file() else weights
+
+
+def _load_tensors(model, folder, weights):
     expected = model.state_dict()
     shared = sorted(key for key in expected if key in weights)
     problems = {
@@ -125,7 +170,14 @@ def load_weights(model: CLIPModel, folder: Path, weights: dict[str, Tensor]) -> 
             raise ValueError(
                 f"the checkpoint in {folder} does not match the model: {problem}: {examples} ({len(keys)} in total)"
             )
+    for key in shared:
+        if not _is_finite(weights[key]) and _is_finite(expected[key]):
+            raise ValueError(f"the checkpoint in {folder} contains NaN or infinite values in {key}: train again")
     model.load_state_dict(weights)
+
+
+def _is_finite(tensor):
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
 
 
 def _is_compatible(tensor, expected):
@@ -155,19 +207,37 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     weights = state.pop("model", None)
     if not isinstance(weights, dict):
         raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it contains no model weights")
-    try:
-        image_encoder, text_encoder, tokenizer = load_towers(
-            folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling, lora=config.lora
-        )
-    except Exception as error:  # timm, transformers and tokenizers raise many types
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {reason}") from None
+    weights = _with_frozen(folder, weights)
     if config.heads == ("residual", "residual"):
         _require_dimensions(folder, config.embed_dim, weights)
-    model = assemble_model(config, image_encoder, text_encoder, temperature=config.temperature, bias=config.bias)
+    model, tokenizer = _build_model(folder, config, weights)
+    _load_tensors(model, folder, weights)
+    run = Run(folder, config, model.eval(), tokenizer, state)
+    check_run(run)
+    return run
+
+
+def _build_model(folder, config, weights):
+    """Return the model of a run with random weights, and its tokenizer. Raises ValueError, which names the run.
+
+    It may take little more memory than its weights: the sizes in a stranger's files may be anything.
+    """
+    size = sum(4 * tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor))
+    try:
+        with LimitAllocation(4 * size + 2**28, 20 * len(weights) + 10_000):
+            image_encoder, text_encoder, tokenizer = load_towers(
+                folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling, lora=config.lora
+            )
+            model = assemble_model(
+                config, image_encoder, text_encoder, temperature=config.temperature, bias=config.bias
+            )
+    except BaseException as error:  # timm, transformers and tokenizers raise many types; Rust's is no Exception
+        if not is_library_error(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"the towers of {folder} cannot be rebuilt from {folder / TOWERS}: {reason}") from None
     model.image_encoder.preprocess = model.image_encoder.preprocess.resized(config.image_size)
-    load_weights(model, folder, weights)
-    return Run(folder, config, model.eval(), tokenizer, state)
+    return model, tokenizer
 
 
 def _require_checkpoint(folder, checkpoint):

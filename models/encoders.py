@@ -17,10 +17,25 @@ from transformers import AutoConfig, AutoModel, DistilBertConfig, PretrainedConf
 from data.preprocess import Preprocess
 from data.tokenizer import load_tokenizer, train_tokenizer
 from models.freezing import stage_groups
-from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, require_weights
+from models.hf_hub import (
+    loading_error,
+    local_or_name,
+    offline,
+    offline_for,
+    offline_if_unreachable,
+    require_weights,
+)
 from models.image_size import require_image_size
 from models.lora import add_lora
 from models.pretrained import dual_encoder_from_spec, is_dual_encoder_spec
+from models.untrusted import (
+    check_folder,
+    check_model_config,
+    check_regular_files,
+    check_specification,
+    check_tokenizer,
+    read_json,
+)
 from modules import ImageEncoder, TextEncoder
 
 SCRATCH = "scratch"  # the name of the small text tower that is trained from random weights
@@ -121,7 +136,8 @@ def build_text_encoder(
     if not Path(source).is_dir():
         offline_if_unreachable()
     try:
-        return TextEncoder(_load_text_backbone(source), pooling=pooling), load_tokenizer(source)
+        with offline_for(source):
+            return TextEncoder(_load_text_backbone(source), pooling=pooling), load_tokenizer(source)
     except Exception as error:  # the libraries that transformers calls raise many types
         similar = difflib.get_close_matches(name, KNOWN_TEXT_ENCODERS, n=2)
         advice = f" (did you mean {' or '.join(similar)}?)" if similar and name not in similar else ""
@@ -147,8 +163,20 @@ def save_towers(
 def load_towers(
     folder: Path, *, pooling: str, image_pooling: str = "own", lora: int = 0
 ) -> tuple[ImageEncoder, TextEncoder, PreTrainedTokenizerBase]:
-    """Build the towers that `save_towers` wrote, with random weights and without network access."""
-    specification = json.loads((folder / "image.json").read_text())
+    """Build the towers that `save_towers` wrote, with random weights and without network access.
+
+    Raises ValueError or FileNotFoundError, which name the file, for settings that would make a library read other files
+    or run code: a run may be from a stranger.
+    """
+    specification = read_json(folder / "image.json")
+    check_specification(specification, folder / "image.json", LOADING_ARGUMENTS)
+    check_model_config(folder / "text" / "config.json")
+    check_tokenizer(folder / "text")
+    with offline():
+        return _build_towers(folder, specification, pooling, image_pooling, lora)
+
+
+def _build_towers(folder, specification, pooling, image_pooling, lora):
     config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
     tokenizer = load_tokenizer(folder / "text")
     if is_dual_encoder_spec(specification):
@@ -220,9 +248,13 @@ def _fold_batch_norm(backbone: nn.Module) -> nn.Module:
 def _load_text_backbone(source):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if AutoConfig.from_pretrained(source).model_type == "timm_wrapper":
+    if Path(source).is_dir():
+        check_regular_files(Path(source))
+    if AutoConfig.from_pretrained(source, trust_remote_code=False).model_type == "timm_wrapper":
         raise ValueError("it is an image tower in timm's layout: pass it with --image-encoder")
-    backbone, loading_info = AutoModel.from_pretrained(source, output_loading_info=True)
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    backbone, loading_info = AutoModel.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
     if hasattr(backbone, "get_text_features"):
         raise ValueError("it is a dual encoder, with an image and a text tower: pass it with --model")
     require_weights(key for key in loading_info["missing_keys"] if not key.startswith("pooler."))

@@ -1,9 +1,10 @@
 """Load pretrained weights from the hub or a folder: check paths and the connection, and report errors in one line."""
 
+import contextlib
 import logging
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -42,6 +43,22 @@ def offline_if_unreachable() -> None:
         constants.HF_HUB_OFFLINE = True
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Make the hub's libraries use local files only, whatever a stranger's files name."""
+    constants = huggingface_hub.constants
+    previous, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = previous
+
+
+def offline_for(source: str) -> contextlib.AbstractContextManager:
+    """Return `offline()` for a local folder, and for a name on the hub a context that changes nothing."""
+    return offline() if Path(source).is_dir() else contextlib.nullcontext()
+
+
 def require_weights(missing: Iterable[str], unexpected: Iterable[str] = ()) -> None:
     """Raise ValueError, which names some of the tensors, if any are missing: they would keep their random values."""
     missing, unexpected = sorted(missing), sorted(unexpected)
@@ -53,6 +70,8 @@ def require_weights(missing: Iterable[str], unexpected: Iterable[str] = ()) -> N
 def loading_error(what: str, name: str, error: Exception, *, flag: str, advice: str = "") -> Exception:
     """Convert an error of a library to a one-line ConnectionError (OSError for a hub name) or ValueError (others)."""
     reason = " ".join(str(error).split())[:300] or type(error).__name__
+    if "trust_remote_code" in str(error):
+        reason = "it needs custom code (auto_map in its config.json or tokenizer_config.json), which is never run"
     if isinstance(error, OSError) and not Path(name).expanduser().exists():
         constants = huggingface_hub.constants
         reason = "which does not respond" if constants.HF_HUB_OFFLINE else reason

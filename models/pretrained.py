@@ -18,8 +18,9 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedToke
 
 from data.preprocess import Preprocess
 from data.tokenizer import load_tokenizer
-from models.hf_hub import loading_error, local_or_name, offline_if_unreachable, require_weights
+from models.hf_hub import loading_error, local_or_name, offline_for, offline_if_unreachable, require_weights
 from models.image_size import require_image_size
+from models.untrusted import check_folder, check_regular_files
 from modules import ImageEncoder, TextEncoder
 
 KNOWN_DUAL_ENCODERS = (  # for suggestions in error messages; other names work too
@@ -113,8 +114,9 @@ def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEnc
             )
         offline_if_unreachable()
     try:
-        model, specification, default_size = _load(source, image_size)
-        tokenizer = load_tokenizer(source)
+        with offline_for(source):
+            model, specification, default_size = _load(source, image_size)
+            tokenizer = load_tokenizer(source)
     except Exception as error:  # the libraries that transformers calls raise many types
         raise loading_error("dual encoder", name, error, flag="--model", advice=_suggestions(name)) from None
     temperature, bias = _pop_learned_scale(model)
@@ -140,13 +142,17 @@ def dual_encoder_from_spec(
 def _load(source, image_size):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    kind = type(AutoConfig.from_pretrained(source)).__name__.removesuffix("Config")
-    model, loading_info = AutoModel.from_pretrained(source, output_loading_info=True)
+    if Path(source).is_dir():
+        check_regular_files(Path(source))
+    kind = type(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__.removesuffix("Config")
+    if Path(source).is_dir():
+        check_folder(Path(source))
+    model, loading_info = AutoModel.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
     if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
         raise ValueError(f"it is a {kind}, not a dual encoder: pass it with --text-encoder")
     require_weights(loading_info["missing_keys"], loading_info["unexpected_keys"])
     model = model.float().eval()  # some weights are stored in half precision
-    processor = transformers.AutoImageProcessor.from_pretrained(source)
+    processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     preprocess = _preprocess_of(processor, getattr(model.config, "vision_config", None))
     return model, _specification(processor, preprocess.resized(image_size)), preprocess.size
 

@@ -70,9 +70,22 @@ def make_query_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tens
     return {"image_emb": image_emb[images].half(), "text_emb": text_emb[selected[caption_image_ids]].half()}
 
 
-def load_query_bank(state: dict[str, Tensor] | None) -> QueryBank | None:
-    """Rebuild in float32 what `make_query_bank` returned."""
-    return None if state is None else QueryBank(state["image_emb"].float(), state["text_emb"].float())
+def load_query_bank(state: dict[str, Tensor] | None, dim: int | None = None) -> QueryBank | None:
+    """Rebuild in float32 what `make_query_bank` returned.
+
+    Raises ValueError unless it has finite rows (*, dim), or of any dimension for dim None.
+    """
+    if state is None:
+        return None
+    for name in ("image_emb", "text_emb"):
+        rows = state[name]
+        if not (isinstance(rows, Tensor) and rows.device.type == "cpu" and rows.is_floating_point()):
+            raise ValueError(f"{name} of its query bank contains no numbers")
+        if rows.ndim != 2 or rows.shape[1] != (dim or rows.shape[1]) or not len(rows):
+            raise ValueError(f"{name} of its query bank has shape {list(rows.shape)} instead of (rows, {dim})")
+        if not rows.isfinite().all():
+            raise ValueError(f"{name} of its query bank contains NaN or infinite values")
+    return QueryBank(state["image_emb"].float(), state["text_emb"].float())
 
 
 def _hubness(emb, query_emb):

@@ -16,8 +16,10 @@ def dual_encoder_key(folder: Path) -> str:
     import mmap
 
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in HASHED_SUFFIXES and path.stat().st_size):
-        digest.update(path.name.encode())
+    for path in sorted(
+        path for path in folder.iterdir() if path.suffix in HASHED_SUFFIXES and path.is_file() and path.stat().st_size
+    ):
+        digest.update(path.name.encode("utf-8", "surrogateescape"))
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             digest.update(content)
     return digest.hexdigest()
@@ -38,7 +40,10 @@ def weights_key(folder: Path) -> str:
             digest.update(repr(_checksums(path)).encode())
     for path in sorted((folder / TOWERS).rglob("*")):
         if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(path.name.encode("utf-8", "surrogateescape"))
+            with path.open("rb") as file:
+                while chunk := file.read(2**20):
+                    digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -51,5 +56,5 @@ def _checksums(checkpoint):
     try:
         with zipfile.ZipFile(checkpoint) as archive:
             return [(entry.filename.partition("/")[2], entry.file_size, entry.CRC) for entry in archive.infolist()]
-    except zipfile.BadZipFile:
+    except Exception:  # damaged directories raise errors of many types
         raise ValueError(f"{checkpoint} cannot be used as a checkpoint: it is truncated or damaged") from None

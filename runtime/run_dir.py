@@ -4,12 +4,14 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
-from config import OWN_PHOTOS, RENAMED, Config
+from config import OWN_PHOTOS, RENAMED, Config, format_value
 from runtime.atomic_io import write_text
+from runtime.text import display_text
 
 LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
@@ -17,6 +19,9 @@ CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
 WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # besides TOWERS
 LOCK = "lock"
+MAX_SETTINGS, MAX_LOG = 64 * 2**20, 256 * 2**20  # bytes of config.json and of log.jsonl; a million epochs are less
+# Subfolders that only this program creates in a cache.
+IN_CACHE = ("tokens", "features", "galleries", "tables", "text_encoders", "hf_photos", "sample")
 LAUNCHES = "starts"  # key of the launch records, beside the settings in config.json
 
 # Values for fields that the config.json of an older run lacks: the defaults of that version.
@@ -83,14 +88,51 @@ def read_config(folder: Path) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
-        settings = json.loads(path.read_text("utf-8"))
+        settings = json.loads(_read_bounded(path, MAX_SETTINGS))
         settings.pop(LAUNCHES, None)
         settings = DEFAULTS_OF_OLD_RUNS | {RENAMED.get(name, name): value for name, value in settings.items()}
         for name, value in settings.items():
             _check_type(name, value)
         return Config(**settings)
     except (TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} does not contain the settings of a run: {error}") from None
+        reason = display_text(" ".join(str(error).split()), 300)
+        raise ValueError(f"{path} does not contain the settings of a run: {reason}") from None
+
+
+def _read_bounded(path, max_bytes):
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {max_bytes:,} that a run writes")
+    return path.read_bytes()
+
+
+def read_shared_config(folder: Path) -> Config:
+    """Read the configuration of a run for evaluation or search; the run may be from another machine or a stranger.
+
+    Its cache_dir is used if it is the default one or contains a cache of this program, otherwise the default one
+    replaces it, and one line on stderr names both. Raises as `read_config` does.
+    """
+    config = read_config(folder)
+    if config.cache_dir == Config.cache_dir or is_cache(Path(config.cache_dir)):
+        return config
+    replaced = (
+        f"{folder / CONFIG} names the cache {config.cache_dir}, which is no cache on this machine: "
+        f"{Config.cache_dir}/ is used instead"
+    )
+    if (folder, config.cache_dir) not in _reported:
+        _reported.add((folder, config.cache_dir))
+        print(display_text(replaced), file=sys.stderr)
+    return dataclasses.replace(config, cache_dir=Config.cache_dir)
+
+
+_reported: set[tuple[Path, str]] = set()  # replaced caches that were reported in this process
+
+
+def is_cache(folder: Path) -> bool:
+    """Return whether a folder contains a cache of this program."""
+    try:
+        return any((folder / name).is_dir() for name in IN_CACHE)
+    except OSError:  # for example a name that is too long
+        return False
 
 
 def _check_type(name, value):
@@ -102,36 +144,53 @@ def _check_type(name, value):
     else:
         valid = annotation is object or type(value) in options or (float in options and type(value) is int)
     if not valid:
-        raise ValueError(f"{name} cannot be {value!r:.60}")
+        raise ValueError(f"{name:.60} cannot be {format_value(value)!r}")
 
 
 def read_launches(folder: Path) -> list[dict]:
     """Read the record of each launch of a run: command, versions, data. Returns [] if there is no valid record."""
     try:
-        launches = json.loads((folder / CONFIG).read_text("utf-8"))[LAUNCHES]
+        launches = json.loads(_read_bounded(folder / CONFIG, MAX_SETTINGS))[LAUNCHES]
     except (OSError, TypeError, ValueError, KeyError, RecursionError):
         return []
     return launches if isinstance(launches, list) and all(isinstance(launch, dict) for launch in launches) else []
 
 
 def read_log(folder: Path) -> list[dict]:
-    """Read the log, one dict per finished epoch. Raises ValueError if the file is damaged."""
+    """Read the log, one dict of numbers and texts per finished epoch. Raises ValueError if the file is damaged."""
     path = folder / LOG
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [_json_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    lines = _read_bounded(path, MAX_LOG).splitlines() if path.is_file() else []
+    records = [_json_object(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    for number, record in enumerate(records, start=1):
+        _check_scalars(record, f"{path}, line {number}")
+        if not isinstance(record.get("epoch", 1), int):
+            raise ValueError(f"{path}, line {number} is damaged (epoch is no integer): repair it, or delete the file")
+    return records
 
 
 def read_metrics(folder: Path) -> dict:
     """Read the metrics that evaluate.py saved, {} if there are none. Raises ValueError if the file is damaged."""
     path = folder / METRICS
-    return _json_object(path.read_bytes(), str(path)) if path.is_file() else {}
+    metrics = _json_object(_read_bounded(path, MAX_SETTINGS), str(path)) if path.is_file() else {}
+    for name, values in metrics.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} is damaged ({name[:60]!r} is no JSON object): repair it, or delete the file")
+        _check_scalars(values, f"{path}, {name[:60]!r}")
+    return metrics
+
+
+def _check_scalars(record, where):
+    for key, value in record.items():
+        if isinstance(value, list | dict) or (isinstance(value, int) and abs(value) >= 2**63):
+            kind = type(value).__name__ if isinstance(value, list | dict) else format_value(value)
+            raise ValueError(f"{where} is damaged ({key[:60]!r} is {kind}): repair it, or delete the file")
 
 
 def _json_object(content, where):
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is damaged ({error}): repair it, or delete the file") from None
+        raise ValueError(f"{where} is damaged ({str(error)[:200]}): repair it, or delete the file") from None
     if not isinstance(value, dict):
         raise ValueError(f"{where} is damaged (not a JSON object): repair it, or delete the file")
     return value

@@ -90,6 +90,23 @@ def test_every_field_is_a_flag_of_its_name(field):
         ("lr_heads", math.inf),
         ("weight_decay", -0.1),
         ("warmup_epochs", -1.0),
+        ("image_size", 100_000),
+        ("embed_dim", 70_000),
+        ("epochs", 10_000_000),
+        ("batch_size", 10**8),
+        ("captions_per_image", 10**6),
+        ("max_tokens", 10**6),
+        ("num_workers", 5000),
+        ("seed", 2**64),
+        ("lora", 10_000),
+        ("cached_views", 10**6),
+        ("freeze_epochs", 10**8),
+        ("save_every_steps", 10**10),
+        ("temperature", 1e9),
+        ("max_grad_norm", 1e300),
+        ("lr_heads", 1e4),
+        ("weight_decay", 1e3),
+        ("warmup_epochs", 1e9),
         ("name", "a/b"),
         ("name", ".."),
         ("name", ""),
@@ -100,6 +117,22 @@ def test_value_out_of_range_is_an_error_with_flag_and_value(name, value):
         Config(**{name: value})
     assert f"--{name.replace('_', '-')} " in str(error.value)
     assert str(error.value).endswith(f"got {value!r}")
+
+
+def test_message_about_a_number_with_thousands_of_digits_is_short():
+    with pytest.raises(ValueError, match=r"--seed must be .*, got a number of \d+ bits"):
+        Config(seed=10**4000)
+
+
+@pytest.mark.parametrize(("name", "value"), [("cache_dir", "a\0b"), ("dataset", "x" * 5000), ("text_encoder", "\0")])
+def test_name_or_path_that_no_system_accepts_is_an_error_that_names_the_flag(name, value):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} "):
+        Config(**{name: value})
+
+
+def test_image_size_in_search_is_bounded():
+    with pytest.raises(ValueError, match="--eval-image-scale"):
+        Config(image_size=1024, eval_image_scale=4.0)
 
 
 def test_preset_of_a_data_set_replaces_defaults():
@@ -178,7 +211,7 @@ def test_help_lists_most_used_flags_first_then_groups_with_choices_and_defaults_
     assert {field.name for field in literals} >= {"device", "precision", "negatives", "distance"}
     for field in literals:
         choices = "{" + ",".join(typing.get_args(field.type)) + "}"
-        assert re.search(rf"^  --{field.name.replace('_', '-')} {re.escape(choices)}$", text, re.MULTILINE)
+        assert re.search(rf"^  --{field.name.replace('_', '-')} {re.escape(choices)}(?:$|  )", text, re.MULTILINE)
     assert text.count("{") == len(literals)
 
 

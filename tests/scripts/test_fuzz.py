@@ -1,6 +1,7 @@
 """Fuzz tests: a damaged file either works or raises an error with a message, never an unexpected exception.
 
-By default, each test runs 20 examples. `FUZZ=1000 python -m pytest tests/scripts/test_fuzz.py` runs 1000.
+By default, each test runs 20 examples. `FUZZ=1000 python -m pytest tests/scripts/test_fuzz.py` runs 1000. The areas of
+`python -m benchmarks.fuzz`, which also watches time, memory and the disk, run here in a short form.
 """
 
 import io
@@ -8,16 +9,21 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import write_image_folder
+from helpers import ROOT, write_image_folder
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
+from benchmarks.fuzz import describe
+from benchmarks.fuzz_areas import AREAS, mutate_file, read_run
 from data.image_io import load_image
 from data.loading import open_dataset, read_captions
 from evaluate import save_metrics
@@ -362,3 +368,65 @@ def test_damaged_metrics_file_raises_and_is_not_overwritten(tmp_path_factory, co
         assert json.loads((folder / "metrics.json").read_text())["val"] == metrics
     else:
         assert (folder / "metrics.json").read_bytes() == content
+
+
+# The areas of benchmarks/fuzz.py, in a short form
+
+
+@pytest.mark.parametrize("name", sorted(AREAS.keys() - {"runs"}))
+def test_area_of_the_benchmark_finds_nothing(tmp_path, name):
+    attempt = AREAS[name](tmp_path)
+    for number in range(N_EXAMPLES // 2):
+        assert describe(attempt, random.Random(f"{name}-{number}"), tmp_path) is None, number
+
+
+def test_run_from_a_stranger_is_read_or_raises_one_line_that_names_a_file(run):
+    folder, contents = run
+    for number in range(2 * N_EXAMPLES):
+        rng = random.Random(f"runs-{number}")
+        restore(run)
+        if rng.random() < 0.7:
+            (folder / "checksums.txt").unlink()
+        name = rng.choice(RUN_FILES)
+        mutate_file(folder / name, contents[name], rng)
+        assert describe(lambda rng: read_run(folder), rng, folder.parent) is None, number
+    restore(run)
+
+
+BAD_AREA = """
+import os, sys
+from pathlib import Path
+from benchmarks.fuzz import Flags, run_child
+
+def area(folder):
+    def attempt(rng):
+        actions = [
+            lambda: Path("{outside}").write_text("x"),
+            lambda: os.rename("{outside}", folder / "moved"),
+            lambda: {{}}["missing"],
+            lambda: int("x"),
+            lambda: (folder / "missing").read_text(),
+            lambda: __import__("socket").create_connection(("127.0.0.1", 9)),
+            lambda: (folder / "inside").write_text("x"),
+        ]
+        actions[attempt.number]()
+    attempt.number = -1
+    def numbered(rng):
+        attempt.number += 1
+        attempt(rng)
+    return numbered
+
+run_child(Flags(areas=("bad",), child=Path("{folder}"), tries=7), area)
+"""
+
+
+def test_the_watch_reports_writes_elsewhere_connections_tracebacks_and_errors_without_a_file(tmp_path):
+    (tmp_path / "own").mkdir()
+    code = BAD_AREA.format(outside=tmp_path / "elsewhere", folder=tmp_path / "own")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    problems = {number: [line["problem"] for line in lines if line.get("try") == number] for number in range(7)}
+    assert "elsewhere" in problems[0][0] and "os.rename" in problems[1][0], done.stderr
+    assert "KeyError" in problems[2][0] and "names no file" in problems[3][0] and problems[4] == []
+    assert any("socket.connect" in problem for problem in problems[5]) and problems[6] == []
+    assert lines[-1]["next"] == 7 and not Path(ROOT, "fuzz").exists()
