@@ -4,14 +4,17 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 import tyro
 
 from config import Config
+from data.download import refuse_address
 from data.records import UNDECODED, decode_text
 from retrieval.embedding_store import list_images, list_split_images
+from retrieval.onnx_text import export_in_background
 from retrieval.searcher import (
     SLUG_LENGTH,
     Searcher,
@@ -24,25 +27,30 @@ from retrieval.searcher import (
     searcher_for_run,
 )
 from runtime import cli
-from runtime.run_dir import newest_finished_run, read_config
-from runtime.text import slug
+from runtime.run_dir import newest_finished_run, read_shared_config
+from runtime.text import display_text, slug
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Find the photos that match a sentence or a photo, or the captions or labels that match a photo."""
+    """Find the photos that match a sentence or a photo, or the captions or labels that match a photo.
+
+    Without a query, a terminal asks for sentences one after another.
+    """
 
     query: Annotated[str | None, tyro.conf.Positional] = None  # a sentence that describes the photos to find
     image: Path | None = None  # query by a photo; with a sentence ("in snow"), find photos that match both
-    labels: tuple[str, ...] = ()  # with --image: zero-shot classification, rank these labels by probability
+    labels: tuple[str, ...] = ()  # with --image: rank these labels (or a folder's class folders) by probability
     queries: Path | None = None  # a text file with one sentence per line
     gallery: Path | None = None  # search the photos of this folder and its subfolders instead of the run's data set
     find: Target | None = None  # default: captions for --image alone (no sentence, no --gallery), otherwise photos
     run: Path | None = None  # the run's folder; default: the newest finished run
     model: str | None = None  # search with a pretrained model (CLIP, SigLIP ...) instead of a run: a folder or hub name
-    split: Literal["train", "val", "test"] = "test"  # the split of the run's data set to search in
+    split: Literal["train", "val", "test", "all"] | None = None  # part of the run's data set; default: test
+    duplicates: bool = False  # with --gallery: list the photos that are the same picture; nothing is deleted
+    duplicate_cosine: float = 0.96  # with --duplicates: photos with at least this cosine are the same picture
     top_k: int = 8  # number of matches
     index: str | None = None  # for large galleries: faiss, milvus, a file FILE.db, or a cluster's http(s) address
     json: bool = False  # print one line of JSON per query, for other programs
@@ -54,8 +62,15 @@ class Flags:
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the encoders
 
     def __post_init__(self):
-        if self.query is None and self.image is None and self.queries is None:
+        has_query = self.query is not None or self.image is not None or self.queries is not None
+        if not has_query and not self.duplicates and not is_terminal():
             raise ValueError('no query: give a sentence ("a dog in snow"), --image PHOTO, both, or --queries FILE')
+        if not has_query and (self.labels or self.find == "captions" or self.json or self.out is not None):
+            raise ValueError("--labels, --find captions, --json and --out need a query")
+        if self.duplicates and (has_query or self.gallery is None or self.index is not None):
+            raise ValueError("--duplicates compares the photos of --gallery FOLDER: give no query and no --index")
+        if not 0.5 <= self.duplicate_cosine <= 1:
+            raise ValueError(f"--duplicate-cosine must be from 0.5 to 1, got {self.duplicate_cosine}")
         if self.queries is not None and (self.query is not None or self.image is not None):
             raise ValueError("--queries FILE must be used alone: put the sentence into the file")
         if self.query is not None and not self.query.strip():
@@ -64,6 +79,8 @@ class Flags:
             raise ValueError("the sentence contains bytes that are not UTF-8 text")
         if self.gallery is not None and self.find == "captions":
             raise ValueError("--gallery has no captions: remove --gallery or --find captions")
+        if self.split is not None and (self.gallery is not None or self.labels):
+            raise ValueError("--split is a part of the run's data set: remove it, or --gallery and --labels")
         if self.labels and (self.image is None or self.query is not None or self.gallery is not None or self.find):
             raise ValueError("--labels classify one photo: give --image PHOTO, without a sentence, --gallery or --find")
         if self.index is not None:
@@ -88,15 +105,27 @@ class Query(NamedTuple):
         return " + ".join(str(value) for value in (self.image, self.sentence) if value is not None)
 
 
+def is_terminal() -> bool:
+    """Return whether a person can be asked for queries."""
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    queries = read_queries(flags)
+    has_query = flags.query is not None or flags.image is not None or flags.queries is not None
+    queries = read_queries(flags) if has_query else []
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
     run = None if flags.model else select_run(flags)
     searcher = searcher_for_run(run, **options) if run else searcher_for_pretrained(flags.model, **options)
     # Encoding a gallery may take hours: list it and encode the queries first, so that mistakes are reported before it.
+    if flags.duplicates:
+        return list_duplicates(flags, run, searcher)
+    if not has_query:
+        return ask_for_queries(flags, run, searcher)
     if flags.labels:
-        results = [searcher.classify(flags.image, flags.labels)]
+        labels = read_labels(flags.labels)
+        report(flags, f"choosing one of {len(labels)} labels with {run or flags.model}")
+        results = [searcher.classify(flags.image, labels)]
     elif searches_captions(flags):
         search = caption_search(flags, run, searcher)
         results = search(encode_queries(searcher, queries, "captions"))
@@ -106,10 +135,50 @@ def main() -> None:
     for query, matches in zip(queries, results, strict=True):
         print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
     save_picture(flags, run or searcher.store.parent, queries, results)
+    if any(query.sentence for query in queries) and searcher.use_onnx:
+        export_in_background(run or flags.model, searcher.store.parent, searcher.text_encoder_folder)
+
+
+def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+    """Ask for sentences on the terminal and print the photos of each, until Ctrl-D."""
+    from retrieval.prompt import ask, terminal_lines
+
+    search = photo_search(flags, run, searcher)
+
+    def answer(sentence: str | None, photo: Path | None) -> list[Path]:
+        query = Query(sentence, photo)
+        (matches,) = search(encode_queries(searcher, [query], "photos"))
+        print(format_table(query, matches).partition("\n")[2])
+        save_picture(flags, run or searcher.store.parent, [query], [matches])
+        return [match.item for match in matches]
+
+    ask(answer, terminal_lines())
+
+
+def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+    """Print the groups of photos of a gallery that are the same picture."""
+    from retrieval.duplicates import duplicate_groups
+
+    photos = list_images(flags.gallery.expanduser())
+    report(flags, f"comparing the {len(photos.stamps):,} photos of {flags.gallery} with {run or flags.model}")
+    gallery = searcher.gallery(photos)
+    dims = gallery.embeddings.shape[1] - (searcher.encoder.query_bank is not None)
+    groups = duplicate_groups(gallery, dims, flags.duplicate_cosine)
+    for group in groups:
+        kind = "equal files" if group.is_exact else f"cosine {group.cosine:.3f}"
+        if flags.json:
+            print(json.dumps({"cosine": round(group.cosine, 6), "photos": [str(path) for path in group.photos]}))
+        else:
+            print(f"{len(group.photos)} photos, {kind}:", *map(display_text, group.photos), sep="\n  ")
+    extra = sum(len(group.photos) - 1 for group in groups)
+    found = f"{len(groups):,} groups of equal pictures, {extra:,} photos more than pictures; nothing was deleted"
+    report(flags, found if groups else "no equal pictures")
 
 
 def read_queries(flags: Flags) -> list[Query]:
     """Read the queries. Raises FileNotFoundError for a missing photo or file, ValueError for an unusable file."""
+    refuse_address(flags.image, "--image")
+    refuse_address(flags.gallery, "--gallery")
     if flags.image is not None and not flags.image.is_file():
         raise FileNotFoundError(f"no such photo: {flags.image} (--image)")
     if flags.queries is None:
@@ -132,6 +201,28 @@ def select_run(flags: Flags) -> Path:
     return cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
 
 
+def read_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the labels, or the class names of one folder of class folders. Raises ValueError if it has none."""
+    folder = Path(labels[0]).expanduser()
+    if len(labels) > 1 or not folder.is_dir():
+        return labels
+    from retrieval.zero_shot import class_folders
+
+    return tuple(class_folders(folder)[0])
+
+
+def report(flags: Flags, line: str) -> None:
+    """Print what is searched and with which run; to stderr if stdout is JSON."""
+    print(display_text(line), file=sys.stderr if flags.json else sys.stdout, flush=True)
+
+
+def describe_split(split: str, kind: str, count: int, total: int, run: Path, others: str) -> str:
+    """Describe how many of the photos or captions of a run's data set are searched, and how to search others."""
+    if split == "all":
+        return f"searching all {total:,} {kind} of {run}"
+    return f"searching the {count:,} {split} {kind} of {total:,} of {run}; {others} for others"
+
+
 def searches_captions(flags: Flags) -> bool:
     """Return whether to search captions: with --find captions, or by default for a photo alone without --gallery."""
     photo_alone = flags.image is not None and flags.query is None and flags.gallery is None
@@ -142,26 +233,34 @@ def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
     """List the photos to search, and return a function from queries (Q, F) to their matches."""
     if flags.gallery is not None:
         photos = list_images(flags.gallery.expanduser())
+        report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {run or flags.model}")
     else:
-        from data.loading import open_data
+        from data.loading import open_run_data
 
-        photos = list_split_images(open_data(read_config(run), flags.data_dir), flags.split)
+        data = open_run_data(run, read_shared_config(run), flags.data_dir, flags.split or "test")
+        split, total = flags.split or "test", data.table.image.nunique()
+        photos = list_split_images(data, split)
+        others = "--split all or --gallery FOLDER"
+        report(flags, describe_split(split, "photos", len(photos.stamps), total, run, others))
     return lambda queries: search_images(queries, searcher.gallery(photos), flags.top_k, flags.index)
 
 
 def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:
     """Read the captions to search, and return a function from queries (Q, F) to their matches."""
-    from data.loading import open_data
+    from data.loading import open_run_data
 
-    captions = open_data(read_config(run), flags.data_dir).split(flags.split).captions
+    data = open_run_data(run, read_shared_config(run), flags.data_dir, flags.split or "test")
+    split, total = flags.split or "test", data.table.caption.nunique()
+    captions = list(dict.fromkeys(data.split(split).captions))  # equal captions would be equal matches
+    report(flags, describe_split(split, "captions", len(captions), total, run, "--split all"))
     return lambda queries: search_captions(queries, searcher.embed_captions(captions), captions, flags.top_k)
 
 
 def encode_queries(searcher: Searcher, queries: list[Query], target: Target):
-    """Encode queries to search photos or captions -> (Q, F). Prints a line for each truncated sentence."""
+    """Encode queries to search photos or captions -> (Q, F). Prints the searcher's warnings about the sentences."""
     sentences = [query.sentence for query in queries if query.sentence is not None]
-    for line in filter(None, map(searcher.describe_truncation, sentences)):
-        print(line, file=sys.stderr)
+    for line in chain.from_iterable(map(searcher.warnings, sentences)):
+        print(display_text(line), file=sys.stderr)
     sentence_emb = searcher.embed_sentences(sentences, target=target) if sentences else None
     photo = queries[0].image
     return combine_queries(sentence_emb, None if photo is None else searcher.embed_images([photo], target=target))
@@ -169,8 +268,9 @@ def encode_queries(searcher: Searcher, queries: list[Query], target: Target):
 
 def format_table(query: Query, matches: list) -> str:
     """Format the matches for the terminal: rank, score, and photo, caption or label."""
-    lines = [f"{rank:>4}  {match.score:6.3f}  {match.item}" for rank, match in enumerate(matches, start=1)]
-    return "\n".join([str(query), *lines])
+    names = [display_text(match.item) for match in matches]
+    lines = [f"{rank:>4}  {m.score:6.3f}  {name}" for rank, (m, name) in enumerate(zip(matches, names, strict=True), 1)]
+    return "\n".join([display_text(query), *lines])
 
 
 def format_json(flags: Flags, query: Query, matches: list) -> str:
@@ -185,15 +285,16 @@ def save_picture(flags: Flags, folder: Path, queries: list[Query], results: list
     """Save a picture of the matches with --out, and by default for a single query without --json."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
-    from reporting.plots import plot_captions, plot_photos
-    from runtime.text import display_text
+    if searches_captions(flags):
+        from reporting.plots import plot_captions as plot
+    else:
+        from reporting.match_picture import plot_photos as plot
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name, max_length=SLUG_LENGTH) or 'query'}.png"
-    plot = plot_captions if searches_captions(flags) else plot_photos
-    rows = [(display_text(str(query)), query.image, matches) for query, matches in zip(queries, results, strict=True)]
+    rows = [(display_text(query), query.image, matches) for query, matches in zip(queries, results, strict=True)]
     plot(rows, picture)
-    print(f"picture: {picture}", file=sys.stderr if flags.json else sys.stdout)
+    print(f"picture: {display_text(picture)}", file=sys.stderr if flags.json else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Fonts for figures: matplotlib's default font has no Chinese characters, so a font of the system is added."""
 
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -45,6 +46,22 @@ def families() -> list[str]:
                 font_manager.fontManager.addfont(path)
         available = _available_families()
     return ["DejaVu Sans", *available[:1]]
+
+
+@cache
+def _default_font_file() -> Path:
+    """Return the file of DejaVu Sans, which matplotlib brings along, without importing matplotlib."""
+    folder = Path(importlib.util.find_spec("matplotlib").origin).parent
+    return folder / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+def font_file(text: str) -> Path:
+    """Return the file of a font for a text: DejaVu Sans, or for East Asian characters one of the system's."""
+    if not EAST_ASIAN_CHARACTER.search(text) or len(families()) == 1:
+        return _default_font_file()
+    from matplotlib import font_manager
+
+    return Path(font_manager.findfont(families()[1]))
 
 
 def _available_families():

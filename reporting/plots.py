@@ -1,4 +1,4 @@
-"""Figures: training curves, metrics, sweeps, matches of a query, examples of a data set, confusion matrices."""
+"""Figures: training curves, metrics, sweeps, captions found, examples of a data set, confusion matrices."""
 
 import sys
 import textwrap
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reporting.fonts import EAST_ASIAN_CHARACTER, INSTALL_HINT, families
 from runtime.atomic_io import replace_file
-from runtime.text import display_filename
+from runtime.text import display_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,27 +20,48 @@ GRID_COLUMNS = 4
 LINE_HEIGHT = 0.14  # inches, of a caption below its photo
 MAX_CLASS_LABELS = 30  # with more classes, the labels and counts of a confusion matrix would be unreadable
 MAX_QUERIES = 20  # in one figure
+MAX_TITLE = 240  # characters of a query
+TEXT_LINE = 0.24  # inches, of a caption in a list
 
 
 def plot_curves(history: Sequence[dict], path: Path, *, main_term: tuple[str, str]) -> None:
-    """Plot loss and validation recall over the epochs of log.jsonl. main_term: its key in the log, and its label."""
-    figure, ((loss_axes, recall_axes),) = _figure(12, 4, columns=2)
+    """Plot loss and validation recall over the epochs of log.jsonl, with the best epoch marked.
+
+    path: a file in the run's folder. main_term: its key in the log, and its label. The triplet term has its own axis.
+    """
+    figure, ((loss_axes, recall_axes),) = _figure(12, 4.2, columns=2)
     epochs = [record["epoch"] for record in history]
-    for key, label in {"loss": "loss", main_term[0]: main_term[1], "triplet": "triplet (before α)"}.items():
-        if key in history[0]:
-            loss_axes.plot(epochs, [record[key] for record in history], label=label)
+    _plot_losses(loss_axes, epochs, history, main_term)
     for direction, name in DIRECTIONS.items():
         for k, style in ((1, "-"), (5, "--"), (10, ":")):
             values = [record[f"{direction}_R@{k}"] for record in history]
             recall_axes.plot(epochs, values, style, color=COLOURS[direction], label=f"{name} R@{k}")
-    loss_axes.set(xlabel="epoch", title="training loss")
-    recall_axes.set(xlabel="epoch", ylabel="%", ylim=(0, 100), title="recall on the validation split")
-    loss_axes.legend(fontsize=8)
-    recall_axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # beside the curves
+    best = max(history, key=lambda record: record["rsum"])
     for axes in (loss_axes, recall_axes):
+        axes.axvline(best["epoch"], color="grey", linewidth=1, zorder=0)
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    recall_axes.plot([], [], color="grey", linewidth=1, label=f"best: epoch {best['epoch']}, rsum {best['rsum']:.1f}")
+    recall_axes.set(xlabel="epoch", ylabel="%", ylim=(0, 100), title="recall on the validation split")
+    recall_axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)  # beside the curves
+    figure.suptitle(_shorten(path.parent.name, 90), fontsize=11)
     _save(figure, path)
+
+
+def _plot_losses(axes, epochs, history, main_term):
+    """Plot the loss wide behind its main term, which it may equal, and the triplet term on an axis at the right."""
+    lines = axes.plot(epochs, [record["loss"] for record in history], linewidth=5, alpha=0.35, label="loss")
+    key, label = main_term
+    if key in history[0]:
+        lines += axes.plot(epochs, [record[key] for record in history], color="tab:blue", label=label)
+    if "triplet" in history[0]:
+        right = axes.twinx()
+        values = [record["triplet"] for record in history]
+        lines += right.plot(epochs, values, color="tab:green", label="triplet, before α (right axis)")
+        right.set_ylabel("triplet", color="tab:green")
+        right.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", title="training loss")
+    axes.legend(handles=lines, fontsize=8)
 
 
 def plot_metrics(metrics: dict, title: str, path: Path) -> None:
@@ -53,7 +74,7 @@ def plot_metrics(metrics: dict, title: str, path: Path) -> None:
         bars = axes.bar(positions, values, width=0.38, color=COLOURS[direction], label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="%", ylim=(0, 110), title=title)
+    axes.set(ylabel="%", ylim=(0, 110), title=display_text(title))
     axes.set_yticks(range(0, 101, 20))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -73,7 +94,7 @@ def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
         length = min(map(len, runs))
         mean = [sum(log[epoch]["rsum"] for log in runs) / len(runs) for epoch in range(length)]
         epoch_axes.plot([record["epoch"] for record in runs[0][:length]], mean, color=line.get_color())
-    best_axes.set_yticks(range(len(logs)), list(logs))
+    best_axes.set_yticks(range(len(logs)), list(map(display_text, logs)))
     best_axes.invert_yaxis()
     best_axes.set(xlabel="rsum of the best epoch, validation split", title="one dot per seed, bar at the mean")
     epoch_axes.set(xlabel="epoch", ylabel="rsum, validation split", title="mean of the seeds, same colours")
@@ -83,58 +104,27 @@ def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
     _save(figure, path)
 
 
-def plot_photos(answers: Sequence[tuple], path: Path) -> None:
-    """Plot the photos that match a query, best first, with their scores; with several queries, one row for each.
-
-    answers: for each query its text, its image or None, and its matches (score, path of an image).
-    """
-    if len(answers) > 1:
-        return _plot_rows(answers[:MAX_QUERIES], path)
-    ((text, query_image, matches),) = answers
-    query_cells = [(f"{display_filename(query_image)}:", query_image)] if query_image else []
-    cells = [*query_cells, *_match_cells(matches)]
-    columns = min(GRID_COLUMNS, len(cells))
-    rows = -(-len(cells) // columns)
-    figure, grid = _figure(2.6 * columns, 2.75 * rows + 0.6, rows=rows, columns=columns)
-    _show_images(grid, cells)
-    figure.suptitle(_wrap(text, 22 * columns), fontsize=13)
-    _save(figure, path)
-
-
-def _plot_rows(answers, path):
-    columns = 1 + max(len(matches) for *_, matches in answers)
-    figure, grid = _figure(1.9 * columns, 2.1 * len(answers), rows=len(answers), columns=columns)
-    for axes, (text, _, matches) in zip(grid, answers, strict=True):
-        axes[0].text(0.5, 0.5, _wrap(text, 18), ha="center", va="center", fontsize=10)
-        axes[0].axis("off")
-        _show_images(axes[1:], _match_cells(matches, width=20))
-    _save(figure, path)
-
-
 def plot_captions(answers: Sequence[tuple], path: Path) -> None:
-    """Plot the captions that match each query, a sentence or an image, best first. answers: as for plot_photos."""
+    """Plot the captions that match each query, a sentence or an image, best first.
+
+    answers: for each query its text, its image or None, and its matches (score, caption).
+    """
     answers = answers[:MAX_QUERIES]
-    max_matches = max(len(matches) for *_, matches in answers)
-    figure, grid = _figure(11, len(answers) * max(2.5, 0.55 * max_matches), rows=len(answers), columns=2)
-    for (left, right), (text, query_image, matches) in zip(grid, answers, strict=True):
+    lists = []
+    for _, _, matches in answers:
+        lines = [f"{match.score:.3f}  {_shorten(match.item, 130)}" for match in matches]
+        lists.append("\n\n".join(_wrap(line, 62, subsequent_indent=" " * 12) for line in lines))
+    heights = [max(2.5, TEXT_LINE * (text.count("\n") + 2)) for text in lists]
+    figure, grid = _figure(11, sum(heights), rows=len(answers), columns=2, heights=heights)
+    for (left, right), (text, query_image, _), captions in zip(grid, answers, lists, strict=True):
         if query_image is None:
-            left.text(0.5, 0.5, _wrap(text, 40), ha="center", va="center", fontsize=13)
+            left.text(0.5, 0.5, _wrap(_shorten(text, MAX_TITLE), 36), ha="center", va="center", fontsize=13)
         else:
             left.imshow(_thumbnail(query_image))
-        lines = [f"{match.score:.3f}  {_shorten(match.item, 130)}" for match in matches]
-        lines = [_wrap(line, 62, subsequent_indent=" " * 12) for line in lines]
-        right.text(0, 1, "\n\n".join(lines), va="top", fontsize=12, transform=right.transAxes)
+        right.text(0, 1, captions, va="top", fontsize=12, transform=right.transAxes)
         left.axis("off")
         right.axis("off")
     _save(figure, path)
-
-
-def _match_cells(matches, width=30):
-    """Return (title, image path) of each match."""
-    return [
-        (f"{rank}.  {match.score:.3f}\n{_shorten(display_filename(match.item), width)}", match.item)
-        for rank, match in enumerate(matches, start=1)
-    ]
 
 
 def _show_images(grid, cells):
@@ -156,12 +146,12 @@ def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]
     rows = -(-len(examples) // columns)
     heights = [3.4, LINE_HEIGHT * max(text.count("\n") + 1 for text in texts)] * rows  # images and captions alternate
     figure, grid = _figure(3.4 * columns, sum(heights) + 0.3 * rows, rows=2 * rows, columns=columns, heights=heights)
-    _show_images(grid[::2], [(heading, image_path) for image_path, heading, _ in examples])
+    _show_images(grid[::2], [(display_text(heading), image_path) for image_path, heading, _ in examples])
     for axes in grid[1::2].flat:
         axes.axis("off")
     for axes, text in zip(grid[1::2].flat, texts, strict=False):
         axes.text(0, 1, text, va="top", fontsize=8, transform=axes.transAxes)
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(display_text(title), fontsize=12)
     _save(figure, path)
 
 
@@ -173,7 +163,7 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
     show_labels, shares = len(labels) <= MAX_CLASS_LABELS, counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, ((axes,),) = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), MAX_CLASS_LABELS))] * 2)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_title(title, fontsize=11)
+    axes.set_title(display_text(title), fontsize=11)
     axes.set(xlabel="predicted class", ylabel="true class")
     if show_labels:
         names = [_shorten(label, 24) for label in labels]
@@ -214,17 +204,19 @@ def _save(figure, path):
         replace_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format=path.suffix[1:] or "png"))
     plt.close(figure)
     if any("missing from font" in str(warning.message) for warning in caught):
-        print(f"{path} shows boxes for characters that no installed font has; {INSTALL_HINT}", file=sys.stderr)
+        boxes = f"{display_text(path)} shows boxes for characters that no installed font has"
+        print(f"{boxes}; {INSTALL_HINT}", file=sys.stderr)
 
 
 def _wrap(text, width, **options):
     """Wrap text to lines of `width` characters, or half as many if it contains East Asian ones, which are wider."""
+    text = display_text(text)
     return textwrap.fill(text, _max_characters(text, width), **options)
 
 
 def _shorten(text, width):
     """Truncate text to `width` characters; textwrap.shorten would need spaces, which Chinese text does not have."""
-    text = " ".join(text.split())
+    text = display_text(" ".join(text.split()))
     width = _max_characters(text, width)
     return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 

@@ -49,10 +49,8 @@ def write_onnx(run: Run, out: Path) -> float:
         differences = []
         for name, (encode, input_names, dynamic_shapes, examples) in towers.items():
             path = folder / f"{name}.onnx"
-            _to_onnx(encode, examples[0], input_names, f"{name}_emb", dynamic_shapes, path)
-            session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            encode_onnx = partial(_run_onnx, session, input_names)
-            differences += [_max_difference(encode, inputs, encode_onnx) for inputs in examples]
+            tower_to_onnx(encode, examples[0], input_names, f"{name}_emb", dynamic_shapes, path)
+            differences += _compare_onnx(onnxruntime, encode, input_names, examples, path)
         run.tokenizer.save_pretrained(folder / "tokenizer")
         settings = {
             "preprocess": asdict(preprocess),
@@ -92,7 +90,12 @@ def write_transformers(run: Run, out: Path) -> float:
     return max(differences)
 
 
-def _to_onnx(encode, example, input_names, output_name, dynamic_shapes, path):
+def tower_to_onnx(encode, example, input_names, output_name, dynamic_shapes, path, *, external_weights=False) -> None:
+    """Write a tower's function `encode` as an ONNX graph, with external_weights in a file of their own beside it.
+
+    Raises ValueError for towers that PyTorch cannot export.
+    """
+
     class Tower(nn.Module):  # torch.onnx.export takes a module, not a bound method
         def __init__(self):
             super().__init__()
@@ -114,10 +117,23 @@ def _to_onnx(encode, example, input_names, output_name, dynamic_shapes, path):
                 dynamo=True,
                 verbose=False,
             )
-        program.save(str(path))
+        program.save(str(path), external_data=external_weights or None)
     except Exception as error:  # the exporter's passes raise errors of many types
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"PyTorch cannot export this tower as {path.name}: {reason}") from None
+
+
+def _compare_onnx(onnxruntime, encode, input_names, examples, path):
+    """Return the largest difference per example. Raises ValueError, naming the file, if ONNX Runtime fails."""
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        encode_onnx = partial(_run_onnx, session, input_names)
+        return [_max_difference(encode, inputs, encode_onnx) for inputs in examples]
+    except (ValueError, OSError):
+        raise
+    except Exception as error:  # ONNX Runtime has types of its own
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"ONNX Runtime cannot run {path.name}: {reason}") from None
 
 
 def _run_onnx(session, input_names, *inputs):
@@ -186,8 +202,11 @@ def _example_captions(run, rows, length):
     """Return token ids and mask (rows, length) of words of the vocabulary; the last caption is padded."""
     tokenizer, length = run.tokenizer, min(length, _max_tokens(run))
     vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    sentence = " ".join(token for token in vocabulary if token.isalnum())
+    sentence = " ".join(token for token in vocabulary if token and token.isalnum())  # None: a gap in the ids
     ids = tokenizer(sentence, truncation=True, max_length=length)["input_ids"]
+    limit = run.model.text_encoder.vocabulary
+    if not ids or (limit is not None and max(ids) >= limit):
+        raise ValueError(f"the tokenizer of {run.folder} does not fit its text tower, which has {limit} tokens")
     input_ids = torch.tensor([ids] * rows)
     mask = torch.ones_like(input_ids)
     if rows > 1 and input_ids.shape[1] > 4:

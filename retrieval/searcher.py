@@ -1,4 +1,8 @@
-"""Search with a trained run or a pretrained dual encoder, for infer.py and app.py. Models are loaded at first use."""
+"""Search with a trained run or a pretrained dual encoder, for infer.py and app.py.
+
+Models are loaded at first use. A sentence needs none if its text tower was exported before (onnx_text.py): PyTorch is
+then not even imported.
+"""
 
 import os
 import re
@@ -13,16 +17,18 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from config import Config
+from data.archives import set_index_folder
+from retrieval import onnx_text
 from retrieval.embedding_store import Gallery, ImageList, open_gallery, writable
 from retrieval.model_key import digest, dual_encoder_key, weights_key
+from retrieval.onnx_text import OnnxTextEncoder, text_encoder_folder
 from runtime.atomic_io import replace_file
+from runtime.cache import load_cached, require
 from runtime.mmap_store import open_embeddings, write_embeddings
-from runtime.run_dir import read_config
+from runtime.run_dir import read_shared_config
 from runtime.text import slug
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from modules import CLIPModel
     from retrieval.encoder import Encoder
 
@@ -44,10 +50,21 @@ class Searcher:
     """Encode queries with a model, and open the galleries of photos and captions that it has encoded.
 
     load: called at first use, returns the Encoder and the CLIPModel. key: identifies the weights (model_key.py).
+    use_onnx: encode sentences with the exported text tower, if there is one. Queries are (Q, F) float32.
     """
 
-    def __init__(self, key: str, load: Callable[[], tuple["Encoder", "CLIPModel"]], *, cache_dir: Path):
+    def __init__(
+        self,
+        key: str,
+        load: Callable[[], tuple["Encoder", "CLIPModel"]],
+        *,
+        cache_dir: Path,
+        use_onnx: bool = False,
+    ):
         self.key, self.load, self.store = key, load, cache_dir / "galleries"
+        set_index_folder(cache_dir)
+        self.text_encoder_folder = text_encoder_folder(cache_dir, key)
+        self.use_onnx = use_onnx and onnx_text.is_available()
 
     @cached_property
     def _loaded(self):
@@ -57,29 +74,53 @@ class Searcher:
     def encoder(self) -> "Encoder":
         return self._loaded[0]
 
-    def embed_sentences(self, sentences: Sequence[str], *, target: Target = "photos") -> "Tensor":
-        """Encode sentences as queries (Q, F). Raises ValueError for an empty sentence."""
+    def model(self) -> tuple["Encoder", "CLIPModel"]:
+        """Return the Encoder and the CLIPModel, loaded at the first call."""
+        return self._loaded
+
+    @cached_property
+    def onnx_text_encoder(self) -> OnnxTextEncoder | None:
+        """The exported text tower, or None without one, or if the model is loaded already."""
+        if not self.use_onnx or "_loaded" in self.__dict__ or not self.text_encoder_folder.is_dir():
+            return None
+        return load_cached(self.text_encoder_folder, OnnxTextEncoder)
+
+    def embed_sentences(self, sentences: Sequence[str], *, target: Target = "photos") -> np.ndarray:
+        """Encode sentences as queries. Raises ValueError for an empty sentence."""
         for number, sentence in enumerate(sentences, start=1):
             if not sentence.strip():
                 raise ValueError(f"sentence {number} is empty" if len(sentences) > 1 else "the sentence is empty")
-        return self._to_query(self.encoder.encode_captions(sentences, "sentences"), target != "captions")
+        if self.onnx_text_encoder:
+            emb, csls = self.onnx_text_encoder.encode(sentences), self.onnx_text_encoder.csls
+        else:
+            emb, csls = (
+                self.encoder.encode_captions(sentences, "sentences").numpy(),
+                self.encoder.query_bank is not None,
+            )
+        return _to_query(emb, csls, target != "captions")
 
-    def describe_truncation(self, sentence: str) -> str | None:
-        """Return a message if the sentence is longer than max_tokens and therefore truncated, else None."""
-        length, limit = len(self.encoder.tokenizer(sentence, verbose=False)["input_ids"]), self.encoder.max_tokens
-        if length <= limit:
-            return None
-        return f"the sentence is truncated: the model reads {limit} of its {length} tokens: {sentence[:60]}…"
+    def warnings(self, sentence: str) -> list[str]:
+        """Return messages about a sentence that the model reads only in part: truncated, or with unknown words.
 
-    def embed_images(self, paths: Sequence[Path], *, target: Target = "photos") -> "Tensor":
-        """Encode photos as queries (Q, F). Raises OSError with the reason for one that cannot be read."""
-        return self._to_query(self._embed(paths), target != "photos")
+        Raises ValueError if the model knows none of its words.
+        """
+        from data.unknown_words import describe_unknown_query
 
-    def _to_query(self, emb, cross_modal):
-        """Append the CSLS weight, 1 across modalities, else 0: the bank measures image-text hubness only."""
-        from retrieval.csls import csls_query
+        if text := self.onnx_text_encoder:
+            tokenizer, limit, dual_encoder = text.tokenizer, text.max_tokens, text.dual_encoder
+        else:
+            tokenizer, limit = self.encoder.tokenizer, self.encoder.max_tokens
+            dual_encoder = self._loaded[1].text_encoder.pooling == "own"
+        messages = []
+        if (length := len(tokenizer(sentence, verbose=False)["input_ids"])) > limit:
+            read = f"the model reads {limit} of its {length} tokens"
+            messages.append(f"the sentence is truncated: {read}: {sentence[:60]}…")
+        unknown = describe_unknown_query(tokenizer, sentence, dual_encoder=dual_encoder)
+        return messages + [unknown] * (unknown is not None)
 
-        return emb if self.encoder.query_bank is None else csls_query(emb, float(cross_modal))
+    def embed_images(self, paths: Sequence[Path], *, target: Target = "photos") -> np.ndarray:
+        """Encode photos as queries. Raises OSError with the reason for one that cannot be read."""
+        return _to_query(self._embed(paths).numpy(), self.encoder.query_bank is not None, target != "photos")
 
     def _embed(self, paths):
         """Encode photos -> unit rows (Q, D)."""
@@ -117,12 +158,14 @@ class Searcher:
     def embed_captions(self, captions: Sequence[str]) -> np.ndarray:
         """Encode captions as rows (M, F) to search in, cached on disk."""
         path = self.store / f"{self._name('captions', *captions)}.npy"
-        if not path.is_file():
+        cached = load_cached(path, lambda path: _open_rows(path, len(captions)))
+        if cached is None:
             rows, query_bank = self.encoder.encode_captions(captions, "captions"), self.encoder.query_bank
             rows = (rows if query_bank is None else query_bank.csls_captions(rows)).numpy()
             with writable(self.store):
                 replace_file(path, lambda tmp: write_embeddings(tmp, [rows], rows.shape[1]))
-        return open_embeddings(path)
+            cached = open_embeddings(path)
+        return cached
 
     def _encode(self, root, names, messages) -> Iterator[tuple[np.ndarray, list[str | None]]]:
         remaining, started = iter(names), time.perf_counter()
@@ -141,37 +184,65 @@ class Searcher:
         return f"{slug(name, max_length=SLUG_LENGTH) or 'photos'}-{digest([self.key, *parts])[:16]}"
 
 
-def combine_queries(sentence_emb: "Tensor | None", photo_emb: "Tensor | None") -> "Tensor":
+def _open_rows(path, count):
+    rows = open_embeddings(path)
+    require(len(rows) == count and rows.dtype == np.float16, f"it has {rows.dtype} rows {rows.shape}")
+    require(rows.flags.c_contiguous and path.stat().st_size == rows.offset + rows.nbytes, "it has another size")
+    return rows
+
+
+def _to_query(emb, csls, cross_modal):
+    """Append the CSLS weight, 1 across modalities, else 0: the bank measures image-text hubness only."""
+    return np.append(emb, np.full((len(emb), 1), cross_modal, emb.dtype), axis=1) if csls else emb
+
+
+def combine_queries(sentence_emb: np.ndarray | None, photo_emb: np.ndarray | None) -> np.ndarray:
     """Combine a sentence and a photo into one query (Q, F): their normalised sum, "this photo, but in snow".
 
     If one of them is None, the other is returned unchanged.
     """
-    import torch.nn.functional as F
-
     if sentence_emb is None or photo_emb is None:
         return photo_emb if sentence_emb is None else sentence_emb
-    return F.normalize(sentence_emb + photo_emb, dim=-1)
+    total = sentence_emb + photo_emb
+    return total / np.linalg.norm(total, axis=-1, keepdims=True).clip(1e-12)
 
 
-def search_captions(queries: "Tensor", rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
+def search_captions(queries: np.ndarray, rows: np.ndarray, captions: Sequence[str], k: int) -> list[list[Match]]:
     """Return for each query (Q, F) the k captions whose rows (M, F) score highest, best first."""
-    from retrieval.metrics import top_k
-
-    return _matches(*top_k(queries, rows, k), captions)
+    return _matches(*_top_k(queries, rows, k), captions)
 
 
-def search_images(queries: "Tensor", gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
+def search_images(queries: np.ndarray, gallery: Gallery, k: int, index: str | None = None) -> list[list[Match]]:
     """Return for each query (Q, F) the k photos of the gallery that score highest, best first.
 
-    The search is exact, unless the name of an index (ann_index.py) is given.
+    The search is exact, unless the name of an index (ann_index.py) is given. Raises ValueError if the gallery has
+    another dimension, which only a damaged file has.
     """
+    if (dim := gallery.embeddings.shape[1]) != queries.shape[1]:
+        raise ValueError(
+            f"the rows in {gallery.store} have {dim} values, those of the model {queries.shape[1]}: delete that "
+            "folder; the photos are then encoded again"
+        )
     if index is not None:
+        import torch
+
         from retrieval.ann_index import search_index
 
-        return _matches(*search_index(index, gallery, queries, k), gallery.paths)
-    from retrieval.metrics import top_k
+        return _matches(*search_index(index, gallery, torch.from_numpy(queries), k), gallery.paths)
+    return _matches(*_top_k(queries, gallery.embeddings, k), gallery.paths)
 
-    return _matches(*top_k(queries, gallery.embeddings, k), gallery.paths)
+
+def _top_k(queries, rows, k):
+    """Search with PyTorch if it was imported to encode the queries, else with NumPy."""
+    if "torch" not in sys.modules:
+        from retrieval.numpy_search import top_k
+
+        return top_k(queries, rows, k)
+    import torch
+
+    from retrieval.exact_search import top_k
+
+    return top_k(torch.from_numpy(queries), rows, k)
 
 
 def _matches(scores, indices, items):
@@ -187,7 +258,13 @@ def searcher_for_run(folder: Path, *, device: str, precision: str, cache_dir: Pa
 
         return load_encoder(folder, device=device, precision=precision)
 
-    return Searcher(weights_key(folder), load, cache_dir=Path(cache_dir or read_config(folder).cache_dir))
+    cache_dir = Path(cache_dir or read_shared_config(folder).cache_dir)
+    return Searcher(weights_key(folder), load, cache_dir=cache_dir, use_onnx=_onnx_fits(device, precision))
+
+
+def _onnx_fits(device, precision):
+    """Return whether the settings leave the choice to the program: the exported tower is in float32 on the CPU."""
+    return device in ("auto", "cpu") and precision in ("auto", "float32")
 
 
 def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
@@ -202,7 +279,8 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
         return load_pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
 
     if Path(source).is_dir():
-        return Searcher(dual_encoder_key(Path(source)), load, cache_dir=cache_dir)
+        key, use_onnx = dual_encoder_key(Path(source)), _onnx_fits(device, precision)
+        return Searcher(key, load, cache_dir=cache_dir, use_onnx=use_onnx)
     loaded = load()  # only after the download is the hub's current revision known
     from huggingface_hub import try_to_load_from_cache
 

@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network fails immediately
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["NO_BACKGROUND_EXPORT"] = "1"  # of text encoders, after a search
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"  # on tiny tensors, synchronizing threads costs more than it saves
 

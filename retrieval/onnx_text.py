@@ -1,0 +1,112 @@
+"""Encode a query with ONNX Runtime: a sentence becomes an embedding without importing PyTorch or transformers.
+
+`onnx_text_export.py` writes the folder that is read here: text.onnx with its weights in text.onnx.data, which are
+memory-mapped, tokenizer.json and settings.json.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SETTINGS, TOKENIZER, MODEL = "settings.json", "tokenizer.json", "text.onnx"
+VERSION = 1  # of the folder's content
+INPUTS = ("input_ids", "attention_mask")
+EXPORT_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+
+
+def text_encoder_folder(cache_dir: Path, key: str) -> Path:
+    """Return the folder of the text encoder with these weights (`model_key.py`), whether it exists or not."""
+    return cache_dir / "text_encoders" / key[:24]
+
+
+def is_available() -> bool:
+    """Return whether the libraries that read an exported text encoder are installed."""
+    return all(importlib.util.find_spec(name) for name in ("onnxruntime", "tokenizers"))
+
+
+def export_in_background(source: Path | str, cache_dir: Path, folder: Path) -> None:
+    """Start a process that writes `folder` for the next search, unless it exists or cannot be written.
+
+    source: the run's folder, or the name or folder of a pretrained model. The process has a low priority, and goes on
+    if this one ends. The environment variable NO_BACKGROUND_EXPORT prevents it.
+    """
+    can_export = all(importlib.util.find_spec(name) for name in EXPORT_LIBRARIES)
+    if folder.is_dir() or refusal_file(folder).is_file() or not can_export or os.environ.get("NO_BACKGROUND_EXPORT"):
+        return
+    source = os.path.abspath(source) if os.path.exists(source) else source
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retrieval.onnx_text_export", str(source), os.path.abspath(cache_dir)],
+        cwd=Path(__file__).parents[1],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    if hasattr(os, "setpriority"):
+        os.setpriority(os.PRIO_PROCESS, process.pid, 15)
+
+
+def refusal_file(folder: Path) -> Path:
+    """Return the file that exists if the text encoder of `folder` cannot be exported."""
+    return folder.with_suffix(".refused")
+
+
+class OnnxTextEncoder:
+    """A text tower with its head, run on the CPU. Raises an exception of any type if `folder` is damaged."""
+
+    def __init__(self, folder: Path):
+        import onnxruntime
+        from tokenizers import Tokenizer
+
+        settings = json.loads((folder / SETTINGS).read_text("utf-8"))
+        if settings["version"] != VERSION:
+            raise ValueError(f"{folder} was written by another version")
+        self.max_tokens, self.csls = int(settings["max_tokens"]), bool(settings["csls"])
+        self.dual_encoder = bool(settings["dual_encoder"])
+        self.tokenizer = QueryTokenizer(Tokenizer.from_file(str(folder / TOKENIZER)), settings["special_tokens"])
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self.session = onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+
+    def encode(self, sentences: Sequence[str]) -> np.ndarray:
+        """Encode sentences, truncated to max_tokens -> unit rows (Q, D) float32."""
+        rows = []
+        for sentence in sentences:  # one at a time: padding would cost more than the few calls
+            ids = np.array([self.tokenizer.ids(sentence, self.max_tokens)], np.int64)
+            rows.append(self.session.run(None, dict(zip(INPUTS, (ids, np.ones_like(ids)), strict=True)))[0])
+        return np.concatenate(rows)
+
+
+class QueryTokenizer:
+    """The part of transformers' tokenizer interface that describes a query, on the tokenizers library alone."""
+
+    is_fast = True
+
+    def __init__(self, backend_tokenizer, special_tokens: dict[str, str]):
+        backend_tokenizer.no_padding()
+        self.backend_tokenizer, self.special_tokens_map = backend_tokenizer, special_tokens
+        self.unk_token = special_tokens.get("unk_token")
+
+    def ids(self, text: str, max_tokens: int) -> list[int]:
+        """Return the token ids of a text with special tokens, truncated to max_tokens."""
+        self.backend_tokenizer.enable_truncation(max_tokens)
+        return self.backend_tokenizer.encode(text).ids
+
+    def __call__(self, text: str, *, add_special_tokens: bool = True, **_) -> dict:
+        self.backend_tokenizer.no_truncation()
+        encoding = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": encoding.ids, "offset_mapping": encoding.offsets}
+
+    def convert_tokens_to_ids(self, tokens: Sequence[str]) -> list[int | None]:
+        """Return the ids of tokens; None for a token that is not in the vocabulary."""
+        return [self.backend_tokenizer.token_to_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        """Return the tokens of ids."""
+        return [self.backend_tokenizer.id_to_token(token) for token in ids]

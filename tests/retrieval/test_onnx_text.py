@@ -1,0 +1,213 @@
+"""Sentences without PyTorch: the exported text tower gives the same results, and is made anew when it does not fit."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import ROOT, run_in_process, write_image_folder
+from tiny_dual_encoders import clip
+
+from retrieval import onnx_text, onnx_text_export
+from retrieval.embedding_store import list_images
+from retrieval.onnx_text import export_in_background, refusal_file
+from retrieval.onnx_text_export import prepare
+from retrieval.searcher import search_images, searcher_for_pretrained, searcher_for_run
+
+TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
+SENTENCES = ["red on the left", "a picture of blue", "xyzzy red", "red and green " * 60]
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, image_tower, text_tower):
+    """Return a folder with a run in runs/first, photos in holiday/, and the run's exported text tower in cache/."""
+    for library in onnx_text.EXPORT_LIBRARIES:
+        pytest.importorskip(library)
+    folder = tmp_path_factory.mktemp("onnx")
+    write_image_folder(folder / "my_photos", 30)
+    write_image_folder(folder / "holiday", 20)
+    flags = ["--dataset", folder / "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = run_in_process("train.py", *flags, *TRAINING, "--epochs", 1, "--name", "first")
+    assert done.returncode == 0, done.stderr
+    assert prepare(searcher(folder))
+    return folder
+
+
+def searcher(folder, cache="cache", **options):
+    options = {"device": "cpu", "precision": "float32"} | options
+    return searcher_for_run(folder / "runs" / "first", cache_dir=folder / cache, **options)
+
+
+def pytorch_searcher(folder):
+    """Return a searcher whose model is loaded, so that it does not use the exported text tower."""
+    loaded = searcher(folder)
+    loaded.model()
+    return loaded
+
+
+def test_embeddings_are_those_of_pytorch(workdir):
+    exported, loaded = searcher(workdir), pytorch_searcher(workdir)
+    assert exported.onnx_text_encoder and not loaded.onnx_text_encoder
+
+    for target in ("photos", "captions"):
+        emb = exported.embed_sentences(SENTENCES, target=target)
+        expected = loaded.embed_sentences(SENTENCES, target=target)
+        assert emb.dtype == np.float32
+        np.testing.assert_allclose(emb, expected, atol=1e-4)
+
+
+def test_matches_and_warnings_are_those_of_pytorch(workdir):
+    exported, loaded = searcher(workdir), pytorch_searcher(workdir)
+    photos = list_images(workdir / "holiday")
+    gallery = loaded.gallery(photos)
+
+    for sentence in SENTENCES:
+        (found,), (expected,) = (
+            search_images(each.embed_sentences([sentence]), gallery, 10) for each in (exported, loaded)
+        )
+        assert [match.score for match in found] == pytest.approx([match.score for match in expected], abs=1e-4)
+        assert exported.warnings(sentence) == loaded.warnings(sentence)
+    with pytest.raises(ValueError, match="knows no word"):
+        exported.warnings("xyzzy")
+
+
+def infer_in_new_process(workdir, *flags, imported="pass"):
+    code = (
+        "import runpy, sys; sys.argv = ['infer.py', *sys.argv[1:]]; "
+        f"runpy.run_path({str(ROOT / 'infer.py')!r}, run_name='__main__'); {imported}"
+    )
+    command = [sys.executable, "-c", code, *map(str, flags)]
+    return subprocess.run(command, cwd=workdir, capture_output=True, text=True, env=environment(), check=False)
+
+
+def environment():
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_typed_sentence_imports_no_pytorch(workdir):
+    flags = ("red on the left", "--run", "runs/first", "--gallery", "holiday", "--top-k", 10)
+    expected = run_json(workdir, *flags, "--device", "cpu", "--precision", "bfloat16")
+    heavy = "{'torch', 'transformers', 'timm', 'torchvision', 'matplotlib', 'pandas'} & set(sys.modules)"
+
+    done = infer_in_new_process(workdir, *flags, imported=f"assert not {heavy}, {heavy}")
+
+    assert done.returncode == 0, done.stderr
+    names = [line.split()[-1] for line in done.stdout.splitlines() if line.strip()[:2].strip().isdigit()]
+    assert len(names) == 10 and set(names) <= {match["photo"] for match in expected}
+    assert (workdir / "runs" / "first" / "matches" / "red-on-the-left.png").is_file()
+
+
+def run_json(workdir, *flags):
+    done = infer_in_new_process(workdir, *flags, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["matches"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "settings", "version", "tokenizer"])
+def test_damaged_export_is_reported_and_pytorch_is_used(workdir, tmp_path, capsys, damage):
+    shutil.copytree(workdir / "cache" / "text_encoders", tmp_path / "text_encoders")
+    damaged = searcher(workdir, cache=tmp_path)
+    folder = damaged.text_encoder_folder
+    if damage == "truncated":
+        (folder / "text.onnx").write_bytes((folder / "text.onnx").read_bytes()[:1000])
+    elif damage == "missing":
+        (folder / "text.onnx.data").unlink(missing_ok=True)
+        (folder / "text.onnx").unlink()
+    elif damage == "tokenizer":
+        (folder / "tokenizer.json").write_text("{}")
+    else:
+        settings = json.loads((folder / "settings.json").read_text())
+        settings = [] if damage == "settings" else settings | {"version": 0}
+        (folder / "settings.json").write_text(json.dumps(settings))
+
+    emb = damaged.embed_sentences(SENTENCES[:1])
+
+    np.testing.assert_allclose(emb, pytorch_searcher(workdir).embed_sentences(SENTENCES[:1]), atol=1e-6)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is damaged" in line
+    assert prepare(searcher(workdir, cache=tmp_path)) and searcher(workdir, cache=tmp_path).onnx_text_encoder
+
+
+def test_export_of_other_weights_is_not_used(workdir, tmp_path):
+    shutil.copytree(workdir / "runs", tmp_path / "runs")
+    shutil.copytree(workdir / "cache" / "text_encoders", tmp_path / "cache" / "text_encoders")
+    config = json.loads((tmp_path / "runs" / "first" / "config.json").read_text())
+    (tmp_path / "runs" / "first" / "config.json").write_text(json.dumps(config | {"max_tokens": 9}))
+
+    assert not searcher(tmp_path).onnx_text_encoder
+
+
+@pytest.mark.parametrize("options", [{"device": "cuda"}, {"precision": "bfloat16"}, {"precision": "float16"}])
+def test_another_device_or_precision_than_the_exports_is_respected(workdir, options):
+    assert not searcher(workdir, **options).onnx_text_encoder
+
+
+def test_without_onnxruntime_pytorch_is_used(workdir, monkeypatch):
+    monkeypatch.setattr(onnx_text, "is_available", lambda: False)
+
+    assert not searcher(workdir).onnx_text_encoder
+
+
+def test_pretrained_dual_encoder_is_exported_too(workdir, tmp_path):
+    for component in clip():
+        component.save_pretrained(tmp_path / "clip")
+    options = {"device": "cpu", "precision": "float32", "cache_dir": tmp_path}
+    assert prepare(searcher_for_pretrained(str(tmp_path / "clip"), **options))
+
+    exported, loaded = (searcher_for_pretrained(str(tmp_path / "clip"), **options) for _ in range(2))
+    loaded.model()
+    sentences = ["red on the left", "blue"]
+    assert exported.onnx_text_encoder
+    np.testing.assert_allclose(exported.embed_sentences(sentences), loaded.embed_sentences(sentences), atol=1e-4)
+
+
+def test_tower_that_cannot_be_exported_is_not_tried_again(workdir, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("PyTorch cannot export this tower")
+
+    monkeypatch.setattr(onnx_text_export, "tower_to_onnx", refuse)
+    refused = searcher(workdir, cache=tmp_path)
+
+    assert not prepare(refused) and not refused.text_encoder_folder.exists()
+    assert refusal_file(refused.text_encoder_folder).is_file()
+    assert started_exports(monkeypatch, refused.text_encoder_folder) == []
+
+
+def started_exports(monkeypatch, folder):
+    commands = []
+
+    class Process:
+        pid = 0
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    monkeypatch.setattr("os.setpriority", lambda *_: None, raising=False)
+    export_in_background(Path("runs/first"), Path("cache"), folder)
+    return commands
+
+
+def test_export_in_the_background_is_started_once(workdir, tmp_path, monkeypatch):
+    folder = tmp_path / "text_encoders" / "abc"
+    assert started_exports(monkeypatch, folder) == []  # the tests set NO_BACKGROUND_EXPORT
+
+    monkeypatch.delenv("NO_BACKGROUND_EXPORT")
+    (command,) = started_exports(monkeypatch, folder)
+    assert command[1:3] == ["-m", "retrieval.onnx_text_export"]
+    folder.mkdir(parents=True)
+    assert started_exports(monkeypatch, folder) == []
+
+
+def test_the_command_of_the_background_exports(workdir, tmp_path):
+    command = [sys.executable, "-m", "retrieval.onnx_text_export", workdir / "runs" / "first", tmp_path]
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True, timeout=120, capture_output=True)
+
+    assert searcher(workdir, cache=tmp_path).onnx_text_encoder
