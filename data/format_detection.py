@@ -2,40 +2,51 @@
 
 import os
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from data.aligned_files import read_aligned
+from data.annotation_tools import resolve_uploads
+from data.class_folders import read_class_folders
+from data.image_lookup import PhotoNames
 from data.json_reader import is_json_captions, is_karpathy, read_json
-from data.records import FIND_COLUMNS, IMAGE_NAME, SPLIT_WORDS, CaptionRecords, ColumnNames, decode_text
-from data.storage import is_file, list_files
+from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, decode_head
+from data.split_names import split_in_path, without_split
+from data.storage import data_root, is_file, is_folder, list_files
 from data.table_reader import is_caption_table, read_table
+from data.text_files import read_photo_texts
 
 
 class CaptionFormat(NamedTuple):
-    """The functions that read and recognise a caption format, given the path of a file."""
+    """The functions that read and recognise a caption format, given the path of a file and the folder's photos."""
 
-    read: Callable[[Path, ColumnNames], CaptionRecords]  # raises ValueError if the file as a whole cannot be read
-    is_captions: Callable[[Path], bool]  # whether the first bytes (`records.decode_head`) look like captions
+    # Raises ValueError if the file as a whole cannot be read.
+    read: Callable[[Path, ColumnNames, PhotoNames], CaptionRecords]
+    is_captions: Callable[[Path, PhotoNames], bool]  # whether its first bytes (`decode_head`) look like captions
+
+
+def _json_format():
+    return CaptionFormat(lambda path, names, _: read_json(path, names), lambda path, _: is_json_captions(path))
 
 
 # To add a format, write its two functions in a new file of data/, import them and add one line here.
 CAPTION_FORMATS = {
-    ".json": CaptionFormat(read_json, is_json_captions),
-    ".jsonl": CaptionFormat(read_json, is_json_captions),
+    ".json": _json_format(),
+    ".jsonl": _json_format(),
+    ".ndjson": _json_format(),
     ".txt": CaptionFormat(read_table, is_caption_table),
     ".csv": CaptionFormat(read_table, is_caption_table),
     ".tsv": CaptionFormat(read_table, is_caption_table),
     ".token": CaptionFormat(read_table, is_caption_table),
 }
-SPLIT_IN_NAME = re.compile(
-    rf"(?<![a-z])({'|'.join(sorted(SPLIT_WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
-)
 FLICKR8K_LISTS = {"Flickr_8k.trainImages.txt": "train", "Flickr_8k.devImages.txt": "val"}
 FLICKR8K_LISTS |= {"Flickr_8k.testImages.txt": "test"}
-SPLIT_LIST = re.compile(r".*(?:train|dev|val|test)Images\.txt")
+# Flickr8k's split lists, and the photos of Chinese-CLIP, which data/storage.py reads.
+NO_CAPTION_FILE = re.compile(r".*(?:(?:train|dev|val|test)Images\.txt|_imgs\.tsv)")
+CHINESE_CLIP_TEXTS = re.compile(r"(.*)_texts\.jsonl")
 # Names of caption files without suffix, in order of preference.
 KNOWN_NAMES = ("captions", "results", "flickr8k.token", "results_20130124", "metadata")
 MAX_INSPECTED = 100  # files whose first bytes are searched for captions
@@ -58,28 +69,36 @@ class Layout:
 
 def read_layout(path: Path, karpathy_file: Path | None = None, columns: ColumnNames = FIND_COLUMNS) -> Layout:
     """Read the captions of a folder or of one caption file. Raises FileNotFoundError if there are none."""
-    folder = path if path.is_dir() else _dataset_folder(path)
-    files = list_files(folder)
+    if not is_file(path) and not is_folder(path):
+        raise ValueError(f"{path}: expected a folder or a regular file, found neither (a FIFO, socket or device)")
+    folder = data_root(path) if is_folder(path) else _dataset_folder(path)
+    files = list_files(path if is_folder(path) else folder)
     karpathy_files = [folder / file for file in files if is_karpathy(file)]
     karpathy_files += [karpathy_file] if karpathy_file else []
-    if is_file(path):
+    photos = PhotoNames(files)
+    if is_file(path) and not is_folder(path):
         caption_files, unused_files = _with_other_splits(path, folder, files), []
     else:
-        caption_files, unused_files = _choose_caption_files(folder, files)
-    if _is_coco(caption_files) and path.is_dir() and any("coco" in file.name for file in karpathy_files):
+        caption_files, unused_files = _choose_caption_files(folder, files, columns, photos)
+    captions = None if caption_files else read_aligned(folder, files, columns)
+    if captions is None and not caption_files:
+        caption_files = _files_by_name(files)
+    if _is_coco(caption_files) and is_folder(path) and any("coco" in file.name for file in karpathy_files):
         caption_files = []  # Karpathy's file contains the same captions, and the split
     if caption_files:
-        captions = _concatenate([_read(folder, file, files, columns) for file in caption_files])
-    elif karpathy_files:
+        captions = _concatenate([_read(folder, file, files, columns, photos) for file in caption_files])
+    elif captions is None and karpathy_files:
         captions = _read_matching_karpathy(karpathy_files, files)
-    else:
-        captions = _read_texts_beside_photos(folder, files)
+    elif captions is None:
+        captions = read_photo_texts(folder, files, columns) or _read_class_folders(folder, files)
+    if not caption_files and (columns.image or columns.split):
+        flag = "--image-column" if columns.image else "--split-column"
+        captions.notes.append(f"{flag} is not used: {captions.format} has no columns")
     return Layout(folder, captions, files, karpathy_files, unused_files)
 
 
-def has_published_split(path: Path, karpathy_name: str) -> bool:
-    """Return whether the folder of a data set contains Flickr8k's split lists or the Karpathy file of that name."""
-    files = list_files(path if path.is_dir() else _dataset_folder(path))
+def has_published_split(files: Iterable[str], karpathy_name: str) -> bool:
+    """Return whether the files of a data set contain Flickr8k's split lists or the Karpathy file of that name."""
     return bool(official_lists(files)) or any(file.rpartition("/")[2] == karpathy_name for file in files)
 
 
@@ -103,28 +122,49 @@ def _with_other_splits(path, folder, files):
             f"{path}: expected a caption file ({', '.join(CAPTION_FORMATS)}), found {path.name}; pass its folder"
         )
     own = Path(os.path.relpath(path.parent.resolve() / path.name, folder.resolve())).as_posix()
-    if not _split_in(own):
+    if not split_in_path(own):
         return [own]
-    key = _group_key(own)
-    return [file for file in files if _group_key(file) == key and _caption_format(file)]
+    key = without_split(own)
+    return [file for file in files if without_split(file) == key and _caption_format(file)]
 
 
-def _choose_caption_files(folder, files):
+def _choose_caption_files(folder, files, columns, photos):
     """Return the caption files to read, and the first file of every other group that could be read instead."""
+    years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
+    ranked = sorted(_candidates(files), key=lambda group: _rank(group, years))
+    matching = [group for group in ranked[:MAX_INSPECTED] if _has_captions(folder / group[0], columns, photos)]
+    return (matching[0], [group[0] for group in matching[1:]]) if matching else ([], [])
+
+
+def _files_by_name(files):
+    """Return the files that are called captions but have other content: their reader reports what is wrong."""
+    groups = [group for group in _candidates(files) if "caption" in _stem(group[0]) or _stem(group[0]) in KNOWN_NAMES]
+    return min(groups, key=lambda group: _rank(group, set()), default=[])
+
+
+def _candidates(files):
+    """Return groups of files that may contain the captions of many photos; a group has one file for each split."""
     candidates = [
-        file for file in files if _caption_format(file) and not SPLIT_LIST.fullmatch(file) and not is_karpathy(file)
+        file
+        for file in files
+        if _caption_format(file) and not NO_CAPTION_FILE.fullmatch(file) and not is_karpathy(file)
     ]
-    photo_stems = {file.rpartition(".")[0] for file in files if IMAGE_NAME.fullmatch(file)}
-    candidates = [file for file in candidates if file.rpartition(".")[0] not in photo_stems]
+    photos = {file.rpartition(".")[0] for file in files if IMAGE_NAME.fullmatch(file)}
+    stems = {photo.rpartition("/")[2] for photo in photos}
+    # Texts that are called like photos elsewhere are captions of one photo each, if their folder has several of them.
+    alike = Counter(file.rpartition("/")[0] for file in candidates if _base(file) in stems)
     groups = defaultdict(list)
     for file in candidates:
-        groups[_group_key(file)].append(file)
-    years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
-    ranked = sorted(groups.values(), key=lambda group: _rank(group, years))
-    matching = [group for group in ranked[:MAX_INSPECTED] if _caption_format(group[0]).is_captions(folder / group[0])]
-    # A file with the name of a caption file but other content is read all the same: its reader reports the error.
-    matching = matching or [group for group in ranked if "caption" in _stem(group[0]) or _stem(group[0]) in KNOWN_NAMES]
-    return (matching[0], [group[0] for group in matching[1:]]) if matching else ([], [])
+        is_text = _base(file) in stems and alike[file.rpartition("/")[0]] > 1 and file.endswith((".txt", ".json"))
+        if file.rpartition(".")[0] not in photos and not is_text:
+            groups[without_split(file)].append(file)
+    return list(groups.values())
+
+
+def _has_captions(path, columns, photos):
+    """Return whether the start of a file looks like captions, or names the column that the user chose."""
+    named = columns.caption is not None and columns.caption in decode_head(path)
+    return named or _caption_format(path.name).is_captions(path, photos)
 
 
 def _rank(group, years):
@@ -139,36 +179,35 @@ def _rank(group, years):
     return file.count("/") - is_split_up, known, is_chinese, bool(year and year[1] not in years), file
 
 
+def _base(file):
+    return file.rpartition("/")[2].rpartition(".")[0]
+
+
 def _stem(file):
-    return file.rpartition("/")[2].lower().rpartition(".")[0]
+    return _base(file).lower()
 
 
 def _is_coco(files):
     return any(re.fullmatch(r"(?:.*/)?captions_(?:train|val)20\d\d\.json", file) for file in files)
 
 
-def _split_in(file):
-    """Return the split in a file's path, or None: train/captions.csv, en_val.json, captions_train2017.json."""
-    found = SPLIT_IN_NAME.findall(file)
-    return SPLIT_WORDS[found[-1].lower()] if found else None
-
-
-def _group_key(file):
-    return SPLIT_IN_NAME.sub("*", file)
-
-
 def _caption_format(file):
     return CAPTION_FORMATS.get(os.path.splitext(file)[1].lower())
 
 
-def _read(folder, file, files, columns):
+def _read(folder, file, files, columns, photos):
     """Read one caption file; make its images relative to `folder` and add the split in its path."""
-    captions, own = _caption_format(file).read(folder / file, columns), file.rpartition("/")[0]
+    captions, own = _caption_format(file).read(folder / file, columns, photos), file.rpartition("/")[0]
+    resolve_uploads(captions, files)
     has_photos = any(other.startswith(f"{own}/") and IMAGE_NAME.fullmatch(other) for other in files)
-    prefix, path_split = (f"{own}/" if own and has_photos else ""), _split_in(file)
+    prefix, path_split = (f"{own}/" if own and has_photos else ""), split_in_path(file)
+    suffix, table = "", CHINESE_CLIP_TEXTS.fullmatch(file)
+    if table and any(other.startswith(f"{table[1]}_imgs.tsv") for other in files):
+        prefix, suffix = f"{table[1]}_imgs.tsv/", ".jpg"
+        captions.format = "Chinese-CLIP (photos in *_imgs.tsv)"
     if prefix or path_split:
         captions.rows = [
-            (image if image.startswith("/") else prefix + image, text, row_split or path_split)
+            (image if image.startswith("/") else prefix + image + suffix, text, row_split or path_split)
             for image, text, row_split in captions.rows
         ]
     return captions
@@ -194,18 +233,14 @@ def _read_matching_karpathy(paths, files):
     )
 
 
-def _read_texts_beside_photos(folder, files):
-    """Read every line of photo.txt as a caption of photo.jpg."""
-    photos = {file.rpartition(".")[0]: file for file in files if IMAGE_NAME.fullmatch(file)}
-    texts = [file for file in files if file.lower().endswith(".txt") and file.rpartition(".")[0] in photos]
-    if not texts:
-        entries = ", ".join(sorted({file.partition("/")[0] for file in files})[:8]) or "nothing"
-        spreadsheet = next((file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))), None)
-        hint = f"; save {spreadsheet} as CSV, with the columns image and caption" if spreadsheet else ""
-        raise FileNotFoundError(f"no caption file in {folder}: {EXPECTED}; found {entries}{hint}")
-    captions = CaptionRecords("photo.txt beside photo.jpg", [folder])
-    for file in texts:
-        lines = [line for line in decode_text(folder / file).split("\n") if line.strip()]
-        photo = photos[file.rpartition(".")[0]]
-        captions.add(photo, lines, None, f"{folder / file}, line ", 1, "write a caption into the file")
-    return captions
+def _read_class_folders(folder, files):
+    """Read class folders. Raises FileNotFoundError with what was expected and found if there are none either."""
+    try:
+        return read_class_folders(folder, files)
+    except ValueError as error:
+        in_folders = any("/" in file for file in files if IMAGE_NAME.fullmatch(file))
+        no_classes = f"; not read as class folders: {error}" if in_folders else ""
+    entries = ", ".join(sorted({file.partition("/")[0] for file in files})[:8]) or "nothing"
+    spreadsheet = next((file for file in files if file.lower().endswith((".xlsx", ".xls", ".ods"))), None)
+    hint = f"; save {spreadsheet} as CSV, with the columns image and caption" if spreadsheet else ""
+    raise FileNotFoundError(f"no caption file in {folder}: {EXPECTED}; found {entries}{hint}{no_classes}")

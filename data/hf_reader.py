@@ -1,4 +1,4 @@
-"""Read Hugging Face `datasets`: a folder written by `save_to_disk`, parquet files, or a name on the Hub."""
+"""Read Hugging Face `datasets`: a folder written by `save_to_disk`, or a name on the Hub."""
 
 import contextlib
 import hashlib
@@ -15,8 +15,8 @@ FORMAT = "Hugging Face data set"
 
 
 def is_hf_dataset(path: Path) -> bool:
-    """Return whether a folder contains a data set in a format that `datasets` writes."""
-    return path.is_dir() and (any((path / name).is_file() for name in SAVED_FILES) or any(_parquet_files(path)))
+    """Return whether a folder contains a data set that `datasets` saved."""
+    return path.is_dir() and any((path / name).is_file() for name in SAVED_FILES)
 
 
 def read_hf_dataset(source: Path | str, cache_dir: str | Path, names: ColumnNames = FIND_COLUMNS) -> Layout:
@@ -49,11 +49,8 @@ def _load_splits(source, cache_dir):
     try:
         if isinstance(source, str):
             loaded = datasets.load_dataset(source, cache_dir=hf_cache)
-        elif any((source / name).is_file() for name in SAVED_FILES):
-            loaded = datasets.load_from_disk(str(source))
         else:
-            data_files = _group_by_split(_parquet_files(source))
-            loaded = datasets.load_dataset("parquet", data_files=data_files, cache_dir=hf_cache)
+            loaded = datasets.load_from_disk(str(source))
     except Exception as error:  # `datasets` does not wrap the exceptions of its network and file libraries
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         if isinstance(source, str):
@@ -66,19 +63,6 @@ def _load_splits(source, cache_dir):
             "complete"
         ) from None
     return dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
-
-
-def _parquet_files(folder):
-    return sorted((*folder.glob("*.parquet"), *folder.glob("data/*.parquet")))
-
-
-def _group_by_split(files):
-    """Return {split name: files} from names as on the Hub: data/train-00000-of-00009.parquet."""
-    groups = {}
-    for file in files:
-        word = file.name.split("-")[0].split(".")[0]
-        groups.setdefault(word if parse_split(word) else "all", []).append(str(file))
-    return groups
 
 
 def _read_split(captions, split, name, split_index, source, photo_folder):

@@ -11,8 +11,8 @@ from filelock import FileLock
 
 from data.image_io import load_image
 from data.preprocess import Preprocess
+from data.storage import file_stamp
 from runtime.mmap_store import reserve_file, write_at
-from runtime.paths import file_stamp
 
 
 class ImageCache:

@@ -1,21 +1,28 @@
 """Read a data set from a name, a folder or a caption file into one table of captions, split by image."""
 
+import hashlib
 import os
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from config import Config
+from data.archives import set_index_folder
+from data.coco_json import COCO_FORMAT
 from data.download import KAGGLE, Source, dataset_lock, find_source
-from data.format_detection import Layout, read_layout
+from data.format_detection import Layout, has_published_split, read_layout
 from data.image_lookup import find_duplicates, match_files
-from data.records import FIND_COLUMNS, CaptionRecords, ColumnNames, gc_paused
-from data.splits import RANDOM_SPLIT, SPLITS, assign_split, keep_duplicates_together
-from runtime.text import EXAMPLES, format_examples
+from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, gc_paused
+from data.splits import RANDOM_SPLIT, SPLITS, assign_split, has_own_split, keep_duplicates_together
+from data.storage import is_folder, list_files
+from runtime.run_dir import read_launches
+from runtime.text import EXAMPLES, display_text, format_examples
 
 MAX_BAD_FRACTION = 0.05  # of the rows; if more cannot be used, the file was probably misread
+MAX_ROW_MESSAGE = 300  # characters printed about one row
 
 
 @dataclass(frozen=True)
@@ -41,18 +48,35 @@ class CaptionData:
     unused_files: list[str] = field(default_factory=list)  # caption files that were found, but not read
     bad_rows: list[str] = field(default_factory=list)  # one message for each row that could not be used
     notes: list[str] = field(default_factory=list)  # how the captions were read: columns, encoding, what was ignored
+    absent: list[str] = field(default_factory=list)  # splits of which no photo is there: not downloaded
     duplicates: list[str] = field(default_factory=list)  # images skipped because val or test contains the same photo
+    classes: dict[str, str] = field(default_factory=dict)  # image -> class name, of class folders; else {}
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)  # cache of `split`
 
     def split(self, split: str) -> Split:
-        """Return the images and captions of "train", "val" or "test"."""
+        """Return the images and captions of "train", "val" or "test", or of "all", which includes unlisted images."""
         if split not in self._splits:
-            rows = self.table[self.table.split == split]
+            rows = self.table if split == "all" else self.table[self.table.split == split]
             ids, images = pd.factorize(rows.image)
             order = np.argsort(ids, kind="stable")
             paths = [self.image_root / image for image in images]
             self._splits[split] = Split(paths, list(rows.caption.iloc[order]), ids[order])
         return self._splits[split]
+
+    def fingerprint(self) -> str:
+        """Hash the image names, captions and splits, but not the pixels."""
+        digest = hashlib.sha256()
+        for column in ("image", "caption", "split"):
+            digest.update("\0".join(map(str, self.table[column])).encode("utf-8", "surrogatepass") + b"\1")
+        return digest.hexdigest()[:16]
+
+    def photo_classes(self) -> dict[Path, str]:
+        """Return {path of a photo, as in `split`: its class name} for class folders, else {}."""
+        return {self.image_root / image: label for image, label in self.classes.items()}
+
+    def describe_format(self) -> str:
+        """Return the form of the captions and the files that they were read from, for the terminal."""
+        return f"format: {display_text(self.format)}, {format_examples([file.name for file in self.files])}"
 
     def describe(self) -> str:
         """Return a summary for the terminal: source and sizes of the splits, and everything that is not used."""
@@ -82,8 +106,8 @@ class CaptionData:
             )
         if self.bad_rows:
             lines.append(f"{len(self.bad_rows):,} rows could not be used:")
-            lines += [f"  {message}" for message in self.bad_rows[:EXAMPLES]]
-        return "\n".join(lines)
+            lines += [f"  {display_text(message, MAX_ROW_MESSAGE)}" for message in self.bad_rows[:EXAMPLES]]
+        return "\n".join(map(display_text, lines))
 
 
 def open_dataset(
@@ -94,18 +118,23 @@ def open_dataset(
     split_seed: int,
     allow_bad_rows: bool = False,
     columns: ColumnNames = FIND_COLUMNS,
+    split: str = "auto",
+    needed: str | None = None,
 ) -> CaptionData:
     """Find a data set by its name, folder or file, read its captions and split it by image.
 
-    Raises ValueError or FileNotFoundError if the data set cannot be used, and ConnectionError if a download fails.
+    split: "random" draws the split although the data set has one. needed: the only split that will be used; the photos
+    of the others need not be there. Raises ValueError or FileNotFoundError if the data set cannot be used, and
+    ConnectionError if a download fails.
     """
+    set_index_folder(cache_dir)
     source = find_source(dataset, data_dir, cache_dir)
     with gc_paused():
-        return _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns)
+        layout = _read_with_split(dataset, source, cache_dir, columns, split)
+        return _open(dataset, layout, split_seed, allow_bad_rows, split, needed)
 
 
-def _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns):
-    layout = _read(source, cache_dir, columns)
+def _open(dataset, layout, split_seed, allow_bad_rows, how, needed):
     _check(layout.captions, layout.folder, allow_bad_rows)
     images, captions, caption_splits = zip(*layout.captions.rows, strict=True)
     caption_image_ids, names = pd.factorize(np.array(images, dtype=object))
@@ -116,22 +145,20 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns):
             f"and its subfolders, which contain {len(layout.files):,} files"
         )
     file_splits = _merge_caption_splits(caption_image_ids, names, caption_splits)
-    split_of_name, split_source = assign_split(names, file_splits, layout, split_seed)
-    if dataset in KAGGLE and split_source.startswith(RANDOM_SPLIT):
-        raise ValueError(
-            f"the photos in {layout.folder} do not match the published split of {dataset}: pass the folder as "
-            "--dataset to split it at random"
-        )
+    split_of_name, split_source, absent = _assign_split(
+        dataset, names, file_splits, layout, split_seed, found=found, how=how, needed=needed
+    )
     ambiguous = set(ambiguous)
     missing = sorted(
         f"{name} (in several folders)" if name in ambiguous else name
         for name in names
-        if name not in found and split_of_name.get(name)
+        if name not in found and split_of_name.get(name) and (needed is None or split_of_name[name] == needed)
     )
     duplicate_of = _find_duplicate_files(layout.folder, found)
     split_of_file, excluded = keep_duplicates_together(split_of_name, found, duplicate_of, split_source)
     table = _build_table(names, caption_image_ids, captions, found, split_of_file)
-    empty = [split for split in SPLITS if not (table.split == split).any()]
+    wanted = SPLITS if needed is None else (needed,)
+    empty = [split for split in wanted if not (table.split == split).any()]
     records = layout.captions
     if empty:
         raise ValueError(
@@ -149,7 +176,23 @@ def _open(dataset, source, cache_dir, split_seed, allow_bad_rows, columns):
         unused_files=layout.unused_files,
         bad_rows=records.bad_rows,
         notes=records.notes,
+        absent=absent,
         duplicates=excluded,
+        classes={found[image]: label for image, label in records.classes.items()},
+    )
+
+
+def _assign_split(dataset, names, file_splits, layout, seed, *, found, how, needed):
+    """Return the SplitNames. Raises ValueError if a named data set has another split than the published one."""
+    assigned = assign_split(names, file_splits, layout, seed, found=found, how=how, needed=needed)
+    if dataset not in KAGGLE or not assigned.source.startswith(RANDOM_SPLIT):
+        return assigned
+    if how == "random":
+        return assigned._replace(source=f"{assigned.source}; not comparable with published results")
+    parts = f": no photos of {' and '.join(assigned.absent)}" if assigned.absent else ""
+    raise ValueError(
+        f"the photos in {layout.folder} do not match the published split of {dataset}{parts}; pass --split random to "
+        "split them 4:1, which is not comparable with published results"
     )
 
 
@@ -173,11 +216,33 @@ def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: 
     and ValueError with file and line if it is no caption file or more than 5 % of its rows cannot be used.
     """
     path = Path(path)
-    if not path.exists():
+    set_index_folder(cache_dir)
+    if not path.exists() and not is_folder(path):
         raise FileNotFoundError(f"no such caption file or folder: {path}")
     captions = _read(Source(path), cache_dir, FIND_COLUMNS).captions
     _check(captions, path, allow_bad_rows)
     return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
+
+
+def _read_with_split(dataset, source, cache_dir, columns, how) -> Layout:
+    """Read a data set; a named one gets its published split, downloaded if neither it nor another is in the folder."""
+    if dataset not in KAGGLE or how == "random":
+        return _read(source, cache_dir, columns)
+    from data.published_split import published_split, split_file_name
+
+    try:
+        layout = _read(source, cache_dir, columns)
+        if has_published_split(layout.files, split_file_name(dataset)) or has_own_split(layout):
+            return layout
+    except FileNotFoundError:  # photos without captions: the published file contains both
+        layout = None
+    file, note = published_split(dataset, cache_dir)
+    if layout is None or layout.captions.format == COCO_FORMAT:
+        layout = read_layout(source.path, file, columns)
+    else:
+        layout = replace(layout, karpathy_files=[file, *layout.karpathy_files])
+    layout.captions.notes.append(note)
+    return layout
 
 
 def _read(source, cache_dir, columns) -> Layout:
@@ -186,19 +251,43 @@ def _read(source, cache_dir, columns) -> Layout:
     if source.hub_name or is_hf_dataset(source.path):
         with dataset_lock(cache_dir):
             return read_hf_dataset(source.hub_name or source.path, cache_dir, columns)
-    return read_layout(source.path, source.karpathy_file, columns)
+    return _read_parquet(source.path, cache_dir, columns) or read_layout(source.path, columns=columns)
+
+
+def _read_parquet(path, cache_dir, columns):
+    """Read parquet files, unless the folder has photos with other captions; None if there are none."""
+    from data.parquet_reader import parquet_files, read_parquet
+
+    tables = parquet_files(path)
+    if not tables:
+        return None
+    if path.is_dir() and any(IMAGE_NAME.fullmatch(file) for file in list_files(path)):
+        with suppress(FileNotFoundError):
+            layout = read_layout(path, columns=columns)
+            if not layout.captions.classes:
+                layout.captions.notes.append(f"not read, as there are other captions: {format_examples(tables)}")
+                return layout
+    with dataset_lock(cache_dir):
+        return read_parquet(path, cache_dir, columns)
 
 
 def _check(captions: CaptionRecords, path: Path, allow_bad_rows: bool):
     n_bad, n_rows = len(captions.bad_rows), len(captions.rows)
     if n_bad > MAX_BAD_FRACTION * (n_bad + n_rows) and not allow_bad_rows:
         raise ValueError(
-            f"{' | '.join(captions.bad_rows[:EXAMPLES])} ({n_bad:,} of {n_bad + n_rows:,} rows cannot be used: "
-            "correct them, or skip them with --allow-bad-rows)"
+            f"{_first_bad_rows(captions)} ({n_bad:,} of {n_bad + n_rows:,} rows cannot be used: correct them, or skip "
+            "them with --allow-bad-rows)"
         )
     if not n_rows:
         file = captions.files[0] if captions.files else path
-        raise ValueError(f"{file}: no captions found; expected the header 'image,caption' and one row per caption")
+        expected = "expected the header 'image,caption' and one row per caption"
+        raise ValueError(f"{file}: no captions found" + (f": {_first_bad_rows(captions)}" if n_bad else f"; {expected}"))
+
+
+def _first_bad_rows(captions):
+    more = len(captions.bad_rows) - EXAMPLES
+    examples = " | ".join(display_text(message, MAX_ROW_MESSAGE) for message in captions.bad_rows[:EXAMPLES])
+    return examples + (f" and {more:,} more" if more > 0 else "")
 
 
 def _merge_caption_splits(caption_image_ids, names, caption_splits):
@@ -219,8 +308,8 @@ def _find_duplicate_files(folder, found):
     return {paths[duplicate]: paths[first] for duplicate, first in find_duplicates(paths).items()}
 
 
-def open_data(config: Config, data_dir: Path | None = None) -> CaptionData:
-    """Open the data set that the configuration names, or its copy in `data_dir`."""
+def open_data(config: Config, data_dir: Path | None = None, *, needed: str | None = None) -> CaptionData:
+    """Open the data set that the configuration names, or its copy in `data_dir`; see `open_dataset` for `needed`."""
     return open_dataset(
         config.dataset,
         data_dir=data_dir or config.data_dir,
@@ -228,4 +317,27 @@ def open_data(config: Config, data_dir: Path | None = None) -> CaptionData:
         split_seed=config.split_seed,
         allow_bad_rows=config.allow_bad_rows,
         columns=ColumnNames(config.image_column, config.caption_column, config.split_column),
+        split=config.split,
+        needed=needed,
     )
+
+
+def open_run_data(run: Path, config: Config, data_dir: Path | None, needed: str) -> CaptionData:
+    """Open the data set of a run to use one split; the photos of the others need not be there.
+
+    If some are missing, the split may be one that training drew from the rest: it is used if the run recorded it.
+    """
+    if needed not in SPLITS:
+        return open_data(config, data_dir)
+    try:
+        data, error = open_data(config, data_dir, needed=needed), None
+    except ValueError as raised:
+        data, error = None, raised
+    if (data is None or data.absent) and (launches := read_launches(run)):
+        with suppress(ValueError):
+            drawn = open_data(config, data_dir)
+            if drawn.fingerprint() == launches[-1].get("data"):
+                return drawn
+    if error is not None:
+        raise error
+    return data

@@ -1,12 +1,14 @@
 """Assign each image to train, val or test: by published lists, by the caption files, or at random."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
+from data.coco_json import COCO_FORMAT, KARPATHY_FORMAT
 from data.format_detection import FLICKR8K_LISTS, Layout, official_lists
 from data.image_lookup import base_name
-from data.json_reader import KARPATHY_FORMAT, read_json
+from data.json_reader import read_json
 from data.records import decode_text
 
 SPLITS = ("train", "val", "test")
@@ -16,17 +18,48 @@ MAX_VAL_IMAGES = 5000  # of a val split that is drawn here, because val is searc
 
 def random_split(images: Sequence[str], seed: int) -> dict[str, str]:
     """Return {image: split} with a fifth of the images in test and a tenth of the others in val."""
-    shuffled = np.random.RandomState(seed).permutation(images)
+    return _cut(_shuffle(images, np.random.RandomState(seed)))
+
+
+def _shuffle(images, rng):
+    # Not permutation(images): NumPy would reserve the length of the longest name for each of them.
+    return [images[index] for index in rng.permutation(len(images))]
+
+
+def _cut(images):
+    """Return {image: split}: the first images are test, the next ones val."""
     n_test = max(1, len(images) // 5)
     n_val = _val_size(len(images) - n_test)
     splits = np.repeat(["test", "val", "train"], [n_test, n_val, max(0, len(images) - n_test - n_val)])
-    return dict(zip(shuffled.tolist(), splits.tolist(), strict=False))
+    return dict(zip(images, splits.tolist(), strict=False))
 
 
-def complete_split(split_of_image: Mapping[str, str], seed: int) -> tuple[dict[str, str], str]:
+def stratified_split(class_of: Mapping[str, str], seed: int) -> dict[str, str]:
+    """Return {image: split} with the sizes of `random_split`, drawn so that each class has about the same shares.
+
+    class_of: image -> class. Each class is shuffled and spread evenly over the order in which the splits are cut.
+    """
+    return _cut(_stratified_order(class_of, seed))
+
+
+def _stratified_order(class_of, seed):
+    rng, images_of = np.random.RandomState(seed), {}
+    for image in sorted(class_of):
+        images_of.setdefault(class_of[image], []).append(image)
+    keys = {}
+    for label in sorted(images_of):
+        images, offset = _shuffle(images_of[label], rng), rng.random_sample()
+        keys |= {image: (offset + position) / len(images) for position, image in enumerate(images)}
+    return sorted(keys, key=lambda image: (keys[image], image))
+
+
+def complete_split(
+    split_of_image: Mapping[str, str], seed: int, class_of: Mapping[str, str] | None = None
+) -> tuple[dict[str, str], str]:
     """Return a split with train, val and test, and a description of the changes.
 
-    Without a test split, val becomes test. Without a val split, a tenth of train becomes val.
+    Without a test split, val becomes test. Without a val split, a tenth of train becomes val; with class_of
+    (image -> class), about a tenth of each class.
     """
     split_of_image, changes = dict(split_of_image), ""
     splits = set(split_of_image.values())
@@ -36,8 +69,11 @@ def complete_split(split_of_image: Mapping[str, str], seed: int) -> tuple[dict[s
         splits = set(split_of_image.values())
     if "val" not in splits:
         train = sorted(image for image, split in split_of_image.items() if split == "train")
-        val = np.random.RandomState(seed).permutation(train)[: _val_size(len(train))]
-        split_of_image |= dict.fromkeys(val.tolist(), "val")
+        if class_of:
+            order = _stratified_order({image: class_of[image] for image in train}, seed)
+        else:
+            order = _shuffle(train, np.random.RandomState(seed))
+        split_of_image |= dict.fromkeys(order[: _val_size(len(train))], "val")
         changes += f", val drawn from train (seed {seed})"
     return split_of_image, changes
 
@@ -46,22 +82,84 @@ def _val_size(n_images):
     return min(MAX_VAL_IMAGES, max(1, n_images // 10))
 
 
+class SplitNames(NamedTuple):
+    """The split of every image name that has one, where it is from, and the splits of which no photo is there."""
+
+    split_of_name: dict[str, str]
+    source: str  # a description for the terminal
+    absent: list[str]  # not downloaded
+
+
 def assign_split(
-    names: Sequence[str], file_splits: Mapping[str, str], layout: Layout, seed: int
-) -> tuple[dict[str, str], str]:
-    """Return {image name: split} for every image that has a split, and a description of its source.
+    names: Sequence[str],
+    file_splits: Mapping[str, str],
+    layout: Layout,
+    seed: int,
+    *,
+    found: Collection[str] | None = None,
+    how: str = "auto",
+    needed: str | None = None,
+) -> SplitNames:
+    """Return the split of every image name.
 
     Published lists take precedence over the splits in the caption files (`file_splits`), and these over a random split.
+    how: "random" ignores both. found: the names with a photo; a split without any was not downloaded, and the others
+    are split again, unless only the split `needed` will be used.
     """
-    split_of_name, source = _published_split(names, layout)
+    if how == "random":
+        has_split = bool(_own_split(names, file_splits, layout)[0])
+        return _random(names, layout, seed, "; the split of the data set is not used" if has_split else "", [])
+    split_of_name, source = _own_split(names, file_splits, layout)
     if not split_of_name:
-        split_of_name = file_splits
-        is_karpathy = layout.captions.format == KARPATHY_FORMAT
-        source = KARPATHY_FORMAT if is_karpathy else "split from the caption files"
-    if "train" in split_of_name.values() and len(set(split_of_name.values())) > 1:
-        split_of_name, changes = complete_split(split_of_name, seed)
-        return split_of_name, source + changes
-    return random_split(sorted(names), seed), f"{RANDOM_SPLIT}, seed {seed}, val drawn from train"
+        return _random(names, layout, seed, "", [])
+    present = {split_of_name.get(name) for name in found} if found is not None else set(split_of_name.values())
+    absent = [split for split in SPLITS if split in set(split_of_name.values()) - present]
+    whole, changes = _complete(split_of_name, seed, layout)
+    if whole and (not absent or needed is not None):
+        return SplitNames(whole, source + changes, absent)
+    parts, gone = " and ".join(sorted(present - {None})), " and ".join(absent)
+    remark = f", of {parts} only: no photo of {gone} is here (not downloaded)" if absent else ""
+    rest = {name: split for name, split in split_of_name.items() if split not in absent}
+    completed, changes = _complete(rest, seed, layout)
+    if completed:
+        return SplitNames(completed, source + remark + changes, absent)
+    return _random(rest if absent else names, layout, seed, remark, absent)
+
+
+def _complete(split_of_name, seed, layout):
+    """Return the split with train, val and test, and the changes; ({}, "") if there is no train or nothing else."""
+    if not _is_split(split_of_name):
+        return {}, ""
+    return complete_split(split_of_name, seed, layout.captions.classes)
+
+
+def has_own_split(layout: Layout) -> bool:
+    """Return whether the caption files name train and another split themselves; COCO's own is not the published one."""
+    return layout.captions.format != COCO_FORMAT and _is_split(
+        {split: split for _, _, split in layout.captions.rows if split}
+    )
+
+
+def _own_split(names, file_splits, layout):
+    split_of_name, source = _published_split(names, layout)
+    if split_of_name:
+        return split_of_name, source
+    is_karpathy = layout.captions.format == KARPATHY_FORMAT
+    return dict(file_splits), KARPATHY_FORMAT if is_karpathy else "split from the caption files"
+
+
+def _is_split(split_of_name):
+    return "train" in split_of_name.values() and len(set(split_of_name.values())) > 1
+
+
+def _random(names, layout, seed, remark, absent):
+    classes = layout.captions.classes
+    if classes:
+        source = f"{RANDOM_SPLIT}, stratified by class, seed {seed}, val drawn from train{remark}"
+        return SplitNames(stratified_split(classes, seed), source, absent)
+    return SplitNames(
+        random_split(sorted(names), seed), f"{RANDOM_SPLIT}, seed {seed}, val drawn from train{remark}", absent
+    )
 
 
 def keep_duplicates_together(

@@ -5,32 +5,39 @@ import csv
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.column_names import is_split_word, resolve_splits
+from data.columns import ColumnChooser
+from data.json_entries import find_texts
 from data.records import (
     FIND_COLUMNS,
     IMAGE_NAME,
-    IMAGE_NAME_PATTERN,
+    IMAGE_SUFFIX_PATTERN,
     UNDECODED,
     CaptionRecords,
     ColumnNames,
     decode_head,
-    decode_text,
     match_columns,
-    parse_split,
+    read_text,
     shorten,
 )
+from data.row_scanner import RowScanner, split_cells
+from runtime.text import format_examples
 
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "pipes", ";": "semicolons"}
-CAPTION_LINE = re.compile(rf"\s*({IMAGE_NAME_PATTERN})(#\S*)?\s+(\S.*)", re.IGNORECASE)
+# The end of the file name in a line: its suffix, in Flickr8k a number, and white space before the caption.
+NAME_END = re.compile(rf"{IMAGE_SUFFIX_PATTERN}(?:\.\d{{1,9}})?(#[^\s#]{{0,20}})?\s+", re.IGNORECASE)
 QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 NUMPY_LIST = re.compile(rf"\[\s*(?:(?:{QUOTED})\s*)+\]", re.DOTALL)  # strings without commas between them
 NUMBER_AND_CAPTION = re.compile(r"\s*\d+\s+(\S.*)")  # in one row of Flickr30k, number and caption share a cell
+WEAK_IMAGE_COLUMNS = ("name", "path", "file", "id")  # in many tables that are not about photos
+NO_PLAIN_TEXT = ("", " ", "\t", "\n", "[", "{")  # first character of a cell that is blank or a list, perhaps
+MAX_COLUMNS = 1000
 SAMPLE_LINES = 200  # by which the format is detected
-MAX_CELL_LINES = 30  # if a quoted cell is longer, its closing quote is missing
 
 
 @dataclass(frozen=True)
@@ -43,23 +50,37 @@ class Columns:
     captions: list[int]
     split: int | None
     has_header: bool
+    note: str | None = None  # which columns are read and which are ignored
+    split_name: str = ""
 
 
-def read_table(path: Path, names: ColumnNames = FIND_COLUMNS) -> CaptionRecords:
+def read_table(path: Path, names: ColumnNames = FIND_COLUMNS, photos: Container[str] = ()) -> CaptionRecords:
     """Read the captions of a text file in any of the supported table formats.
 
-    Raises ValueError if the file as a whole is no caption table; rows that cannot be used are in `bad_rows`.
+    photos: what `in` tells whether a cell names an existing photo without its suffix. Raises ValueError if the file as
+    a whole is no caption table, or can be read in two ways; rows that cannot be used are in `bad_rows`.
     """
-    lines = decode_text(path).split("\n")
-    sample = [line for line in lines if line.strip()][:SAMPLE_LINES]
+    text, encoding_note = read_text(path)
+    lines = text.split("\n")
+    del text
+    sample = [line for line in lines[: 10 * SAMPLE_LINES] if line and not line.isspace()][:SAMPLE_LINES]
     if not sample:
         raise ValueError(f"{path}, line 1: expected captions, found no line; add lines such as photo.jpg,a dog in snow")
-    matches = [match for match in map(CAPTION_LINE.fullmatch, sample) if match]
-    if sum(match[2] is not None for match in matches) > len(sample) // 2:
+    captions = _read(path, lines, sample, names, photos)
+    captions.notes += [encoding_note] if encoding_note else []
+    return captions
+
+
+def _read(path, lines, sample, names, photos):
+    matches = [match for match in map(parse_caption_line, sample) if match]
+    if names == FIND_COLUMNS and sum(number is not None for _, number, _ in matches) > len(sample) // 2:
         return _read_lines(path, lines, "lines of photo.jpg#number and caption")
-    columns = find_columns(sample)
+    try:
+        columns = find_columns(sample, names, photos)
+    except ValueError as error:
+        raise ValueError(f"{path}, line 1: {error}") from None
     if columns is not None:
-        return _read_columns(path, lines, columns)
+        return _read_columns(path, lines, columns, photos)
     if len(matches) > len(sample) // 2:
         return _read_lines(path, lines, "lines of photo.jpg and caption")
     raise ValueError(
@@ -68,65 +89,119 @@ def read_table(path: Path, names: ColumnNames = FIND_COLUMNS) -> CaptionRecords:
     )
 
 
-def is_caption_table(path: Path) -> bool:
+def is_caption_table(path: Path, photos: Container[str] = ()) -> bool:
     """Return whether the start of a text file contains captions in a format that `read_table` supports."""
     sample = [line for line in decode_head(path).split("\n") if line.strip()][:SAMPLE_LINES]
-    n_matches = sum(CAPTION_LINE.fullmatch(line) is not None for line in sample)
-    return bool(sample) and (n_matches > len(sample) // 2 or find_columns(sample) is not None)
+    if not sample:
+        return False
+    try:
+        found = find_columns(sample, FIND_COLUMNS, photos) is not None
+    except ValueError:  # a table of photos and texts, but it is not clear which text is the caption
+        found = True
+    return found or sum(parse_caption_line(line) is not None for line in sample) > len(sample) // 2
 
 
-def find_columns(sample: list[str]) -> Columns | None:
-    """Return the columns of a table from its header, else from the cells that are image names; None if not found."""
-    tables = {d: [_split_cells(line, d) for line in sample] for d in DELIMITERS}
-    for delimiter, rows in tables.items():
-        columns = _columns_from_header(delimiter, [cell.strip().lower() for cell in rows[0]])
-        if columns is not None:
-            return columns
-    return max((_columns_from_cells(d, rows) for d, rows in tables.items()), key=lambda result: result[0])[1]
-
-
-def _columns_from_header(delimiter, header):
-    while header and not header[-1]:  # spreadsheets export empty columns at the end
-        header.pop()
-    image, captions, split = match_columns(header)
-    if image is None or not captions:
+def parse_caption_line(line: str) -> tuple[str, str | None, str] | None:
+    """Return (image, "#number" or None, caption) of a line such as `photo.jpg#0<TAB>a dog`, or None."""
+    line = line.strip()
+    end = NAME_END.search(line)
+    if end is None:
         return None
-    caption_indices = [header.index(name) for name in captions]
-    split = None if split is None else header.index(split)
-    return Columns(delimiter, len(header), header.index(image), caption_indices, split, has_header=True)
+    name = line[: end.start(1)] if end[1] is not None else line[: end.end()].rstrip()
+    return None if "\t" in name or "|" in name else (name, end[1], line[end.end() :])
 
 
-def _columns_from_cells(delimiter, rows):
-    """Return (number of matching rows, Columns) of a table without a known header, or (0, None)."""
-    has_header = not any(_is_image_name(cell) for cell in rows[0])
-    counts = Counter(index for row in rows if len(row) > 1 for index, cell in enumerate(row) if _is_image_name(cell))
-    image, n_matches = max(counts.items(), key=lambda item: item[1], default=(0, 0))
-    if n_matches <= len(rows) // 2:
-        return 0, None
-    rows = [row for row in rows if len(row) > image and _is_image_name(row[image])]
-    width = min(len(row) for row in rows) if delimiter == "," else Counter(map(len, rows)).most_common(1)[0][0]
-    others = [index for index in range(width) if index != image]
-    split = next((i for i in others if all(parse_split(row[i]) for row in rows if len(row) > i)), None)
-    captions = [i for i in others if i != split and not all(row[i].strip().isdigit() for row in rows if len(row) > i)]
-    if not captions:
-        return 0, None
-    return n_matches, Columns(delimiter, width, image, captions, split, has_header)
+def find_columns(sample: list[str], names: ColumnNames = FIND_COLUMNS, photos: Container[str] = ()) -> Columns | None:
+    """Return the columns of a table, by its header and its cells; None if it has no image or caption column.
+
+    Raises ValueError if a column that the user named does not exist, or if several could be the image or the caption.
+    """
+    tables = {d: _sample_rows(sample, d) for d in DELIMITERS}
+    tables = {d: rows for d, rows in tables.items() if rows}
+    named = [d for d, rows in tables.items() if _has_known_header(rows[0], names)]
+    if named:
+        return _choose(named[0], tables[named[0]], True, names, photos)
+    choosers = {d: ColumnChooser(None, rows, photos) for d, rows in tables.items()}
+    counts = {d: chooser.image_rows() for d, chooser in choosers.items() if chooser.width > 1}
+    best = max(counts, key=counts.get, default=None)
+    if best is None or counts[best] <= len(tables[best]) // 2:
+        half_named = [d for d, rows in tables.items() if _names_image_column(rows[0])]
+        if half_named:  # names without suffix
+            return _choose(half_named[0], tables[half_named[0]], True, names, photos)
+        if any(names[:2]):
+            raise ValueError(
+                f"expected the columns {format_examples([name for name in names if name])}, found "
+                f"{shorten(sample[0])}; name them as in the file's first line"
+            )
+        return None
+    has_header = not ColumnChooser(None, tables[best][:1], photos).image_rows()
+    return _choose(best, tables[best], has_header, names, photos)
+
+
+def _sample_rows(sample, delimiter):
+    """Return the cells of the first rows; a row that goes on in the next line is left out."""
+    scanner = RowScanner(sample, delimiter, lambda cells: len(cells) > 1)
+    with suppress(csv.Error):
+        rows = [split_cells(row, delimiter)[: MAX_COLUMNS + 1] for _, row in scanner] or [[]]
+        return [row for row in rows if len(row) > 1] if len(rows[0]) <= MAX_COLUMNS else []
+    return []
+
+
+def _has_known_header(cells, names):
+    """Return whether a first line names the image and the caption column, or those that the user named."""
+    header = [cell.strip() for cell in cells]
+    lower = [cell.lower() for cell in header]
+    wanted = [name.strip().lower() for column in names[:2] if column for name in column.split(",")]
+    if wanted and any(name in lower for name in wanted):
+        return True
+    image, captions, _ = match_columns(header)
+    return image is not None and bool(captions) and not any(map(_is_image_name, header))
+
+
+def _names_image_column(cells):
+    image = match_columns(cells)[0]
+    return image is not None and image.strip().lower() not in WEAK_IMAGE_COLUMNS
+
+
+def _choose(delimiter, rows, has_header, names, photos):
+    """Return the columns of a table with this delimiter, or None."""
+    header, body = (rows[0], rows[1:]) if has_header else (None, rows)
+    while header and not header[-1].strip():  # spreadsheets export empty columns at the end
+        header = header[:-1]
+    if header is None and delimiter == ",":  # captions may contain commas that are not quoted
+        width = min(len(row) for row in rows)
+    elif header is None:
+        width = Counter(map(len, rows)).most_common(1)[0][0]
+    else:
+        width = len(header)
+    complete = [row for row in body if len(row) >= width] if header is None else body
+    chooser = ColumnChooser(header, [row[:width] for row in complete], photos)
+    choice = chooser.choose(names)
+    if choice is None:
+        return None
+    split_name = "" if choice.split is None else chooser.name(choice.split)
+    return Columns(delimiter, width, *choice[:3], has_header, choice.note, split_name)
 
 
 def _is_image_name(cell):
     return IMAGE_NAME.fullmatch(cell.strip()) is not None
 
 
-def _read_columns(path, lines, columns):
+def _read_columns(path, lines, columns, photos):
     table_format = f"table with {DELIMITERS[columns.delimiter]}"
     captions = CaptionRecords(table_format + ("" if columns.has_header else ", no header"), [path])
-    skip_header, location = columns.has_header, f"{path}, line "
-    for number, row in _iter_rows(lines, columns.delimiter, path, captions.bad_rows):
-        if skip_header:
-            skip_header = False
-            continue
+    location, words = f"{path}, line ", Counter()
+    scanner = RowScanner(lines, columns.delimiter, lambda cells: _names_image(cells, columns, photos), release=True)
+    delimiter, width = columns.delimiter, columns.width
+    first_caption, is_single = columns.captions[0], len(columns.captions) == 1
+    rows = iter(scanner)
+    if columns.has_header:
+        next(rows, None)
+    for number, row in rows:
         try:
-            cells = _repair_cells(_split_cells(row, columns.delimiter), columns)
+            cells = split_cells(row, delimiter)
+            if len(cells) != width:
+                cells = _repair_cells(cells, columns)
         except csv.Error as error:
             captions.bad_rows.append(
                 f"{location}{number}: expected {columns.width} columns, found invalid CSV ({error}); correct the row"
@@ -135,10 +210,51 @@ def _read_columns(path, lines, columns):
         if cells is None:
             captions.bad_rows.append(_width_error(f"{location}{number}", row, columns))
             continue
-        texts = [text for index in columns.captions if index < len(cells) for text in _parse_captions(cells[index])]
-        split = parse_split(cells[columns.split]) if columns.split is not None and columns.split < len(cells) else None
+        if first_caption < len(cells) and is_single and cells[first_caption][:1] not in NO_PLAIN_TEXT:
+            texts = [cells[first_caption]]
+        else:
+            texts = [text for index in columns.captions if index < len(cells) for text in _parse_captions(cells[index])]
+        split = None
+        if columns.split is not None:
+            split = cells[columns.split].strip() if columns.split < len(cells) else ""
+            words[split] += 1
         captions.add(cells[columns.image], texts, split, location, number, "fill it in or delete the row")
+    for number, row in scanner.unclosed:
+        captions.bad_rows.append(
+            f"{location}{number}: expected a closing quote, found an unclosed one in {shorten(row)}; close it, or "
+            'write "" for a quote within a caption'
+        )
+    captions.notes += [f"{path.name}: {columns.note}"] if columns.note else []
+    if columns.split is not None:
+        _name_splits(captions, words, columns, path)
     return captions
+
+
+def _names_image(cells, columns, photos):
+    """Return whether a line within quotes is a row of its own, because the quote before it is not closed."""
+    if len(cells) <= max(columns.image, columns.captions[0]):
+        return False
+    cell = cells[columns.image].strip()
+    return IMAGE_NAME.fullmatch(cell) is not None or cell in photos
+
+
+def _name_splits(captions, words, columns, path):
+    """Replace the words of the split column by train, val and test. Raises ValueError if some are not known."""
+    splits = resolve_splits(word for word in words if word)
+    unknown = [word for word, split in splits.items() if split is None]
+    if unknown:
+        unclear = [word for word in unknown if is_split_word(word)]
+        why = " (each may mean val or test)" if unclear == unknown else ""
+        raise ValueError(
+            f"{path}, line 1: expected train, val and test in the column {columns.split_name}, found "
+            f"{format_examples([shorten(word, 30) for word in unknown])}{why}; rename them, or ignore the column with "
+            "--split-column none"
+        )
+    if words[""]:
+        captions.notes.append(f"{path.name}: {words['']:,} rows have no split in the column {columns.split_name}")
+    if any(word != split for word, split in splits.items()) or words[""]:
+        splits[""] = None
+        captions.rows = [(image, text, splits[word]) for image, text, word in captions.rows]
 
 
 def _repair_cells(cells, columns):
@@ -162,67 +278,27 @@ def _repair_cells(cells, columns):
 
 def _width_error(location, row, columns):
     fix = "write a file name and a caption"
-    if len(_split_cells(row, columns.delimiter)) > columns.width:
+    if len(split_cells(row, columns.delimiter)) > columns.width:
         fix = f'put captions that contain {DELIMITERS[columns.delimiter]} in "quotes"'
-    width = len(_split_cells(row, columns.delimiter))
+    width = len(split_cells(row, columns.delimiter))
     return f"{location}: expected {columns.width} columns, found {width} in {shorten(row)}; {fix}"
 
 
 def _parse_captions(cell):
-    """Return the captions in a cell: its text, or a list of texts as JSON, Python or NumPy prints it."""
+    """Return the captions in a cell: its text, or a list of texts as JSON, Python or NumPy prints it.
+
+    Label Studio and VGG Image Annotator write objects: {"text": ["a dog"]}.
+    """
+    if cell.startswith("{") and cell.endswith("}"):
+        with suppress(ValueError, TypeError, RecursionError):
+            return [text for text, _ in find_texts(json.loads(cell))]
     if cell.startswith("[") and cell.endswith("]"):
         array = f"[{', '.join(re.findall(QUOTED, cell))}]" if NUMPY_LIST.fullmatch(cell) else cell
         for parse in (json.loads, ast.literal_eval):
             with suppress(ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-                return [text for text in parse(array) if isinstance(text, str)] or [cell]
+                texts = parse(array)
+                return [text for text in texts if isinstance(text, str)] or [text for text, _ in find_texts(texts)]
     return [cell] if cell.strip() else []
-
-
-def _iter_rows(lines, delimiter, path, bad_rows) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of each row. A quoted cell may span lines; an unclosed quote loses its line only."""
-    start = 0
-    while start < len(lines):
-        row, n_lines = lines[start], 1
-        if delimiter != "|" and row.count('"') % 2 and _has_open_quote(row, delimiter):
-            multiline_row = _read_multiline_row(lines, start, delimiter)
-            if multiline_row is None:
-                bad_rows.append(
-                    f"{path}, line {start + 1}: expected a closing quote, found an unclosed one in "
-                    f'{shorten(row)}; close it, or write "" for a quote within a caption'
-                )
-                row = ""
-            else:
-                row, n_lines = multiline_row
-        if row.strip():
-            yield start + 1, row
-        start += n_lines
-
-
-def _read_multiline_row(lines, start, delimiter):
-    """Return (text, number of lines) of the row that opens a quote in lines[start], or None if it is not closed."""
-    row = lines[start]
-    for n_lines, line in enumerate(lines[start + 1 : start + MAX_CELL_LINES], start=2):
-        cells = line.split(delimiter, 1)
-        if len(cells) == 2 and _is_image_name(cells[0].strip().strip('"')):
-            return None  # this line is the next row
-        row += "\n" + line
-        if line.count('"') % 2 and not _has_open_quote(row, delimiter):
-            return row, n_lines
-    return None
-
-
-def _has_open_quote(row, delimiter):
-    try:
-        next(csv.reader([row], delimiter=delimiter, strict=True))
-    except csv.Error as error:
-        return "unexpected end of data" in str(error)
-    return False
-
-
-def _split_cells(row, delimiter):
-    if delimiter == "|" or '"' not in row:  # tables with pipes do not use quotes
-        return row.split(delimiter)
-    return next(csv.reader([row], delimiter=delimiter), [])
 
 
 def _read_lines(path, lines, line_format):
@@ -230,9 +306,9 @@ def _read_lines(path, lines, line_format):
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        match = CAPTION_LINE.fullmatch(line)
+        match = parse_caption_line(line)
         if match:
-            captions.add(match[1], [match[3]], None, location, number, "write the caption after the file name")
+            captions.add(match[0], [match[2]], None, location, number, "write the caption after the file name")
         else:
             found = "bytes that are not valid UTF-8" if UNDECODED.search(line) else shorten(line)
             expected = line_format.removeprefix("lines of ")

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import zipfile
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from runtime.atomic_io import replace_file
+from runtime.cache import load_cached, require
 from runtime.text import HAN
 
 SPECIAL_TOKENS = {
@@ -100,15 +100,23 @@ def tokenize(
     if cache_dir is None:
         return Tokens(*_encode(tokenizer, list(row_of_caption), max_tokens), rows)
     file = Path(cache_dir) / "tokens" / f"{fingerprint(tokenizer, row_of_caption, max_tokens)}.npz"
-    try:
-        with np.load(file) as cached:
-            return Tokens(cached["flat"], cached["starts"], rows)
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-        pass  # the file does not exist yet or is damaged
+    if cached := load_cached(file, lambda file: _load(file, len(row_of_caption), len(tokenizer))):
+        return Tokens(*cached, rows)
     flat, starts = _encode(tokenizer, list(row_of_caption), max_tokens)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace_file(file, lambda temporary: _save(temporary, flat, starts))
     return Tokens(flat, starts, rows)
+
+
+def _load(path, captions, vocabulary_size):
+    """Load the ids and offsets (captions + 1,). Raises an exception if the file is damaged."""
+    with np.load(path, allow_pickle=False) as cached:
+        flat, starts = cached["flat"], cached["starts"]
+    require(flat.ndim == 1 and flat.dtype == np.int32, f"ids are {flat.dtype}{flat.shape}")
+    require(starts.shape == (captions + 1,) and starts.dtype == np.int64, f"offsets are {starts.dtype}{starts.shape}")
+    require(starts[0] == 0 and starts[-1] == len(flat) and (np.diff(starts) >= 0).all(), "offsets do not fit the ids")
+    require(not len(flat) or (flat.min() >= 0 and flat.max() < vocabulary_size), "ids are not in the vocabulary")
+    return flat, starts
 
 
 def _save(path, flat, starts):

@@ -11,6 +11,7 @@ When photos have changed or were deleted, the remaining ones are written to 2.np
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,8 +21,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from data.records import IMAGE_SUFFIXES
+from data.storage import data_root, file_stamp, is_folder, list_entries
 from runtime.atomic_io import replace_file
+from runtime.cache import report_damaged, require
 from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings, write_embeddings
+from runtime.text import display_text
 
 if TYPE_CHECKING:
     from data.loading import CaptionData
@@ -31,6 +35,10 @@ COPY_CHUNK = 65_536  # rows copied at a time
 FileStamp = tuple[int, int]  # size in bytes and modification time in ns; a file with another stamp is encoded again
 # File names -> batches: rows (b, D) of the readable images, and per image of the batch None or why it is unreadable.
 EncodeImages = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, list[str | None]]]]
+
+
+class NotWritableError(ValueError):
+    """A folder of the cache cannot be written to."""
 
 
 class ImageList(NamedTuple):
@@ -58,25 +66,21 @@ class Gallery(NamedTuple):
 
 
 def list_images(folder: Path) -> ImageList:
-    """List every photo in a folder and its subfolders, except hidden files and folders.
+    """List every photo in a folder and its subfolders, an archive or a pattern of archives, except hidden files.
 
-    Raises FileNotFoundError if the folder does not exist or contains no photo.
+    Raises FileNotFoundError if there is no such folder or archive, or no photo in it.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no such folder of photos: {folder}")
-    stamps, pending = {}, [(os.fspath(folder), "")]
-    while pending:
-        path, prefix = pending.pop()
-        for entry in _scan(path):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):  # following links to folders could recurse forever
-                pending.append((entry.path, f"{prefix}{entry.name}/"))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES) and entry.is_file():
-                stamps[prefix + entry.name] = _file_stamp(entry.stat())
+    if not is_folder(folder):
+        raise FileNotFoundError(f"no such folder of photos, and no archive: {folder}")
+    root, stamps = data_root(folder), {}
+    for name, entry in list_entries(folder):
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            with contextlib.suppress(OSError):  # deleted in the meantime
+                stamps[name] = file_stamp(root / name) if entry is None else _file_stamp(entry.stat())
     if not stamps:
         raise FileNotFoundError(f"no photos in {folder}: looked for {', '.join(IMAGE_SUFFIXES)}")
-    return ImageList(folder.resolve().name, folder, dict(sorted(stamps.items())))
+    name = folder.resolve().name if root == folder else re.sub(r"[^\w.-]+", "-", folder.name)
+    return ImageList(name, root, dict(sorted(stamps.items())))
 
 
 def list_split_images(data: "CaptionData", split: str) -> ImageList:
@@ -88,7 +92,8 @@ def list_split_images(data: "CaptionData", split: str) -> ImageList:
     for path in data.split(split).paths:
         with contextlib.suppress(OSError):
             name = os.path.relpath(path, data.image_root)  # a caption table may list photos outside image_root
-            stamps[name.replace(os.sep, "/")] = _file_stamp(path.stat())
+            if (stamp := file_stamp(path)) is not None:
+                stamps[name.replace(os.sep, "/")] = stamp
     if not stamps:
         raise FileNotFoundError(f"the photos of {data.name}'s {split} split no longer exist in {data.image_root}")
     return ImageList(f"{Path(data.name).name}-{split}", data.image_root, stamps)
@@ -97,24 +102,48 @@ def list_split_images(data: "CaptionData", split: str) -> ImageList:
 def open_gallery(store: Path, photos: ImageList, encode: EncodeImages) -> Gallery:
     """Open the gallery of these photos in the folder `store`, encoding only new and changed photos.
 
-    Ctrl-C keeps what was encoded so far. Raises ValueError if no photo can be read or `store` cannot be written to.
+    Ctrl-C keeps what was encoded so far. A complete gallery in a read-only cache is opened without the lock. Raises
+    ValueError if no photo can be read, or if `store` must be written to and cannot be.
     """
-    with _locked(store):
+    try:
+        with _locked(store):
+            return _open_locked(store, photos, encode)
+    except NotWritableError as error:
+        if (gallery := _open_complete(store, photos)) is None:
+            raise ValueError(str(error)) from None
+        return gallery
+
+
+def _open_complete(store, photos):
+    """Return the gallery if it needs no writing, else None."""
+    with contextlib.suppress(OSError):  # raised where damaged files would be repaired
         number, records = _read(store)
-        current = [record for record in records if photos.stamps.get(record[0]) == (record[1], record[2])]
-        if len(current) < len(records):
-            number, records = _rewrite(store, number, records, current)
-        known = {record[0] for record in records}
-        new = [name for name in photos.stamps if name not in known]
-        if new:
-            _append(store / f"{number}", records, new, photos.stamps, encode)
-        unreadable = {record[0]: record[3] for record in records if len(record) == 4}
-        if len(unreadable) == len(records):
-            name, reason = next(iter(unreadable.items()))
-            raise ValueError(f"none of the {len(unreadable):,} photos in {photos.root} could be read: {name}: {reason}")
-        names = [record[0] for record in records if len(record) == 3]
-        rows = open_embeddings(store / f"{number}.npy")[: len(names)]
-        return Gallery(photos.root, names, rows, unreadable, store, f"{number}-{len(names)}")
+        stamps = {record[0]: (record[1], record[2]) for record in records}
+        if stamps and stamps == photos.stamps:
+            return _to_gallery(store, photos, number, records)
+    return None
+
+
+def _open_locked(store, photos, encode):
+    number, records = _read(store)
+    current = [record for record in records if photos.stamps.get(record[0]) == (record[1], record[2])]
+    if len(current) < len(records):
+        number, records = _rewrite(store, number, records, current)
+    known = {record[0] for record in records}
+    new = [name for name in photos.stamps if name not in known]
+    if new:
+        _append(store / f"{number}", records, new, photos.stamps, encode)
+    return _to_gallery(store, photos, number, records)
+
+
+def _to_gallery(store, photos, number, records):
+    unreadable = {record[0]: record[3] for record in records if len(record) == 4}
+    if len(unreadable) == len(records):
+        name, reason = next(iter(unreadable.items()))
+        raise ValueError(f"none of the {len(unreadable):,} photos in {photos.root} could be read: {name}: {reason}")
+    names = [record[0] for record in records if len(record) == 3]
+    rows = open_embeddings(store / f"{number}.npy")[: len(names)]
+    return Gallery(photos.root, names, rows, unreadable, store, f"{number}-{len(names)}")
 
 
 def _append(base, records, new, stamps, encode):
@@ -148,7 +177,8 @@ def _read(store):
     journal, rows_file = store / f"{numbers[0]}.jsonl", store / f"{numbers[0]}.npy"
     try:
         num_rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
-    except ValueError:  # damaged: every photo is encoded again, and indexes built from the old rows are invalid
+    except ValueError as error:  # every photo is encoded again, and indexes built from the old rows are invalid
+        report_damaged(store, error)
         for path in store.glob("*.*"):
             if path.is_dir():  # milvus-lite's database is a folder
                 shutil.rmtree(path)
@@ -163,8 +193,9 @@ def _complete_records(journal, num_rows):
     records, size = [], 0
     for line in journal.read_bytes().splitlines(keepends=True):
         try:
-            record = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+            record = _parse_record(line) if line.endswith(b"\n") else None
+        except (ValueError, RecursionError) as error:
+            report_damaged(journal, error)
             record = None
         num_rows -= record is not None and len(record) == 3
         if record is None or num_rows < 0:
@@ -173,6 +204,14 @@ def _complete_records(journal, num_rows):
         records.append(record)
         size += len(line)
     return records
+
+
+def _parse_record(line):
+    record = json.loads(line)
+    types = [str, int, int, str]
+    require(isinstance(record, list) and len(record) in (3, 4), "a line is not [name, size, mtime]")
+    require(all(type(value) is kind for value, kind in zip(record, types, strict=False)), "a line has other types")
+    return record
 
 
 def _rewrite(store, number, records, current):
@@ -200,13 +239,14 @@ def _to_bytes(records):
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Create a cache folder to write to within the block. Raises ValueError, naming --cache-dir, for any OSError."""
+    """Create a cache folder to write to within the block. Raises NotWritableError for any OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         reason = error.strerror or error
-        raise ValueError(f"{folder} cannot be written to ({reason}): choose another cache with --cache-dir") from None
+        message = f"{folder} cannot be written to ({reason}): choose another cache with --cache-dir"
+        raise NotWritableError(message) from None
 
 
 @contextlib.contextmanager
@@ -219,20 +259,13 @@ def _locked(store):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            print(f"another process is encoding into {store}; waiting for it to finish", file=sys.stderr, flush=True)
+            waiting = f"another process is encoding into {display_text(store)}; waiting for it to finish"
+            print(waiting, file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _scan(folder):
-    try:
-        return list(os.scandir(folder))
-    except OSError as error:
-        print(f"{folder} cannot be opened ({error.strerror}): its photos are skipped", file=sys.stderr)
-        return []
 
 
 def _file_stamp(stat):

@@ -4,6 +4,7 @@ When the disk is full, a write through a memory map kills the process with a bus
 raises OSError. Embeddings are stored as float16 rows in NumPy's .npy format, and can be searched without loading them.
 """
 
+import contextlib
 import io
 import shutil
 from collections.abc import Iterable
@@ -78,12 +79,19 @@ def append_embeddings(path: str | Path, start: int, rows: np.ndarray) -> None:
 
 
 def write_embeddings(path: str | Path, blocks: Iterable[np.ndarray], dim: int) -> None:
-    """Write blocks of rows, each (n, dim), to a new file."""
-    create_embeddings(path, dim)
-    start = 0
-    for block in blocks:
-        append_embeddings(path, start, block)
-        start += len(block)
+    """Write blocks of rows, each (n, dim), to a new file; if the disk is full, leave none and raise OSError."""
+    try:
+        create_embeddings(path, dim)
+        start = 0
+        for block in blocks:
+            append_embeddings(path, start, block)
+            start += len(block)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            Path(path).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        raise
 
 
 def open_embeddings(path: str | Path) -> np.memmap:
@@ -96,9 +104,10 @@ def open_embeddings(path: str | Path) -> np.memmap:
         raise FileNotFoundError(f"no such embeddings file: {path}")
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except Exception as error:  # NumPy parses the header as Python, and damaged ones raise errors of many types
         raise ValueError(f"{path} is truncated or damaged ({error}): delete it and encode again") from None
-    if not isinstance(rows, np.memmap) or rows.ndim != 2 or rows.dtype not in (np.float16, np.float32):
+    valid = isinstance(rows, np.memmap) and rows.ndim == 2 and rows.flags.c_contiguous
+    if not valid or rows.dtype not in (np.float16, np.float32):
         found = f"{rows.dtype} of shape {rows.shape}" if isinstance(rows, np.ndarray) else "an archive"
         raise ValueError(f"{path} contains no embeddings: expected rows of float16 or float32, found {found}")
     return rows

@@ -99,16 +99,18 @@ def test_original_flickr8k_is_read_with_its_split_lists(tmp_path):
 
 def test_split_lists_are_found_even_if_two_folders_contain_them(tmp_path):
     from data.format_detection import has_published_split
+    from data.storage import list_files
 
     write_original_flickr8k(tmp_path)
     shutil.copytree(tmp_path / "Flickr8k_text", tmp_path / "copy", ignore=lambda _, files: set(files) & {"readme.txt"})
     for path in (tmp_path / "copy").glob("*token*"):
         path.unlink()
-    assert has_published_split(tmp_path, "dataset_flickr8k.json") and load(tmp_path).split_source.startswith("official")
+    assert has_published_split(list_files(tmp_path), "dataset_flickr8k.json")
+    assert load(tmp_path).split_source.startswith("official")
     (tmp_path / "other").mkdir()
     for split in ("train", "val", "test"):
         write(tmp_path / "other" / f"flickr30k_{split}Images.txt", "1.jpg")
-    assert not has_published_split(tmp_path / "other", "dataset_flickr30k.json")
+    assert not has_published_split(list_files(tmp_path / "other"), "dataset_flickr30k.json")
 
 
 def test_name_ending_in_jpg_1_refers_to_the_photo_without_the_number(tmp_path):
@@ -386,7 +388,7 @@ FORMATS = {
     "captions.jsonl": '{{"image": "{a}", "captions": ["a dog", "two dogs"]}}\n\n'
     '{{"image": "{b}", "caption": "a cat"}}\n{{"image": "{c}", "caption": "a bird"}}\n',
     "metadata.csv": "file_name,caption_0,caption_1\n{a},a dog,two dogs\n{b},a cat,\n{c},a bird,\n",
-    "wide.tsv": "{a}\ta dog\ttwo dogs\n{b}\ta cat\t\n{c}\ta bird\t\n",
+    "wide.tsv": "file\tcaption 1\tcaption 2\n{a}\ta dog\ttwo dogs\n{b}\ta cat\t\n{c}\ta bird\t\n",
     "list.txt": "{a} a dog\n{a} two dogs\n{b} a cat\n{c} a bird\n",
     "annotations.csv": ',raw,filename\n0,"[""a dog"", ""two dogs""]",{a}\n1,"[""a cat""]",{b}\n2,"[""a bird""]",{c}\n',
 }

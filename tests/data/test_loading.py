@@ -345,16 +345,17 @@ def test_split_file_of_another_data_set_is_not_used(monkeypatch, tmp_path):
 def test_other_photos_under_a_data_set_name_are_not_split_at_random(monkeypatch, tmp_path):
     folder = write_image_folder(tmp_path / "photos", 10)
     write_karpathy(folder, [f"other_{k:02d}.png" for k in range(10)])
-    with pytest.raises(ValueError, match="do not match the published split of flickr8k: pass the folder as --dataset"):
+    with pytest.raises(ValueError, match="do not match the published split of flickr8k; pass --split random"):
         load("flickr8k", data_dir=folder)
 
 
 def test_failed_split_download_never_leads_to_a_random_split(monkeypatch, photos):
-    def download(handle, path=None):
+    def download(handle, path=None, **_):
         raise OSError("no network")
 
     mock_kagglehub(monkeypatch, download)
-    with pytest.raises(ConnectionError, match=r"put dataset_flickr8k\.json next to.*--dataset to split it at random"):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(ConnectionError, match=r"put dataset_flickr8k\.json next to.*--split random"):
         load("flickr8k", data_dir=photos)
 
 

@@ -147,7 +147,9 @@ def test_regular_expression_that_may_take_hours_is_refused(run, pattern):
     assert "tokenizer.json" in one_line(lambda: load_run(run))
 
 
-@pytest.mark.parametrize("pattern", [*sorted(KNOWN_PATTERNS), r"\s+", r" {2,}", r"\p{L}+|\p{N}{1,3}|[^\s\p{L}]", r"(?i:'s|'t)"])
+@pytest.mark.parametrize(
+    "pattern", [*sorted(KNOWN_PATTERNS), r"\s+", r" {2,}", r"\p{L}+|\p{N}{1,3}|[^\s\p{L}]", r"(?i:'s|'t)"]
+)
 def test_regular_expression_of_a_known_tokenizer_is_accepted(pattern):
     assert is_fast_pattern(pattern)
 

@@ -234,3 +234,60 @@ def test_the_journal_has_one_line_per_photo_in_the_order_of_the_rows(folder, tmp
     records = [json.loads(line) for line in (tmp_path / "store" / "1.jsonl").read_text().splitlines()]
     assert len(records) == len(np.load(tmp_path / "store" / "1.npy")) == 10
     assert all((folder / name).stat().st_size == size for name, size, _ in records)
+
+
+def test_complete_gallery_in_a_read_only_cache_is_opened(folder, tmp_path, monkeypatch):
+    import filelock
+
+    gallery, _ = open_and_check(folder, tmp_path / "store")
+
+    def refuse(self, *args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    again, encoded = open_and_check(folder, tmp_path / "store")
+    assert again.names == gallery.names and not encoded
+    shutil.copy(folder / "photo_00.png", folder / "new.png")
+    with pytest.raises(ValueError, match="choose another cache with --cache-dir"):
+        open_and_check(folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "photos.tar"])
+def test_gallery_in_an_archive_has_the_rows_of_the_folder(folder, tmp_path, name):
+    from data.storage import read_bytes
+
+    class ArchiveEncoder(FakeEncoder):
+        def row(self, name):
+            return np.random.default_rng(list(read_bytes(self.root / name)[-40:])).standard_normal(DIM, np.float32)
+
+        def __call__(self, names):
+            self.encoded += names
+            yield np.array([self.row(name) for name in names]), [None] * len(names)
+
+    archive = shutil.make_archive(str(tmp_path / "photos"), name.rpartition(".")[2], folder)
+    expected, _ = open_and_check(folder, tmp_path / "store")
+    encoder = ArchiveEncoder(tmp_path / name)
+    gallery = open_gallery(tmp_path / "store2", list_images(tmp_path / name), encoder)
+    assert gallery.names == expected.names and encoder.encoded
+    np.testing.assert_array_equal(gallery.embeddings, expected.embeddings)
+    encoder.encoded.clear()
+    os.utime(archive, (5, 5))  # a changed archive is encoded again
+    open_gallery(tmp_path / "store2", list_images(tmp_path / name), encoder)
+    assert len(encoder.encoded) == len(expected.names)
+
+
+def test_full_disk_while_a_gallery_is_rewritten_is_one_line_and_leaves_no_file(folder, tmp_path, monkeypatch):
+    open_and_check(folder, tmp_path / "store")
+    before = sorted(path.name for path in (tmp_path / "store").iterdir())
+    (folder / "photo_00.png").unlink()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.mmap_store.append_embeddings", full)
+        with pytest.raises(OSError, match=r"cannot write .*2\.npy: No space left on device"):
+            open_and_check(folder, tmp_path / "store")
+    assert sorted(path.name for path in (tmp_path / "store").iterdir()) == before
+    gallery, encoded = open_and_check(folder, tmp_path / "store")
+    assert len(gallery.names) == 9 and not encoded
