@@ -3,32 +3,32 @@
 A sweep is a text file with one configuration per line: its name, a colon, and its flags for train.py. Lines named "all"
 contain flags that all configurations share; "#" begins a comment. The runs are RUNS_DIR/SWEEP/NAME-sSEED. Finished runs
 are not trained again, interrupted ones are resumed. The same folder contains results.csv, results.md (mean ± standard
-deviation over the seeds) and results.png.
+deviation over the seeds, and the difference to the first configuration) and results.png.
 """
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from config import Config
 from runtime import cli
 from runtime.atomic_io import write_text
-from runtime.run_dir import LAST, LOG, read_log
-from runtime.text import slug
-
-if TYPE_CHECKING:
-    import pandas as pd
+from runtime.run_dir import BEST, LAST, LOG, read_config, read_log, read_metrics
+from runtime.run_dir import METRICS as METRICS_FILE
+from runtime.signals import Stopped, run_until_end
+from runtime.text import display_text, shell_argument, slug
 
 FLAGS = "flags.json"
-NAMES = ("R@1", "R@5", "R@10", "mAP@10", "medR")
-METRICS = [*(f"{direction}_{name}" for direction in ("i2t", "t2i") for name in NAMES), "rsum"]
+# Fields of Config that decide which photos a split has.
+DATA_FIELDS = ("dataset", "data_dir", "cache_dir", "split_seed", "allow_bad_rows")
+DATA_FIELDS += ("image_column", "caption_column", "split_column")
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,25 @@ class Flags:
     sweep: Annotated[Path, tyro.conf.Positional]  # the file with the configurations
     seeds: tuple[int, ...] = (0, 1, 2)  # each configuration is trained once per seed
     runs_dir: Path = Path(Config.runs_dir)  # contains a folder with the sweep's name, which contains the runs
+    test: bool = False  # also measure the test split of each run, once all are trained
 
 
 def main() -> None:
     flags, common_arguments = cli.parse_known_flags(Flags)
     configurations = read_sweep(flags.sweep)
     folder = flags.runs_dir / flags.sweep.stem
-    runs = {name: [] for name in configurations}
+    runs = {name: {} for name in configurations}
     for seed in flags.seeds:  # in the outer loop, so that an interrupted sweep still compares all configurations
         for name, arguments in configurations.items():
-            runs[name].append(run_folder(folder, name, seed))
-            train(runs[name][-1], [*arguments, *common_arguments, "--seed", str(seed)])
+            runs[name][seed] = run_folder(folder, name, seed)
+            train(runs[name][seed], [*arguments, *common_arguments, "--seed", str(seed)])
             write_results(folder, {name: folders for name, folders in runs.items() if folders})
+    if flags.test:
+        for run in (run for folders in runs.values() for run in folders.values() if is_finished(run)):
+            evaluate_test(run)
+        write_results(folder, runs, test=True)
     print((folder / "results.md").read_text("utf-8"))
-    print(f"saved {folder / 'results.csv'}, {folder / 'results.md'} and {folder / 'results.png'}")
+    print(display_text(f"saved {folder / 'results.csv'}, {folder / 'results.md'} and {folder / 'results.png'}"))
 
 
 def read_sweep(path: Path) -> dict[str, list[str]]:
@@ -62,14 +67,14 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no such sweep file: {path}")
     shared, configurations = [], {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_lines(path), start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
         try:
             name, colon, flags = line.partition(":")
             name, arguments = name.strip(), shlex.split(flags, comments=True)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
         if not colon or not name or name in configurations:
             raise ValueError(f"{path}, line {number}: expected a new name, a colon and flags, got {line.strip()!r}")
         if name == "all":
@@ -79,6 +84,13 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     if not configurations:
         raise ValueError(f"{path} contains no configuration: write lines like `alpha 0.1: --alpha 0.1`")
     return {name: [*shared, *arguments] for name, arguments in configurations.items()}
+
+
+def _read_lines(path):
+    try:
+        return path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from None
 
 
 def run_folder(sweep: Path, name: str, seed: int) -> Path:
@@ -93,71 +105,110 @@ def train(folder: Path, arguments: Sequence[str]) -> None:
     """
     flags_file = folder.with_name(f"{folder.name}.{FLAGS}")
     started = (folder / LOG).is_file() or (folder / LAST).is_file()
-    if started and (not flags_file.is_file() or json.loads(flags_file.read_text("utf-8")) != list(arguments)):
+    if started and _read_flags(flags_file) != list(arguments):
         raise ValueError(f"{folder} was trained with other flags: delete it, or give the configuration another name")
     if is_finished(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(flags_file, json.dumps(list(arguments)))
     target = ["--resume", folder] if (folder / LAST).is_file() else ["--name", folder.name, "--runs-dir", folder.parent]
-    print(f"\n{folder}: {shlex.join(arguments)}", flush=True)
+    print(f"\n{display_text(folder)}: {' '.join(map(shell_argument, arguments))}", flush=True)
     script = Path(__file__).with_name("train.py")
-    exit_code = subprocess.run([sys.executable, script, *arguments, *target], check=False).returncode
+    try:
+        exit_code = run_until_end([sys.executable, script, *arguments, *target])
+    except Stopped as stop:
+        raise Stopped(stop.signum, "Run the same command again to continue the sweep.") from None
+    exit_code = 128 - exit_code if exit_code < 0 else exit_code  # killed by a signal
     if exit_code in (2, 130, 143):  # a user's mistake, SIGINT, SIGTERM: train.py has printed the reason
         sys.exit(exit_code)
     if exit_code:
-        print(f"{folder} failed with exit code {exit_code} and is not in the table", file=sys.stderr)
+        name = display_text(folder)
+        print(f"{name} failed with exit code {exit_code} and is not in the table", file=sys.stderr)
+
+
+def _read_flags(path):
+    """Return the flags that a run was started with, or None if their file is missing or damaged."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 def is_finished(folder: Path) -> bool:
     """Return whether a run has reached its last epoch."""
     log = read_log(folder)
-    return bool(log) and len(log) >= json.loads((folder / "config.json").read_text("utf-8"))["epochs"]
+    return bool(log) and len(log) >= read_config(folder).epochs
 
 
-def write_results(folder: Path, runs: dict[str, list[Path]]) -> None:
-    """Write results.csv with one row per run, results.md with one row per configuration, and results.png.
+def evaluate_test(folder: Path) -> None:
+    """Run evaluate.py on the test split of a finished run, unless its metrics are newer than its weights.
 
-    Unfinished runs are omitted; without a finished run nothing is written.
+    Raises ValueError if the evaluation fails.
+    """
+    metrics, config = folder / METRICS_FILE, read_config(folder)
+    if "test" in read_metrics(folder) and metrics.stat().st_mtime >= (folder / BEST).stat().st_mtime:
+        return
+    script = Path(__file__).with_name("evaluate.py")
+    flags = ["--split", "test", "--device", config.device, "--precision", config.precision]
+    try:
+        exit_code = run_until_end([sys.executable, script, folder, *flags])
+    except Stopped as stop:
+        raise Stopped(stop.signum, "Run the same command again to continue the sweep.") from None
+    if exit_code:
+        raise ValueError(f"the test split of {folder} could not be measured: evaluate.py ended with code {exit_code}")
+
+
+def write_results(folder: Path, runs: dict[str, dict[int, Path]], *, test: bool = False) -> None:
+    """Write results.csv with one row per run and split, results.md with one row per configuration, and results.png.
+
+    runs: configuration -> seed -> the run's folder. Unfinished runs are omitted; without a finished run nothing is
+    written. test: also the test split, which must have been measured.
     """
     import pandas as pd
 
     from reporting.plots import plot_sweep
+    from reporting.sweep_table import markdown_table, result_row
 
-    logs = {name: [read_log(run) for run in folders if is_finished(run)] for name, folders in runs.items()}
-    results = pd.DataFrame([result_row(name, log) for name, run_logs in logs.items() for log in run_logs])
-    if results.empty:
+    finished = [
+        (name, seed, run, read_log(run))
+        for name, folders in runs.items()
+        for seed, run in folders.items()
+        if is_finished(run)
+    ]
+    rows = [
+        result_row(
+            name,
+            log,
+            seed=seed,
+            split=split,
+            **describe_pool(run, split),
+            metrics=None if split == "val" else read_metrics(run)[split],
+        )
+        for split in ("val", "test")[: 1 + test]
+        for name, seed, run, log in finished
+    ]
+    if not rows:
         return
+    results = pd.DataFrame(rows)
     write_text(folder / "results.csv", results.to_csv(index=False))
     write_text(folder / "results.md", markdown_table(results))
+    logs = {name: [log for other, _, _, log in finished if other == name] for name in runs}
     plot_sweep({name: run_logs for name, run_logs in logs.items() if run_logs}, folder / "results.png")
 
 
-def result_row(name: str, log: Sequence[dict]) -> dict:
-    """Return a run's row of the table: its validation metrics in the epoch with the highest rsum."""
-    best = max(log, key=lambda record: record["rsum"])
-    run = {"configuration": name, "best_epoch": best["epoch"], "minutes": sum(r["seconds"] for r in log) / 60}
-    rate = sum(record["pairs_per_s"] for record in log) / len(log)
-    return run | {"pairs_per_s": rate} | {column: best[column] for column in METRICS}
+def describe_pool(run: Path, split: str) -> dict:
+    """Return the name of a run's data set and the number of photos of a split: {"data": ..., "photos": ...}."""
+    config = read_config(run)
+    settings = {name: getattr(config, name) for name in DATA_FIELDS}
+    return {"data": Path(config.dataset).name, "photos": _count_photos(tuple(settings.items()))[split]}
 
 
-def markdown_table(results: "pd.DataFrame") -> str:
-    """Format one row per configuration: mean ± standard deviation over its seeds."""
-    headers = [f"{direction} {name}" for direction in ("image → text", "text → image") for name in NAMES]
-    lines = [
-        "| | " + " | ".join([*headers, "rsum", "minutes", "pairs/s", "seeds"]) + " |",
-        "|---" * (len(headers) + 5) + "|",
-    ]
-    for name, runs in results.groupby("configuration", sort=False):
-        cells = [format_mean_std(runs[column]) for column in (*METRICS, "minutes")]
-        cells += [f"{runs['pairs_per_s'].mean():,.0f}", str(len(runs))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+@cache
+def _count_photos(settings):
+    from data.loading import open_data
 
-
-def format_mean_std(values: "pd.Series") -> str:
-    """Format mean ± standard deviation, or the mean alone if there is one value."""
-    return f"{values.mean():.1f}" + (f" ± {values.std():.1f}" if len(values) > 1 else "")
+    data = open_data(Config(**dict(settings)))
+    return {split: len(data.split(split).paths) for split in ("val", "test")}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Examples: `python train.py`, `python train.py --dataset flickr8k`, `python train
 """
 
 import os
-import shlex
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from data.download import NAMES
 from runtime import cli
 from runtime.cli_help import print_help
 from runtime.run_dir import read_config
+from runtime.text import display_text, shell_argument
 
 EXAMPLE_QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
 MOST_USED = (  # --help shows these first
@@ -37,16 +37,16 @@ def main() -> None:
     from data.loading import open_data
 
     data = open_data(config)
-    print(data.describe(), flush=True)
+    print(f"{data.describe_format()}\n{data.describe()}", flush=True)
     if resume is None and (line := describe_preset(config)):
         print(line, flush=True)
     from training.trainer import train
 
     folder = train(config, data, resume)
-    print(f"\nfinished: {folder} (log.jsonl, curves.png, best.pt). Next:")
-    print(f"  python evaluate.py {folder} --split test")
+    print(f"\nfinished: {display_text(folder)} (log.jsonl, curves.png, best.pt). Next:")
+    print(f"  python evaluate.py {shell_argument(folder)} --split test")
     query = EXAMPLE_QUERIES.get(config.dataset) or data.split("test").captions[0]
-    print(f"  python infer.py {shlex.quote(query)} --run {folder}")
+    print(f"  python infer.py {shell_argument(query)} --run {shell_argument(folder)}")
 
 
 def parse_flags() -> tuple[Config, Path | None]:
@@ -63,7 +63,22 @@ def parse_flags() -> tuple[Config, Path | None]:
         config = replace(config, model=_absolute(config.model))
     if config.data_dir is not None:
         config = replace(config, data_dir=_absolute(config.data_dir))
+    if flags.resume is None:
+        _check_text_encoder(config)
     return config, flags.resume
+
+
+def _check_text_encoder(config):
+    """Raise ValueError if a named text tower would be replaced by a random one."""
+    name = cli.peek_flag("--text-encoder")
+    if name in (None, "scratch") or config.pretrained:
+        return
+    if cli.has_flag("--no-pretrained"):
+        raise ValueError(f"--no-pretrained trains a small random tower instead of --text-encoder {name}: leave out one")
+    raise ValueError(
+        f"--text-encoder {name} would be ignored, because {Path(config.dataset).name} trains random towers: "
+        "add --pretrained, or leave out --text-encoder"
+    )
 
 
 def default_flags() -> tuple[Flags, str | None]:
@@ -94,7 +109,7 @@ def describe_preset(config: Config) -> str | None:
     if not replaced:
         return None
     values = ", ".join(f"{name} {value}" for name, value in replaced.items())
-    return f"{Path(config.dataset).name}: {values}; edit {preset} in config.py, or pass flags"
+    return f"{display_text(Path(config.dataset).name)}: {values}; edit {preset} in config.py, or pass flags"
 
 
 def _help_note():

@@ -61,6 +61,7 @@ class Encoder:
     cache_images: bool = False
     tta_flip: bool = False  # test-time augmentation: average the embeddings of each image and its horizontal flip
     query_bank: QueryBank | None = None  # for CSLS; None for a run with a small validation split
+    vocabulary: int | None = None  # number of token ids that the text tower takes; None: not checked
 
     @property
     def image_size(self) -> int:
@@ -139,6 +140,7 @@ class Encoder:
         token_ids = tokenize(
             self.tokenizer, captions[shard_slice(len(captions))], max_tokens=self.max_tokens, cache_dir=self.cache_dir
         )
+        self._check_ids(token_ids, captions)
         order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
         batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
         rows = []
@@ -147,6 +149,16 @@ class Encoder:
             rows.append(self.run(self.encode_text, input_ids, attention_mask).float())
         local_rows = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
         return gather_rows(local_rows)[0]
+
+    def _check_ids(self, token_ids, captions):
+        """Raise ValueError if the tokenizer returned ids beyond the text tower's: a stranger's run may have both."""
+        if self.vocabulary is None or not len(token_ids.flat) or (last := int(token_ids.flat.max())) < self.vocabulary:
+            return
+        caption = next(caption for caption, ids in zip(captions, token_ids, strict=False) if last in ids)
+        raise ValueError(
+            f"the tokenizer returns token {last} for {caption[:40]!r}, but the text tower has {self.vocabulary:,} "
+            "tokens: the tokenizer belongs to another tower"
+        )
 
 
 def report_unreadable(split: Split, readable: np.ndarray, name: str) -> None:
@@ -190,6 +202,7 @@ def build_encoder(
         num_workers=pick_workers(num_workers, torch_device),
         cache_dir=cache_dir,
         cache_images=cache_images,
+        vocabulary=model.text_encoder.vocabulary,
     )
 
 
@@ -217,9 +230,11 @@ def load_encoder(folder: Path, *, device: str, precision: str, as_trained: bool 
 
 def _load_query_bank(run):
     try:
-        return load_query_bank(run.state.get("query_bank"))
+        return load_query_bank(run.state.get("query_bank"), run.model.embed_dim)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{run.folder / BEST} cannot be used as a checkpoint: {error!r} in its query bank") from None
+    except ValueError as error:
+        raise ValueError(f"{run.folder / BEST} cannot be used as a checkpoint: {error}") from None
 
 
 def _stack_readable(items):

@@ -12,6 +12,8 @@ CHUNK_SIZE = 1024  # images and captions scored at a time: such a block of score
 # alone would let a collapsed model beat its negatives.
 TIE_TOLERANCE = 1e-6
 
+SMALL_POOL = 100  # photos; below, a single query moves recall by more than a point
+
 
 @torch.no_grad()
 def retrieval_metrics(
@@ -29,20 +31,41 @@ def retrieval_metrics(
     Raises ValueError if the inputs cannot be ranked. Memory beyond the inputs: O(chunk_size**2 + N + M*D).
     """
     check_shapes(image_emb, text_emb, chunk_size)
-    _check_inputs(image_emb, text_emb, caption_image_ids, ks)
+    check_inputs(image_emb, text_emb, caption_image_ids, ks)
     # No metric depends on the order of the captions. Sorting makes the captions of one image adjacent.
     caption_image_ids, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
     i2t_above, t2i_above = _count_negatives_above(image_emb, text_emb[order], caption_image_ids, chunk_size)
     i2t_rank, average_precision = _rank_images(caption_image_ids.cpu(), i2t_above.cpu())  # MPS has no float64
     t2i_rank = 1 + t2i_above.cpu()
-    metrics = {f"i2t_R@{k}": _percent(i2t_rank <= k) for k in ks} | {f"t2i_R@{k}": _percent(t2i_rank <= k) for k in ks}
+    metrics = {f"i2t_R@{k}": percent(i2t_rank <= k) for k in ks} | {f"t2i_R@{k}": percent(t2i_rank <= k) for k in ks}
     return metrics | {
-        "i2t_mAP@10": _percent(average_precision),
-        "t2i_mAP@10": _percent((t2i_rank <= 10) / t2i_rank.double()),  # one relevant image: AP is 1 / rank
+        "i2t_mAP@10": percent(average_precision),
+        "t2i_mAP@10": percent((t2i_rank <= 10) / t2i_rank.double()),  # one relevant image: AP is 1 / rank
         "i2t_medR": i2t_rank.double().quantile(0.5).item(),
         "t2i_medR": t2i_rank.double().quantile(0.5).item(),
         "rsum": sum(metrics.values()),
     }
+
+
+@torch.no_grad()
+def retrieval_ranks(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rank of each image's best caption (N,) and of each caption's image (M,), from 1, over the full pool.
+
+    Inputs and ties as in retrieval_metrics; every image needs a caption. Both int64, on the CPU.
+    """
+    sorted_ids, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
+    i2t_above, t2i_above = _count_negatives_above(image_emb, text_emb[order], sorted_ids, CHUNK_SIZE)
+    caption_rank = torch.empty_like(t2i_above)
+    caption_rank[order] = 1 + t2i_above
+    return _rank_images(sorted_ids.cpu(), i2t_above.cpu())[0], caption_rank.cpu()
+
+
+def describe_small_pool(split: str, images: int, captions: int) -> str | None:
+    """Return a message that recall moves in large steps if a split has few photos, else None."""
+    if images >= SMALL_POOL:
+        return None
+    steps = f"{100 / max(images, 1):.1f} points for photos and {100 / max(captions, 1):.1f} for captions as queries"
+    return f"the {split} split has only {images} photos: recall there moves in steps of {steps}"
 
 
 def _rank_images(caption_image_ids: Tensor, negatives_above: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,17 +108,17 @@ def _count_negatives_above(
         above = torch.zeros_like(thresholds, dtype=torch.int64)
         for text_start in range(0, len(caption_image_ids), chunk_size):
             texts = slice(text_start, text_start + chunk_size)
-            sim = _score_block(image_emb, text_emb, image_start, text_start, chunk_size)
+            sim = score_block(image_emb, text_emb, image_start, text_start, chunk_size)
             masked = slice(max(positives.start, text_start), min(positives.stop, text_start + chunk_size))
             sim[caption_image_ids[masked] - image_start, caption_index[masked] - text_start] = -torch.inf
             for j in range(thresholds.shape[1]):
-                above[:, j] += _count_at_least(sim, thresholds[:, j, None], 1)
-            images_above[texts] += _count_at_least(sim, threshold[texts], 0)
+                above[:, j] += count_at_least(sim, thresholds[:, j, None], 1)
+            images_above[texts] += count_at_least(sim, threshold[texts], 0)
         captions_above[positives] = above[row, column]
     return captions_above, images_above
 
 
-def _count_at_least(sim: Tensor, threshold: Tensor, dim: int) -> Tensor:
+def count_at_least(sim: Tensor, threshold: Tensor, dim: int) -> Tensor:
     """Count along `dim` the entries of sim (R,C) that are at least the threshold -> int64."""
     return torch.ge(sim, threshold, out=torch.empty_like(sim)).sum(dim).long()  # a CPU sums floats faster than bools
 
@@ -107,12 +130,12 @@ def _positive_scores(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Ten
         image_rows = caption_image_ids[text_start : text_start + chunk_size]
         for image_start in (image_rows // chunk_size * chunk_size).unique_consecutive().tolist():
             columns = ((image_rows >= image_start) & (image_rows < image_start + chunk_size)).nonzero().squeeze(1)
-            sim = _score_block(image_emb, text_emb, image_start, text_start, chunk_size)
+            sim = score_block(image_emb, text_emb, image_start, text_start, chunk_size)
             scores[text_start + columns] = sim[image_rows[columns] - image_start, columns]
     return scores
 
 
-def _score_block(image_emb: Tensor, text_emb: Tensor, image_start: int, text_start: int, size: int) -> Tensor:
+def score_block(image_emb: Tensor, text_emb: Tensor, image_start: int, text_start: int, size: int) -> Tensor:
     """Return the cosines of at most `size` images from image_start with at most `size` captions from text_start."""
     images, image_skip = full_chunk(image_emb, image_start, size)
     texts, text_skip = full_chunk(text_emb, text_start, size)
@@ -126,11 +149,11 @@ def _position_in_group(caption_image_ids: Tensor) -> Tensor:
     return torch.arange(len(caption_image_ids), device=caption_image_ids.device) - first[caption_image_ids]
 
 
-def _percent(values: Tensor) -> float:
+def percent(values: Tensor) -> float:
     return 100 * values.double().mean().item()
 
 
-def _check_inputs(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, ks: tuple[int, ...]) -> None:
+def check_inputs(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, ks: tuple[int, ...]) -> None:
     if any(k < 1 for k in ks):
         raise ValueError(f"ks is {tuple(ks)}: each k must be at least 1")
     if len(text_emb) == 0:

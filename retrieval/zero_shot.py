@@ -1,6 +1,5 @@
 """Zero-shot classification: rank labels by the cosine of a photo with sentences made from each label."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,15 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.records import IMAGE_SUFFIXES
+from data.class_folders import find_class_folders
+from data.class_prompts import prompts
+from data.storage import list_files
+from data.unknown_words import describe_unknown_query
 from retrieval.encoder import Encoder
-from runtime.text import HAN
-
-TEMPLATES = ("{}", "a photo of a {}", "a picture of a {}", "there is a {} in the photo")
-CHINESE_TEMPLATES = ("{}", "一张{}的照片", "照片里有{}")
-HAN_CHARACTER = re.compile(f"[{HAN}]")
-DOUBLE_ARTICLE = re.compile(r"\b(?:an?|the) (?=(?:an?|the|some|one|two|three) )", re.IGNORECASE)
-ARTICLE_BEFORE_VOWEL = re.compile(r"\ba (?=[aeiou])", re.IGNORECASE)
 
 
 def classify(
@@ -42,43 +37,33 @@ def probabilities(image_emb: Tensor, class_emb: Tensor, temperature: float) -> T
 def class_embeddings(encoder: Encoder, labels: Sequence[str], templates: Sequence[str] = ()) -> Tensor:
     """Return a unit row per label, (K, D): the mean of its prompts' embeddings (arXiv 2103.00020, §3.1.4)."""
     _check_labels(labels)
+    for label in labels:
+        describe_unknown_query(encoder.tokenizer, label, kind="label")  # raises for one without a known word
     label_prompts = [prompts(label, templates) for label in labels]
     rows = encoder.encode_captions([prompt for sentences in label_prompts for prompt in sentences], "labels")
     counts = [len(sentences) for sentences in label_prompts]
     return F.normalize(torch.stack([label_rows.mean(0) for label_rows in rows.split(counts)]), dim=1)
 
 
-def prompts(label: str, templates: Sequence[str] = ()) -> list[str]:
-    """Fill a label into the templates, by default those of its language (English or Chinese).
+def class_folders(folder: Path) -> tuple[list[str], list[Path], Tensor, list[str]]:
+    """List a folder with one subfolder per class, `golden_retriever/photo.jpg`.
 
-    An article of the label replaces the template's: "an owl" gives "a photo of an owl".
-    """
-    templates = templates or (CHINESE_TEMPLATES if HAN_CHARACTER.search(label) else TEMPLATES)
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"a template needs one {{}} for the label, got {template!r}")
-    sentences = [DOUBLE_ARTICLE.sub("", template.replace("{}", label.strip())) for template in templates]
-    return [ARTICLE_BEFORE_VOWEL.sub("an ", sentence) for sentence in sentences]
-
-
-def class_folders(folder: Path) -> tuple[list[str], list[Path], Tensor]:
-    """List a folder with one subfolder per class, `golden_retriever/photo.jpg` -> labels, images, class index (N,).
-
-    Raises FileNotFoundError if the folder does not exist, ValueError for fewer than two classes with photos.
+    Returns the K class names, the N photos, their class indices (N,) and lines for the terminal. Raises
+    FileNotFoundError if the folder does not exist, and ValueError if its subfolders are not classes without doubt
+    (`find_class_folders`) or are the splits of a data set.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such folder: {folder} (--zero-shot)")
-    classes = {
-        path: sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        for path in sorted(folder.iterdir())
-        if path.is_dir() and not path.name.startswith(".")
-    }
-    classes = {path: photos for path, photos in classes.items() if photos}
-    if len(classes) < 2:
-        raise ValueError(f"{folder} contains {len(classes)} folders with photos: it needs one per class, at least two")
-    photos = [photo for files in classes.values() for photo in files]
-    truth = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
-    return [" ".join(re.split(r"[_\-\s]+", path.name)).strip() for path in classes], photos, truth
+    try:
+        classes = find_class_folders(folder, list_files(folder))
+    except ValueError as error:
+        raise ValueError(f"{folder} cannot be used as class folders: {error}") from None
+    if classes.split_folders:
+        inner = " or ".join(str(folder / name) for name in classes.split_folders)
+        raise ValueError(f"the subfolders of {folder} are splits, not classes: pass one of them, {inner}")
+    index = {label: row for row, label in enumerate(classes.labels)}
+    truth = torch.tensor([index[label] for label in classes.class_of.values()])
+    return classes.labels, [folder / photo for photo in classes.class_of], truth, classes.notes
 
 
 def accuracy(probability: Tensor, truth: Tensor) -> dict[str, float]:

@@ -116,6 +116,45 @@ def test_a_photo_finds_captions_and_photos_of_the_runs_data_set(workdir):
     assert all("my_photos" in match["photo"] for match in search("--image", QUERY_PHOTO, "--find", "photos"))
 
 
+def test_the_part_of_the_data_set_that_is_searched_and_the_run_are_printed(workdir):
+    others = "--split all or --gallery FOLDER for others"
+    assert infer("red").stdout.startswith(f"searching the 6 test photos of 30 of runs/first; {others}\n")
+    assert "searching the 2 val photos of 30 of runs/first" in infer("red", "--split", "val").stdout
+    done = infer("red", "--split", "all", "--top-k", 99)
+    assert done.stdout.startswith("searching all 30 photos of runs/first\n") and "  30  " in done.stdout
+    captions = infer("--image", QUERY_PHOTO)
+    assert "searching the 12 test captions of 60 of runs/first; --split all for others" in captions.stdout
+    assert len(search("--image", QUERY_PHOTO, "--split", "all", "--top-k", 99)) == 60
+    done = infer("red", "--json")
+    assert "searching the 6 test photos" in done.stderr and "searching" not in done.stdout
+    line = one_line_error(run_in_process("infer.py", "red", "--gallery", "holiday", "--split", "all"))
+    assert "--split is a part of the run's data set" in line
+
+
+def test_labels_may_be_a_folder_of_class_folders(workdir):
+    for name in ("001.deep_blue", "002.red"):
+        (workdir / "classes" / name).mkdir(parents=True)
+        shutil.copy(QUERY_PHOTO, workdir / "classes" / name / "a.png")
+    (result,) = search_all("--image", QUERY_PHOTO, "--labels", "classes")
+    assert {match["label"] for match in result["matches"]} == {"deep blue", "red"}
+    (workdir / "set").mkdir()
+    for name in ("train", "val"):
+        shutil.copytree(workdir / "classes", workdir / "set" / name)
+    line = one_line_error(run_in_process("infer.py", "--image", QUERY_PHOTO, "--labels", "set"))
+    assert "pass one of them, set/train or set/val" in line
+
+
+def test_equal_captions_are_one_match(workdir):
+    data = workdir / "twice"
+    shutil.copytree(workdir / "holiday", data)
+    lines = (data / "captions.txt").read_text().splitlines()
+    (data / "captions.txt").write_text("\n".join([*lines, *(f"photo_{n:02d}.png,the same text" for n in range(12))]))
+    config = json.loads((workdir / "runs" / "first" / "config.json").read_text()) | {"dataset": str(data)}
+    (workdir / "runs" / "first" / "config.json").write_text(json.dumps(config))
+    captions = [match["caption"] for match in search("--image", QUERY_PHOTO, "--split", "all", "--top-k", 99)]
+    assert captions.count("the same text") == 1 and len(captions) == 25
+
+
 def test_a_sentence_finds_the_caption_that_equals_it_first(workdir):
     caption = search("--image", QUERY_PHOTO, "--top-k", 1)[0]["caption"]
     (best, *_) = search(caption, "--find", "captions")
@@ -129,8 +168,9 @@ def test_a_photo_with_a_sentence_is_the_normalised_sum_of_both(workdir):
     expected = (image_emb[0] + text_emb[0]) / (image_emb[0] + text_emb[0]).norm()
     matches = search("in white", "--image", QUERY_PHOTO, "--gallery", "holiday", "--top-k", 100)
     assert_ranking(matches, rank_photos(expected, Path("holiday")))
-    torch.testing.assert_close(combine_queries(text_emb, image_emb)[0], expected)
-    assert combine_queries(None, image_emb)[0] is not None and torch.equal(combine_queries(text_emb, None), text_emb)
+    text_emb, image_emb = text_emb.numpy(), image_emb.numpy()
+    np.testing.assert_allclose(combine_queries(text_emb, image_emb)[0], expected.numpy(), atol=1e-6)
+    assert combine_queries(None, image_emb) is image_emb and combine_queries(text_emb, None) is text_emb
 
 
 def test_labels_are_ranked_by_probability(workdir):
@@ -156,16 +196,16 @@ def test_a_file_of_queries_gives_one_result_per_line(workdir):
         assert [match["photo"] for match in matches] == [match["photo"] for match in result["matches"]]
     with Image.open("grid.png") as picture:
         assert min(picture.size) > 100
-    (workdir / "gb.txt").write_text("红色在左边\n", "gb18030")
+    (workdir / "gb.txt").write_text("red 红色在左边\n", "gb18030")
     (result,) = search_all("--queries", "gb.txt", "--gallery", "holiday")
-    assert result["query"] == "红色在左边"
+    assert result["query"] == "red 红色在左边"
     (workdir / "cp1252.txt").write_bytes("red\nun café\n".encode("cp1252"))
     line = one_line_error(run_in_process("infer.py", "--queries", "cp1252.txt", "--gallery", "holiday"))
     assert "cp1252.txt, line 2" in line and "UTF-8" in line
 
 
 def test_a_photo_with_an_undecodable_name_is_plotted(tmp_path):
-    from reporting.plots import plot_photos
+    from reporting.match_picture import plot_photos
     from retrieval.searcher import Match
 
     path = tmp_path / os.fsdecode(b"caf\xe9.png")
@@ -182,7 +222,8 @@ def test_a_photo_with_an_undecodable_name_can_be_the_query(workdir):
 
 def test_the_table_is_aligned_and_a_picture_is_saved(workdir):
     done = infer("red on the left", "--gallery", "holiday", "--top-k", 12)
-    title, *rows, last = done.stdout.splitlines()
+    scope, title, *rows, last = done.stdout.splitlines()
+    assert scope == "searching the 12 photos of holiday with runs/first"
     assert title == "red on the left" and len(rows) == 12
     assert len({row.index("holiday") for row in rows}) == 1
     picture = last.removeprefix("picture: ")
@@ -220,7 +261,7 @@ def test_unreadable_photos_are_reported_and_the_rest_is_searched(workdir):
     (workdir / QUERY_PHOTO).write_bytes(data[: len(data) // 2])
     done = infer("red", "--gallery", "holiday", "--top-k", 100)
     assert "2 photos could not be read" in done.stderr and "broken.jpg: not an image" in done.stderr
-    assert len(done.stdout.splitlines()) == 1 + 11 + 1
+    assert len(done.stdout.splitlines()) == 1 + 1 + 11 + 1
 
 
 def test_a_decompression_bomb_is_skipped_without_being_decoded(workdir):
@@ -290,7 +331,7 @@ def test_a_copied_run_reuses_the_galleries(workdir, encoded):
 
 def test_ties_are_ordered_by_index_and_k_may_exceed_the_number_of_captions():
     rows = np.eye(3, dtype=np.float16)[[0, 1, 0]]
-    (matches,) = search_captions(torch.eye(3)[:1], rows, ["a", "b", "c"], 9)
+    (matches,) = search_captions(np.eye(3, dtype=np.float32)[:1], rows, ["a", "b", "c"], 9)
     assert [match.item for match in matches] == ["a", "c", "b"]
 
 
@@ -300,3 +341,16 @@ def test_importing_search_loads_no_heavy_library(module):
     code = f"import sys, {module}; print(*(set(sys.modules) & {heavy}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_sentence_without_a_known_word_is_refused_and_unknown_words_are_named(workdir):
+    line = one_line_error(run_in_process("infer.py", "一只狗", "--gallery", "holiday"))
+    assert "the model knows no word of the sentence '一只狗'" in line and "bert-base-chinese" in line
+    (workdir / "some.txt").write_text("red on the left\nсобака\n", "utf-8")
+    line = one_line_error(run_in_process("infer.py", "--queries", "some.txt", "--gallery", "holiday"))
+    assert "'собака'" in line
+    done = infer("red on the left 狗", "--gallery", "holiday", "--json")
+    assert "does not know these words of the sentence: 狗" in done.stderr
+    assert "does not know" not in infer("red on the left", "--gallery", "holiday").stderr
+    line = one_line_error(run_in_process("infer.py", "--image", QUERY_PHOTO, "--labels", "red", "犬"))
+    assert "no word of the label '犬'" in line

@@ -123,7 +123,7 @@ def test_class_folders_gives_a_label_per_folder_and_a_class_index_per_photo(tmp_
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("no photo")
     (tmp_path / "ice-cream" / "notes.txt").write_text("no photo")
-    labels, photos, truth = class_folders(tmp_path)
+    labels, photos, truth, _ = class_folders(tmp_path)
     assert labels == ["golden retriever", "ice cream"] and truth.tolist() == [0, 0, 1, 1]
     assert [photo.parent.name for photo in photos] == ["golden_retriever"] * 2 + ["ice-cream"] * 2
 

@@ -1,13 +1,16 @@
 """Averaging runs: the mean of their weights is saved as an ordinary run."""
 
+import importlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import one_line_error, run_in_process, write_image_folder
 
+import average
 from models.checkpoint import load_run, load_state
-from runtime.run_dir import finished_runs
+from runtime.run_dir import finished_runs, lock_run
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
 
@@ -81,3 +84,72 @@ def test_average_of_three_weights_them_equally(working_folder):
 )
 def test_runs_without_a_meaningful_average_are_an_error(runs, message):
     assert message in one_line_error(run_in_process("average.py", *runs, "--name", "no"))
+
+
+class Killed(BaseException):
+    """Ends the program at any point, as SIGKILL does."""
+
+
+def killed_after(function, *, damage=lambda *args: None):
+    def kill(*args, **options):
+        function(*args, **options)
+        damage(*args)
+        raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("shutil.copytree", lambda _, towers, *rest: (Path(towers) / "image.json").unlink(missing_ok=True)),
+        ("models.checkpoint.save_state", lambda *_: None),
+        ("retrieval.metrics.retrieval_metrics", lambda *_: None),
+        ("average.write_config", lambda *_: None),
+        ("average.create_run", lambda *_: None),
+    ],
+)
+def test_average_that_was_killed_starts_again_with_the_same_command(name, damage, working_folder, monkeypatch):
+    folder = working_folder / "runs" / name.replace(".", "-")
+    arguments = ["runs/a", "runs/b", "--name", folder.name, "--precision", "float32"]
+    module, _, function = name.rpartition(".")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(name, killed_after(getattr(importlib.import_module(module), function), damage=damage))
+        run_in_process("average.py", *arguments)
+    assert folder.is_dir() and not (folder / "log.jsonl").exists()
+    (folder / "notes.txt").write_text("mine")  # a file of another origin is never deleted
+    assert "already exists" in one_line_error(run_in_process("average.py", *arguments))
+    assert (folder / "notes.txt").read_text() == "mine"
+    (folder / "notes.txt").unlink()
+    done = run_in_process("average.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert load_run(folder).config.name == folder.name
+
+
+def test_folder_is_locked_while_the_average_is_computed(working_folder, monkeypatch):
+    locked = []
+
+    def metrics(*_):
+        with pytest.raises(ValueError, match="another process"):
+            lock_run(working_folder / "runs" / "busy")
+        with pytest.raises(ValueError, match="another process"):
+            average.discard_unfinished(working_folder / "runs" / "busy")
+        locked.append(True)
+        return {"rsum": 1.0}
+
+    monkeypatch.setattr("retrieval.metrics.retrieval_metrics", metrics)
+    assert run_in_process("average.py", "runs/a", "runs/b", "--name", "busy").returncode == 0
+    assert locked == [True]
+
+
+def test_finished_average_is_not_discarded(working_folder):
+    assert run_in_process("average.py", "runs/a", "runs/b", "--name", "done").returncode == 0
+    average.discard_unfinished(working_folder / "runs" / "done")
+    assert (working_folder / "runs" / "done" / "best.pt").is_file()
+    average.discard_unfinished(working_folder / "runs" / "parent")  # a trained run
+    assert (working_folder / "runs" / "parent" / "best.pt").is_file()
+
+
+def test_next_command_quotes_the_folder(working_folder):
+    done = run_in_process("average.py", "runs/a", "runs/b", "--name", "two words")
+    assert "  python evaluate.py 'runs/two words' --split test\n" in done.stdout

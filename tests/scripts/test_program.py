@@ -196,7 +196,7 @@ def test_damaged_run_gives_a_one_line_error_with_its_path(first_run, tmp_path, m
     ("arguments", "expected"),
     [
         (["train.py", "--epoch", 1], ["--epoch", "did you mean --epochs?"]),
-        (["train.py", "--epochs", 0], ["--epochs must be at least 1", "got 0"]),
+        (["train.py", "--epochs", 0], ["--epochs must be from 1", "got 0"]),
         (["train.py", "--dataset", "no_photos"], ["'no_photos'", "sample, flickr8k"]),
         (["train.py", "--data-dir", "nowhere"], ["nowhere", "--data-dir"]),
         (["train.py", "--resume", "runs/none"], ["runs/none", "--resume"]),

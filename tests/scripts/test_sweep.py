@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from helpers import one_line_error, run_script
 
-from sweep import METRICS, markdown_table, read_sweep, result_row
+from reporting.sweep_table import METRICS, markdown_table, result_row
+from sweep import read_sweep
 
 SWEEP = """
 # two configurations
@@ -22,13 +23,25 @@ def finished_sweep(tmp_path_factory):
     """The working folder of a finished sweep with two configurations and one seed, and the completed process."""
     folder = tmp_path_factory.mktemp("experiments")
     (folder / "alpha.txt").write_text(SWEEP, "utf-8")
-    return folder, run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=folder)
+    return folder, run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, "--test", cwd=folder)
 
 
 def test_sweep_passes_each_configuration_the_shared_flags_before_its_own(tmp_path):
     (tmp_path / "s.txt").write_text("all: --epochs 2\na b: --alpha 0\nc: --name 'x y'  # why\nall: --seed 1\n")
     shared = ["--epochs", "2", "--seed", "1"]
     assert read_sweep(tmp_path / "s.txt") == {"a b": [*shared, "--alpha", "0"], "c": [*shared, "--name", "x y"]}
+
+
+def test_comment_may_contain_an_apostrophe(tmp_path):
+    text = "\ufeff# the paper's alpha\n  #it's: --alpha 'x\na: --alpha 0  # don't\n"
+    (tmp_path / "s.txt").write_text(text, "utf-8")
+    assert read_sweep(tmp_path / "s.txt") == {"a": ["--alpha", "0"]}
+
+
+def test_sweep_file_that_is_not_utf8_is_an_error_with_its_name(tmp_path):
+    (tmp_path / "s.txt").write_bytes("größe: --alpha 0\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"s\.txt is not UTF-8 text"):
+        read_sweep(tmp_path / "s.txt")
 
 
 @pytest.mark.parametrize(
@@ -52,24 +65,69 @@ def test_results_contain_each_run(finished_sweep):
     folder, done = finished_sweep
     results = folder / "runs" / "alpha"
     rows = list(csv.DictReader((results / "results.csv").open(encoding="utf-8")))
-    assert [row["configuration"] for row in rows] == ["alpha 0", 'a larger, "quoted" alpha']
+    assert [row["configuration"] for row in rows[:2]] == ["alpha 0", 'a larger, "quoted" alpha']
     log = json.loads((results / "alpha-0-s3" / "log.jsonl").read_text("utf-8"))
     assert float(rows[0]["rsum"]) == log["rsum"]
     assert (results / "results.md").read_text("utf-8") in done.stdout
     assert (results / "results.png").stat().st_size > 10_000
 
 
+def epoch(rsum):
+    return dict.fromkeys(METRICS, rsum) | {"epoch": 1, "seconds": 30, "pairs_per_s": 4}
+
+
+def row(name, rsums, seed, *, split="val", data="photos", photos=809, metrics=None):
+    pool = {"seed": seed, "split": split, "data": data, "photos": photos}
+    return result_row(name, [epoch(rsum) for rsum in rsums], metrics=metrics, **pool)
+
+
 def test_table_shows_mean_and_standard_deviation_of_the_best_epochs():
-    epochs = [dict.fromkeys(METRICS, value) | {"epoch": 1, "seconds": 30, "pairs_per_s": 4} for value in (7, 10, 12)]
-    rows = [
-        result_row("a", [epochs[0], epochs[1]]),
-        result_row("a", [epochs[2], epochs[0]]),
-        result_row("b", epochs),
-    ]
-    lines = markdown_table(pd.DataFrame(rows)).splitlines()
-    assert lines[2].startswith("| a | 11.0 ± 1.4 | ") and lines[2].endswith(" | 1.0 ± 0.0 | 4 | 2 |")
-    assert lines[3].startswith("| b | 12.0 | ") and lines[3].endswith(" | 1.5 | 4 | 1 |")
-    assert {line.count("|") for line in lines} == {16}
+    rows = [row("a", (7, 10), 0), row("a", (12, 7), 1), row("b", (7, 10, 12), 0)]
+    title, _, header, _, first, second = markdown_table(pd.DataFrame(rows)).splitlines()
+    assert title.startswith("Val split, 809 photos of photos, seeds 0, 1; mean ± standard deviation")
+    assert "rsum − rsum of a" in header
+    assert first.startswith("| a | 11.0 ± 1.4 | ") and first.endswith(" | 1.0 ± 0.0 | 4 | 0, 1 |")
+    assert second.startswith("| b | 12.0 | ") and second.endswith(" | +2.0 (one seed) | 1.5 | 4 | 0 |")
+    assert {line.count("|") for line in (header, first, second)} == {17}
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ((12, 13, 15), "+1.7 ± 0.6, beyond the spread"),  # 2, 1 and 2 more than the same seed of the baseline
+        ((13, 9, 14), "+0.3 ± 3.1, within the spread"),
+        ((9, 10, 11), "-1.7 ± 0.6, beyond the spread"),
+    ],
+)
+def test_differences_are_paired_by_seed_and_compared_with_their_spread(others, expected):
+    rows = [row("base", (rsum,), seed) for seed, rsum in zip((5, 6, 7), (10, 12, 13), strict=True)]
+    rows += [row("new", (rsum,), seed) for seed, rsum in zip((7, 6, 5), reversed(others), strict=True)]
+    assert f"| {expected} |" in markdown_table(pd.DataFrame(rows))
+
+
+def test_configurations_on_other_data_or_seeds_have_no_difference():
+    rows = [row("a", (10,), 0), row("b", (10,), 0, data="other", photos=70), row("c", (10,), 1)]
+    title, _, _, _, _, other, seed = markdown_table(pd.DataFrame(rows)).splitlines()
+    assert "809 photos of photos and 70 photos of other" in title
+    assert "With 70 photos, recall moves in steps of 1.4 points" in title
+    assert "| other data |" in other and "| no common seed |" in seed
+
+
+def test_the_test_split_has_a_table_of_its_own():
+    test_metrics = dict.fromkeys(METRICS, 99.0)
+    rows = [row("a", (10,), 0), row("a", (10,), 0, split="test", photos=1000, metrics=test_metrics)]
+    table = markdown_table(pd.DataFrame(rows))
+    assert table.count("| a |") == 2 and "Test split, 1,000 photos of photos" in table and "| a | 99.0 |" in table
+
+
+def test_sweep_measures_the_test_split(finished_sweep):
+    folder, done = finished_sweep
+    assert "Val split, 24 photos of sample, seeds 3;" in done.stdout
+    assert "Test split, 60 photos of sample, seeds 3;" in done.stdout
+    rows = list(csv.DictReader((folder / "runs" / "alpha" / "results.csv").open(encoding="utf-8")))
+    assert [(row["split"], row["photos"], row["seed"]) for row in rows][2:] == [("test", "60", "3")] * 2
+    metrics = json.loads((folder / "runs" / "alpha" / "alpha-0-s3" / "metrics.json").read_text())
+    assert float(rows[2]["rsum"]) == metrics["test"]["rsum"]
 
 
 def test_runs_are_trained_with_the_flags_of_their_configuration(finished_sweep):
@@ -79,12 +137,12 @@ def test_runs_are_trained_with_the_flags_of_their_configuration(finished_sweep):
         assert (config["alpha"], config["seed"], config["batch_size"]) == (alpha, 3, 216)
 
 
-def test_finished_runs_are_not_trained_again(finished_sweep):
+def test_finished_runs_are_neither_trained_nor_measured_again(finished_sweep):
     folder, _ = finished_sweep
-    log = folder / "runs" / "alpha" / "alpha-0-s3" / "log.jsonl"
-    before = log.stat().st_mtime_ns
-    run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, cwd=folder)
-    assert log.stat().st_mtime_ns == before
+    files = [folder / "runs" / "alpha" / "alpha-0-s3" / name for name in ("log.jsonl", "metrics.json")]
+    before = [file.stat().st_mtime_ns for file in files]
+    run_script("sweep.py", "alpha.txt", "--seeds", 3, "--batch-size", 216, "--test", cwd=folder)
+    assert [file.stat().st_mtime_ns for file in files] == before
 
 
 def test_run_with_other_flags_is_an_error(finished_sweep):
