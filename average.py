@@ -9,14 +9,20 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from config import MODEL_FIELDS, Config
 from runtime import cli
 from runtime.atomic_io import write_text
-from runtime.run_dir import BEST, LOG, TOWERS, create_run, read_config, write_config
+from runtime.run_dir import BEST, LOG, TOWERS, create_run, lock_run, read_config, read_launches, write_config
+from runtime.text import display_text, shell_argument
+
+if TYPE_CHECKING:
+    from data.loading import CaptionData
+
+AVERAGE_OF = "average of"  # key of the launch record in config.json
 
 
 @dataclass(frozen=True)
@@ -39,20 +45,42 @@ def main() -> None:
     from data.loading import open_data
 
     data = open_data(config, flags.data_dir)
+    discard_unfinished(flags.runs_dir / flags.name)
     folder = create_run(config)
+    with lock_run(folder):
+        # First of all: it marks the folder as an average, which the same command may start again.
+        write_config(folder, config, {AVERAGE_OF: [str(run) for run in flags.runs]})
+        metrics = write_average(folder, config, data, flags.runs)
+    print(f"{display_text(folder)}: validation rsum {metrics['rsum']:.1f}. Next:")
+    print(f"  python evaluate.py {shell_argument(folder)} --split test")
+
+
+def discard_unfinished(folder: Path) -> None:
+    """Delete what a killed `average.py` left in its folder: an average without a log, which is written last.
+
+    Raises ValueError if another process works in the folder.
+    """
+    if (folder / LOG).exists() or not any(AVERAGE_OF in launch for launch in read_launches(folder)):
+        return
+    with lock_run(folder):
+        shutil.rmtree(folder / TOWERS, ignore_errors=True)
+        (folder / BEST).unlink(missing_ok=True)
+
+
+def write_average(folder: Path, config: Config, data: "CaptionData", runs: Sequence[Path]) -> dict:
+    """Write the average of the runs into the folder, its log last; returns its metrics on the validation split."""
     from models.checkpoint import save_state
     from retrieval.csls import make_query_bank
     from retrieval.encoder import build_training_encoder, embed_split
     from retrieval.metrics import retrieval_metrics
 
-    model, tokenizer = average(flags.runs)
+    model, tokenizer = average(runs)
     embeddings = embed_split(build_training_encoder(config, model, tokenizer), data.split("val"))
     metrics = retrieval_metrics(*embeddings)
-    shutil.copytree(flags.runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
+    shutil.copytree(runs[0] / TOWERS, folder / TOWERS, dirs_exist_ok=True)
     save_state(folder / BEST, {"model": model.state_dict(), "epoch": 1, "query_bank": make_query_bank(*embeddings)})
-    write_config(folder, config, {"average of": [str(run) for run in flags.runs]})
     write_text(folder / LOG, json.dumps({"epoch": 1} | metrics) + "\n")
-    print(f"{folder}: validation rsum {metrics['rsum']:.1f}. Next:\n  python evaluate.py {folder} --split test")
+    return metrics
 
 
 def shared_config(folders: Sequence[Path]) -> Config:

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor
 from retrieval.embedding_store import Gallery
 from retrieval.metrics import top_k
 from runtime.atomic_io import replace_file, write_text
+from runtime.cache import load_cached, report_damaged, require
+from runtime.paths import file_stamp
+from runtime.text import display_text
 
 CHUNK_SIZE = 65_536  # rows converted to float32 at a time
 ROWS_PER_LIST = 64  # gallery rows that train each inverted list of FAISS
@@ -45,11 +49,12 @@ def search_faiss(gallery: Gallery, queries: Tensor, k: int) -> tuple[Tensor, Ten
     """Search approximately with FAISS. Builds the index if the gallery has changed, and prints its recall."""
     faiss = _import_library("faiss", "faiss-cpu")
     path = gallery.store / f"faiss-{gallery.version}.index"
-    if not path.is_file():
+    opened = load_cached(path, lambda path: _open_faiss(faiss, gallery, path))
+    if opened is None:
         _build_faiss(faiss, gallery, path)
-    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-    metadata = json.loads(path.with_suffix(".json").read_text())
-    recall, measured_on = metadata["recall"], metadata["measured_on"]
+        opened = _open_faiss(faiss, gallery, path)
+    index, metadata = opened
+    recall, measured_on = metadata["recall"], display_text(metadata["measured_on"])
     print(f"FAISS: {recall:.1%} of the 10 exact nearest neighbours are found ({measured_on})", file=sys.stderr)
     index.nprobe, k = metadata["nprobe"], min(k, index.ntotal)
     vectors = queries.float().cpu().numpy()
@@ -58,6 +63,23 @@ def search_faiss(gallery: Gallery, queries: Tensor, k: int) -> tuple[Tensor, Ten
         index.nprobe *= 2
         scores, rows = index.search(vectors, k)
     return torch.from_numpy(scores), torch.from_numpy(rows)
+
+
+def _open_faiss(faiss, gallery, path):
+    """Memory-map the index; return it and its metadata. Raises an exception if it is damaged or has been changed."""
+    stamp = path.stat()  # FileNotFoundError: it has not been built yet
+    try:
+        metadata = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError("its .json file is missing") from None
+    # FAISS crashes on some damaged files, so it reads only the file that was written.
+    require(metadata["stamp"] == [stamp.st_size, stamp.st_mtime_ns], "it was changed")
+    require(type(metadata["nprobe"]) is int and metadata["nprobe"] >= 1, "nprobe is wrong")
+    require(type(metadata["recall"]) is float and 0 <= metadata["recall"] <= 1, "the recall is wrong")
+    require(isinstance(metadata["measured_on"], str), "measured_on is wrong")
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    require((index.ntotal, index.d) == gallery.embeddings.shape, "it belongs to another gallery")
+    return index, metadata
 
 
 def _build_faiss(faiss, gallery, path):
@@ -77,11 +99,22 @@ def _build_faiss(faiss, gallery, path):
         "recall": recall,
         "measured_on": f"{len(queries)} photos of the gallery as queries",
     }
-    write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")  # first, so that no index exists without it
-    replace_file(path, lambda temporary: faiss.write_index(index, str(temporary)))
+    path.unlink(missing_ok=True)  # a damaged one: no index exists without its metadata
+    temporary = path.with_suffix(".new")
+    replace_file(temporary, lambda temporary: _write_faiss(faiss, index, temporary))
+    metadata["stamp"] = file_stamp(temporary)
+    write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")
+    temporary.replace(path)
     for old in gallery.store.glob("faiss-*"):
         if old.stem != path.stem:
             old.unlink()
+
+
+def _write_faiss(faiss, index, path):
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:  # how FAISS reports a full disk
+        raise OSError(str(error)) from None
 
 
 def _tune_nprobe(index, rows, queries, num_lists):
@@ -102,15 +135,20 @@ def search_milvus(gallery: Gallery, queries: Tensor, k: int, *, uri: str) -> tup
     A collection contains one gallery, encoded by one model. Added, changed and deleted photos are synchronised first.
     """
     milvus = _import_library("pymilvus", "pymilvus", "milvus-lite")
-    logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs the errors that it raises
+    for name in ("pymilvus", "milvus_lite"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # they log the errors that they raise
     collection = f"photos_{gallery.store.name.rpartition('-')[2]}"
     ids = _photo_ids(gallery)
     try:
         client = milvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
-        _sync_collection(milvus, client, collection, gallery, ids, uri)
-        client.load_collection(collection)  # another process may have released it
-        vectors, limit = queries.float().cpu().numpy().tolist(), min(k, len(ids), MAX_MATCHES)
-        found = client.search(collection, vectors, limit=limit, output_fields=["id"], consistency_level="Strong")
+        try:
+            found = _search_collection(milvus, client, collection, gallery, ids, uri, queries, k)
+        except milvus.MilvusException as error:
+            if not uri.endswith(".db"):
+                raise
+            report_damaged(Path(uri), error.message)
+            client.drop_collection(collection)
+            found = _search_collection(milvus, client, collection, gallery, ids, uri, queries, k)
         client.close()
     except milvus.MilvusException as error:
         raise ConnectionError(f"Milvus at {uri}: {error.message}") from None
@@ -119,10 +157,17 @@ def search_milvus(gallery: Gallery, queries: Tensor, k: int, *, uri: str) -> tup
     return scores, torch.tensor([[row_of[match["id"]] for match in matches] for matches in found])
 
 
+def _search_collection(milvus, client, collection, gallery, ids, uri, queries, k):
+    _sync_collection(milvus, client, collection, gallery, ids, uri)
+    client.load_collection(collection)  # another process may have released it
+    vectors, limit = queries.float().cpu().numpy().tolist(), min(k, len(ids), MAX_MATCHES)
+    return client.search(collection, vectors, limit=limit, output_fields=["id"], consistency_level="Strong")
+
+
 def _sync_collection(milvus, client, collection, gallery, ids, uri):
     """Insert the gallery's new photos into the collection and delete removed ones; skip this if nothing has changed."""
     synced_path = gallery.store / "milvus.json"
-    synced_versions = json.loads(synced_path.read_text()) if synced_path.is_file() else {}
+    synced_versions = load_cached(synced_path, _read_versions) or {}
     exists = client.has_collection(collection)
     if exists and synced_versions.get(uri) == gallery.version and _count_rows(client, collection) == len(ids):
         return
@@ -141,8 +186,14 @@ def _sync_collection(milvus, client, collection, gallery, ids, uri):
         photos = zip((ids[row] for row in rows), names, vectors, strict=True)
         client.insert(collection, [dict(zip(FIELDS, photo, strict=True)) for photo in photos])
     client.flush(collection)
-    print(f"Milvus at {uri}: {len(new):,} photos added, {len(removed):,} removed", file=sys.stderr)
+    print(f"Milvus at {display_text(uri)}: {len(new):,} photos added, {len(removed):,} removed", file=sys.stderr)
     write_text(synced_path, json.dumps(synced_versions | {uri: gallery.version}) + "\n")
+
+
+def _read_versions(path):
+    versions = json.loads(path.read_text("utf-8"))
+    require(isinstance(versions, dict), "it is not a JSON object")
+    return versions
 
 
 def _create_collection(milvus, client, collection, dim, uri):

@@ -9,13 +9,18 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import tyro
 
+from runtime.text import CONTROL, display_text
+
 T = TypeVar("T")
+# What may reach the terminal besides text: new lines, tabs and colours; on stderr also what progress bars need.
+ON_STDOUT = re.compile(r"[\n\t]|\x1b\[[0-9;]*m")
+ON_STDERR = re.compile(r"[\n\t\r]|\x1b\[(?:[0-9;]*m|A|K)")
 
 
 def parse_flags(cls: type[T], *, default: T | None = None, argv: Sequence[str] | None = None) -> T:
@@ -107,11 +112,17 @@ def run(main: Callable[[], None]) -> None:
             stream.reconfigure(errors="replace")  # so that a terminal without Unicode shows ? instead of failing
     if _rank() > 0:
         _discard_stdout()  # only rank 0 prints; errors of other ranks begin with their number
+    stdout, stderr = SafeStream(sys.stdout, ON_STDOUT), SafeStream(sys.stderr, ON_STDERR)
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        _run(main)
+
+
+def _run(main):
     try:
         main()
     except KeyboardInterrupt as interrupt:
         if _rank() == 0:
-            print(f"\nstopped. {interrupt}", file=sys.stderr)
+            print(f"\nstopped. {display_text(interrupt)}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without cleaning up
         sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
     except BrokenPipeError:  # the reader of the output has exited, for example `| head`
@@ -121,8 +132,31 @@ def run(main: Callable[[], None]) -> None:
         if sys.flags.dev_mode:
             raise
         prefix = f"process {_rank()}: " if _rank() > 0 else ""
-        print(f"{prefix}error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{prefix}error: {display_text(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
+
+
+class SafeStream:
+    """A text stream that escapes control characters, also those that a library prints, except matches of `allowed`.
+
+    The second line of defence: what prints names or captions escapes them itself, new lines included (display_text).
+    """
+
+    def __init__(self, stream: TextIO, allowed: re.Pattern):
+        self._stream, self._pattern = stream, re.compile(f"({allowed.pattern})|{CONTROL.pattern}")
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, escaped; returns the number of its characters."""
+        self._stream.write(self._pattern.sub(lambda match: match[1] or display_text(match[0]), text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write each of the lines, escaped."""
+        for line in lines:
+            self.write(line)
 
 
 def _discard_stdout():

@@ -2,8 +2,9 @@
 
 import os
 import signal
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -59,6 +60,36 @@ class StopSignals:
             os.write(2, b"\nstopping at the next point from which training can resume (again: stop immediately)\n")
         if self._raise_immediately:
             raise Stopped(signum)
+
+
+def run_until_end(command: Sequence[object]) -> int:
+    """Run a command, pass on signals to stop, and wait until it has ended; returns its exit code.
+
+    Raises Stopped once the command has ended, if this process received SIGINT, SIGTERM or SIGHUP meanwhile.
+    """
+    received, children = [], []
+
+    def forward(signum, _):
+        received.append(signum)
+        for child in children:
+            # A training process saves a checkpoint at SIGTERM, but not at SIGHUP (a closed terminal).
+            child.send_signal(signal.SIGINT if signum == signal.SIGINT else signal.SIGTERM)
+
+    hangup = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+    previous = {signum: signal.signal(signum, forward) for signum in (*SIGNALS, *hangup)}
+    try:
+        # In a session of its own, so that Ctrl-C reaches it only through `forward`: a second one would not let it save.
+        child = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, start_new_session=os.name != "nt")
+        children.append(child)
+        if received:  # while it was started
+            child.send_signal(signal.SIGTERM)
+        code = child.wait()
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+    if received:
+        raise Stopped(received[0])
+    return code
 
 
 def leave_signals_to_parent(worker: int) -> None:

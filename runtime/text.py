@@ -1,7 +1,7 @@
-"""Text for users: lists of examples, file names, slugs, and the character ranges of East Asian scripts."""
+"""Text for users: escaped names and captions, lists of examples, slugs, and ranges of East Asian characters."""
 
-import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,12 +9,17 @@ from pathlib import Path
 HAN = "\u3400-\u9fff\uf900-\ufaff"  # Chinese characters
 EAST_ASIAN = HAN + "\u3000-\u30ff\uac00-\ud7af\uff00-\uffef"  # ... with kana, Hangul and full-width forms
 EXAMPLES = 5  # items of a list that a message shows
+# Characters that control a terminal or reorder the line: C0 and C1, separators of lines, bidirectional embeddings,
+# overrides and isolates, annotations, tags, and lone surrogates, which stand for bytes that are not UTF-8.
+CONTROL = re.compile(
+    "[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
+)
 
 
 def format_examples(items: Sequence[object]) -> str:
     """Format the first items of a list and the number of others: "a.jpg, b.jpg and 3 more"."""
     more = f" and {len(items) - EXAMPLES:,} more" if len(items) > EXAMPLES else ""
-    return ", ".join(map(str, items[:EXAMPLES])) + more
+    return ", ".join(display_text(item) for item in items[:EXAMPLES]) + more
 
 
 def format_skipped(count: int) -> str:
@@ -24,13 +29,45 @@ def format_skipped(count: int) -> str:
 
 
 def display_filename(path: Path) -> str:
-    """Return a file's name without its folder, for a figure or a web page."""
+    """Return a file's name without its folder, as display_text shows it."""
     return display_text(path.name)
 
 
-def display_text(text: str) -> str:
-    """Replace the bytes of file names that are not UTF-8 by question marks, for a figure or a web page."""
-    return os.fsencode(text).decode("utf-8", "replace")
+def display_text(text: object, max_length: int | None = None) -> str:
+    r"""Escape control characters as in "\n" and "\x1b", for the terminal, a figure or a web page.
+
+    Use it for all text that comes from a file, a file's name or a visitor: such text cannot add a line or clear the
+    screen. Bytes that are not UTF-8 become U+FFFD. Text beyond `max_length` characters becomes "…".
+    """
+    text = str(text)
+    if max_length is not None and len(text) > max_length:
+        text = f"{text[: max_length - 1]}…"
+    return CONTROL.sub(_escape, text)
+
+
+def shell_argument(value: object) -> str:
+    """Quote a path or text for a command that the user can copy; control characters become $'...' escapes."""
+    text = str(value)
+    if isinstance(value, Path) and text.startswith("-"):
+        text = f"./{text}"  # not a flag
+    if not CONTROL.search(text):
+        return shlex.quote(text)
+    quoted = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + CONTROL.sub(_escape_for_shell, quoted) + "'"
+
+
+def _escape(match):
+    if "\ud800" <= match[0] <= "\udfff":
+        return "\ufffd"
+    return match[0].encode("unicode_escape").decode()
+
+
+def _escape_for_shell(match):
+    code = ord(match[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8
+        return f"\\x{code - 0xDC00:02x}"
+    # For a shell, \x9b is a byte and \u009b a character.
+    return match[0].encode("unicode_escape").decode() if code < 0x80 or code > 0xFF else f"\\u{code:04x}"
 
 
 def slug(text: str, *, keep: str = "", max_length: int | None = None) -> str:
