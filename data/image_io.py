@@ -75,7 +75,7 @@ def load_image(path: str | Path, size: int) -> np.ndarray:
         with open_image(path) as image:
             _check_scans(image)
             image.draft("RGB", (size, size))  # the JPEG decoder skips detail that resizing would discard
-            return np.asarray(_to_rgb(_apply_orientation(image)))
+            return np.asarray(to_rgb(_apply_orientation(image)))
     except (UnidentifiedImageError, KeyError):  # KeyError: a format that an older Pillow lacks
         raise OSError(f"{path}: not an image, or not in a supported format") from None
     except MemoryError:
@@ -95,7 +95,8 @@ def _apply_orientation(image):
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image):
+def to_rgb(image):
+    """Convert a Pillow image of any mode to RGB: 16 bits to 8, transparent areas to white."""
     from PIL import Image
 
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits or float; Pillow's conversion would clip at 255
