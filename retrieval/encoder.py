@@ -104,9 +104,10 @@ class Encoder:
         """
         files = ImageFiles(paths, preprocess=self.preprocess, image_cache=self.image_cache(paths))
         for pixels, reasons in self.pixel_batches(files, desc):
-            yield torch.empty(0) if pixels is None else self._embed(pixels), reasons
+            yield torch.empty(0) if pixels is None else self.embed_pixels(pixels), reasons
 
-    def _embed(self, pixels):
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """Encode preprocessed images (B, 3, H, W) uint8 -> rows (B, F) float32, with tta_flip as in search."""
         rows = self.run(self.encode_image, pixels).float()
         if not self.tta_flip:
             return rows
