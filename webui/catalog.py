@@ -1,5 +1,7 @@
 """The runs and galleries on offer in the web page, each loaded at first use."""
 
+import os
+import re
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain, count
@@ -8,9 +10,17 @@ from pathlib import Path
 from retrieval.embedding_store import Gallery, list_images, list_split_images
 from retrieval.searcher import Searcher, searcher_for_pretrained, searcher_for_run
 from runtime import cli
-from runtime.run_dir import finished_runs, read_config
+from runtime.run_dir import finished_runs, read_shared_config
+from runtime.text import display_text
 
-RUN_PHOTOS = "the run's data set"  # the name of the gallery that depends on the chosen run
+RUN_PHOTOS = {"all": "all photos of the run's data set"} | {
+    split: f"the {split} photos of the run's data set" for split in ("train", "val", "test")
+}  # split -> the name of the gallery that depends on the chosen run
+MAX_MESSAGE = 500  # characters
+ABSOLUTE = re.compile(r"(?<![\w./])(?:~?/|[A-Za-z]:[\\/]|\\\\)[^\s/]")  # the start of an absolute path
+ADDRESS = re.compile(r"\b\w+://")
+# The folder of an upload, of which only the file's name is shown.
+UPLOADED = re.compile(r"[^\s'\"]*[/\\]search-page-[^\s/\\]*(?:[/\\]files)?(?:[/\\][0-9a-f]{20,})?[/\\]")
 
 
 class Catalog:
@@ -47,20 +57,27 @@ class Catalog:
     @property
     def galleries(self) -> list[str]:
         """Return the names of the galleries: the folders, and the data set of the chosen run."""
-        return [*self.folders, RUN_PHOTOS]
+        return [*self.folders, RUN_PHOTOS[self.split]]
 
     def captions(self, run: str) -> list[str]:
-        """Return the captions of a run's data set. Raises ValueError for a pretrained model, which has none."""
-        return self._data(run).split(self.split).captions
+        """Return the distinct captions of the run's split. Raises ValueError for a pretrained model, which has none."""
+        return list(dict.fromkeys(self._data(run).split(self.split).captions))
 
-    def public_error(self, message: object) -> str:
-        """Return an error message on one line, with the names that visitors know in place of absolute paths."""
-        text = " ".join(str(message).split())
+    def public_error(self, message: object) -> str | None:
+        """Return an error message on one line, with the names that visitors know in place of absolute paths.
+
+        Returns None if another path of this machine remains in it.
+        """
+        text = display_text(" ".join(str(message).split()), MAX_MESSAGE)
         folders = [*self.runs.items(), *self.folders.items()]
-        folders += [] if self.data_dir is None else [(RUN_PHOTOS, self.data_dir)]
-        for name, folder in sorted(folders, key=lambda item: len(str(item[1])), reverse=True):
-            text = text if folder is None else text.replace(str(folder), name)
-        return text
+        folders += [] if self.data_dir is None else [(RUN_PHOTOS[self.split], self.data_dir)]
+        paths = [(str(path), name) for name, folder in folders if folder for path in (folder, folder.resolve())]
+        for path, name in sorted(paths, key=lambda item: len(item[0]), reverse=True):
+            text = re.sub(rf"(?<![\w./\\-]){re.escape(path)}(?![\w.-])", lambda _, name=name: name, text)
+        text = UPLOADED.sub("", text)
+        cache_dir = self.options.get("cache_dir")
+        hidden = cache_dir is not None and f"{cache_dir}{os.sep}" in text
+        return None if hidden or ABSOLUTE.search(ADDRESS.sub("", text)) else text
 
     def refresh(self) -> None:
         """Forget the open galleries, so that the next search finds photos that were added, changed or deleted."""
@@ -79,7 +96,7 @@ class Catalog:
         return searcher_for_run(folder, **self.options)
 
     def _gallery(self, run: str, name: str) -> Gallery:
-        if name == RUN_PHOTOS:
+        if name == RUN_PHOTOS[self.split]:
             photos = list_split_images(self._data(run), self.split)
         else:
             photos = list_images(self.folders[name])
@@ -88,9 +105,9 @@ class Catalog:
     def _data(self, run):
         if self.runs[run] is None:
             raise ValueError(f"{run} is a pretrained model without a data set: choose other photos, or a trained run")
-        from data.loading import open_data
+        from data.loading import open_run_data
 
-        return open_data(read_config(self.runs[run]), self.data_dir)
+        return open_run_data(self.runs[run], read_shared_config(self.runs[run]), self.data_dir, self.split)
 
 
 def display_name(path: str | Path) -> str:

@@ -1,26 +1,28 @@
-"""The Gradio page of app.py: its tabs, their searches in the catalog, and the checks of uploaded photos."""
+"""The Gradio page of app.py: its tabs, and their searches in the catalog."""
 
 import importlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import wraps
 from pathlib import Path
 
-from data.image_io import load_image, open_image
-from runtime.run_dir import read_config, read_metrics
-from runtime.text import display_filename
-from webui.catalog import Catalog, display_name
+from data.image_io import load_image
+from runtime.run_dir import CURVES, read_config, read_metrics
+from runtime.text import display_filename, display_text
+from webui.catalog import RUN_PHOTOS, Catalog, display_name
+from webui.checks import install_checks
+from webui.inputs import MAX_MATCHES, VisitorError, check_labels, check_sentence, check_upload, load_picture
 
-MAX_PIXELS = 50_000_000  # of an uploaded photo: 150 MB when decoded
-CLEANUP = (3600, 3600)  # seconds: every hour, uploads and thumbnails older than an hour are deleted
-MAX_MATCHES, MAX_CAPTIONS = 60, 10
-THUMBNAIL_SIZE = 512  # pixels
+MAX_CAPTIONS = 10
+THUMBNAIL_SIZE, CURVES_SIZE = 512, 3000  # pixels
+MAX_WAITING = 1_000  # searches that wait for the model; further ones are refused
 
 
-def build_page(catalog: Catalog, index: str | None):
-    """Build the page. index: the name of an index (ann_index.py), or None for exact search."""
+def build_page(catalog: Catalog, index: str | None, folder: Path):
+    """Build the page. index: the name of an index (ann_index.py), or None for exact search.
+
+    folder: where Gradio stores uploads.
+    """
     gr = import_gradio()
-    with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False, delete_cache=CLEANUP) as page:
+    with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False) as page:
         gr.Markdown("# Photo search")
         with gr.Row():
             run = gr.Dropdown(list(catalog.runs), label="Run", value=next(iter(catalog.runs)))
@@ -30,6 +32,8 @@ def build_page(catalog: Catalog, index: str | None):
         _labels_tab(gr, catalog, run)
         _model_tab(gr, catalog, run, page)
         page.load(catalog.refresh, api_name=False)
+    page.queue(max_size=MAX_WAITING)
+    install_checks(gr, page, catalog, folder)
     return page
 
 
@@ -44,19 +48,17 @@ def _search_tab(gr, catalog, run, gallery, index):
             with gr.Column(scale=3):
                 found = gr.Gallery(label="Found", columns=4, height="max-content", format="jpeg", elem_id="found")
 
-        @_public_errors(gr, catalog)
         def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
             """Return the photos that match a sentence, a photo, or both: (thumbnail, score and name), best first."""
             from retrieval.searcher import combine_queries, search_images
 
-            searcher, sentence = catalog.searcher(run), (sentence or "").strip()
+            searcher, sentence = catalog.searcher(run), check_sentence(sentence)
             if not sentence and photo is None:
-                raise ValueError("write a sentence or choose a photo")
-            if sentence and (warning := searcher.describe_truncation(sentence)):
-                gr.Warning(warning)
+                raise VisitorError("write a sentence or choose a photo")
+            for warning in searcher.warnings(sentence) if sentence else ():
+                gr.Warning(display_text(warning))
             photo_emb = searcher.embed_images([check_upload(photo)]) if photo else None
             query = combine_queries(searcher.embed_sentences([sentence]) if sentence else None, photo_emb)
-            count = min(int(count), MAX_MATCHES)
             (matches,) = search_images(query, catalog.gallery(run, gallery), count, index)
             return make_thumbnails(matches)
 
@@ -71,10 +73,9 @@ def _captions_tab(gr, catalog, run):
             photo = _photo_input(gr, "A photo", "captions-photo")
             button = gr.Button("Find captions", variant="primary", elem_id="find-captions")
         found = gr.Dataframe(
-            headers=["score", "caption"], label="Captions of the run's data set", scale=3, elem_id="captions"
+            headers=["score", "caption"], label=f"Captions of {RUN_PHOTOS[catalog.split]}", scale=3, elem_id="captions"
         )
 
-    @_public_errors(gr, catalog)
     def find_captions(photo: str | None, run: str):
         """Return the captions of the run's data set that match a photo: (score, caption), best first."""
         from retrieval.searcher import search_captions
@@ -95,11 +96,9 @@ def _labels_tab(gr, catalog, run):
             button = gr.Button("Choose", variant="primary", elem_id="choose")
         chosen = gr.Label(label="Probabilities", num_top_classes=10, scale=2, elem_id="chosen")
 
-    @_public_errors(gr, catalog)
     def choose_label(photo: str | None, labels: str, run: str):
         """Return the probability of each label (one per line) for a photo."""
-        lines = [line.strip() for line in (labels or "").splitlines() if line.strip()]
-        matches = catalog.searcher(run).classify(check_upload(photo), lines)
+        matches = catalog.searcher(run).classify(check_upload(photo), check_labels(labels))
         return {match.item: match.score for match in matches}
 
     button.click(choose_label, [photo, labels, run], chosen, concurrency_id="model", api_name="choose_label")
@@ -111,11 +110,8 @@ def _model_tab(gr, catalog, run, page):
         curves = gr.Image(label="Curves", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
         settings = gr.JSON(label="Settings", elem_id="settings")
 
-    @_public_errors(gr, catalog)
     def about(run: str):
         """Return a run's metrics by split, its training curves and its settings."""
-        from PIL import Image
-
         folder = catalog.runs[run]
         if folder is None:
             return {"headers": ["split"], "data": []}, None, {"model": run}
@@ -126,7 +122,11 @@ def _model_tab(gr, catalog, run, page):
             [split, *(round(values[name], 1) if name in values else "" for name in names)]
             for split, values in metrics_by_split.items()
         ]
-        curves_image = Image.open(folder / "curves.png") if (folder / "curves.png").is_file() else None
+        try:
+            curves_image = load_picture(folder / CURVES, CURVES_SIZE) if (folder / CURVES).exists() else None
+        except VisitorError as error:
+            gr.Warning(str(error))
+            curves_image = None
         public_settings = {
             name: display_name(value) if isinstance(value, str) else value
             for name, value in config.items()
@@ -141,49 +141,7 @@ def _photo_input(gr, label, elem_id):
     photo = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=elem_id)
     # Gradio would decode any file here. Pass on the path instead, so that `check_upload` sees the file first.
     photo.preprocess = lambda payload: payload and payload.path
-    move_to_cache = photo.async_move_resource_to_block_cache
-
-    async def move_upload_to_cache(path):  # Gradio would download any address, without a limit of the size
-        if path is not None and "://" in str(path):
-            raise gr.Error("upload the photo itself, not its address", print_exception=False)
-        return await move_to_cache(path)
-
-    photo.async_move_resource_to_block_cache = move_upload_to_cache
     return photo
-
-
-def _public_errors(gr, catalog) -> Callable:
-    """Decorate a function so that its errors become messages in the page, without absolute paths."""
-
-    def decorate(function):
-        @wraps(function)
-        def wrapped(*args):
-            try:
-                return function(*args)
-            except KeyError as error:
-                raise gr.Error(f"no such run or gallery: {error}", print_exception=False) from None
-            except (ValueError, OSError) as error:
-                raise gr.Error(catalog.public_error(error), print_exception=False) from None
-
-        return wrapped
-
-    return decorate
-
-
-def check_upload(photo: str | None) -> Path:
-    """Return the path of an uploaded photo. Raises ValueError for None, an unreadable file, or too many pixels."""
-    if photo is None:
-        raise ValueError("choose a photo")
-    try:
-        with open_image(photo) as image:
-            pixels = image.width * image.height
-    except Exception:  # decoders raise errors of many types
-        raise ValueError(f"{Path(photo).name} is not a photo that can be read") from None
-    if pixels > MAX_PIXELS:
-        raise ValueError(
-            f"{Path(photo).name} has {pixels / 1e6:.0f} million pixels; the maximum is {MAX_PIXELS / 1e6:.0f}"
-        )
-    return Path(photo)
 
 
 def make_thumbnails(matches: list) -> list:

@@ -315,7 +315,7 @@ def test_catalog_contains_its_runs_and_folders_and_nothing_else(tmp_path, monkey
     folders = [tmp_path / "photos", tmp_path / "other" / "photos"]
     catalog = Catalog(tmp_path / "first", folders, runs_dir=tmp_path / "runs", **settings)
     assert catalog.runs == {"first": tmp_path / "first"}  # visitors see no absolute path
-    assert catalog.galleries == ["photos", "photos (2)", RUN_PHOTOS]
+    assert catalog.galleries == ["photos", "photos (2)", RUN_PHOTOS["test"]]
     assert list(catalog.folders.values()) == folders
     with pytest.raises(KeyError):
         catalog.searcher("/etc")
