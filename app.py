@@ -106,7 +106,8 @@ def serve(page, flags: Flags, auth: tuple[str, str] | None, folder: Path) -> Non
     except KeyboardInterrupt:
         sweeper.set()
         page.server.force_exit = True  # clients that keep their connection open are not waited for
-        page.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stderr: a traceback for each request that is cut off
+        page.close(verbose=False)
 
 
 def end_process() -> None:

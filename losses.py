@@ -44,13 +44,31 @@ class PairIds(NamedTuple):
         texts = () if self.caption_text_ids is None else (self.caption_text_ids[rows], self.image_text_ids)
         return positive_mask(self.image_ids, self.caption_image_ids[rows], *texts).T
 
+    def caption_weights(self) -> Tensor | None:
+        """Return 1 over the number of the batch's captions with the same shared text -> (M,) float32, or None.
+
+        With these weights a text counts once for an image, however many captions have it. Otherwise a frequent caption
+        would outweigh the image's other captions.
+        """
+        texts = self.caption_text_ids
+        if texts is None:
+            return None
+        ordered = texts.sort().values  # counted by bisection: bincount would make the host wait for a GPU
+        count = torch.searchsorted(ordered, texts, right=True) - torch.searchsorted(ordered, texts)
+        return torch.where(texts >= 0, 1 / count, 1.0)
+
     def floor(self, chunk_size: int) -> Tensor:
         """Return info_nce_floor of these positives, from `chunk_size` captions at a time -> ()."""
-        per_image, per_caption = 0, []
+        weights = self.caption_weights()
+        total, log_total, per_caption = 0.0, 0.0, []
         for start in range(0, len(self.caption_image_ids), chunk_size):
-            positives = self.of_captions(slice(start, start + chunk_size))
-            per_image, per_caption = per_image + positives.sum(0), [*per_caption, positives.sum(1)]
-        return _floor(per_image, torch.cat(per_caption))
+            rows = slice(start, start + chunk_size)
+            positives = self.of_captions(rows)
+            weight = positives if weights is None else positives * weights[rows, None]
+            total = total + weight.sum(0)
+            log_total = log_total + (0.0 if weights is None else (weight * weights[rows, None].log()).sum(0))
+            per_caption.append(positives.sum(1))
+        return _floor(total, log_total, torch.cat(per_caption))
 
 
 def contrastive_loss(
@@ -73,9 +91,10 @@ def contrastive_loss(
     with torch.autocast(image_emb.device.type, enabled=False):
         image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
         sim = image_emb @ text_emb.T  # (B, M)
-        positives = positive_mask(image_ids, caption_image_ids, caption_text_ids, image_text_ids)
-        main = info_nce(sim, positives, temperature)
-        triplet = hardest_triplet(sim if alpha else sim.detach(), positives, margin)
+        ids = PairIds(image_ids, caption_image_ids, caption_text_ids, image_text_ids)
+        positives, weights = positive_mask(*ids), ids.caption_weights()
+        main = info_nce(sim, positives, temperature, weights)
+        triplet = hardest_triplet(sim if alpha else sim.detach(), positives, margin, caption_weights=weights)
         return LossTerms(main + alpha * triplet, main, triplet)
 
 
@@ -97,27 +116,44 @@ def positive_mask(
     return positives
 
 
-def info_nce_floor(positives: Tensor) -> Tensor:
+def info_nce_floor(positives: Tensor, caption_weights: Tensor | None = None) -> Tensor:
     """Return the lowest value of info_nce with these positives (B,M) bool: the entropy of its targets -> ().
 
     It is 0 with one positive per row and column. Eight images that share one caption have ln 8 each.
     """
-    return _floor(positives.sum(1), positives.sum(0))
+    if caption_weights is None:
+        return _floor(positives.sum(1), 0.0, positives.sum(0))
+    weights = positives * caption_weights
+    return _floor(weights.sum(1), (weights * caption_weights.log()).sum(1), positives.sum(0))
 
 
-def _floor(per_image: Tensor, per_caption: Tensor) -> Tensor:
-    """Return info_nce_floor from the numbers of positives of the images (B,) and of the captions (M,) -> ()."""
-    return (per_image.clamp(min=1).float().log().mean() + per_caption.clamp(min=1).float().log().mean()) / 2
+def _floor(total: Tensor, log_total: Tensor | float, per_caption: Tensor) -> Tensor:
+    """Return info_nce_floor from sums over each image's positives (B,), and each caption's number of them (M,) -> ().
+
+    total: the sum of the weights w; log_total: of w ln w. The entropy of the targets w / total is ln total - log_total
+    / total.
+    """
+    total = total.float().clamp(min=torch.finfo(torch.float32).tiny)
+    by_image = total.log() - log_total / total
+    return (by_image.mean() + per_caption.clamp(min=1).float().log().mean()) / 2
 
 
-def info_nce(sim: Tensor, positives: Tensor, temperature: float | Tensor) -> Tensor:
+def info_nce(
+    sim: Tensor, positives: Tensor, temperature: float | Tensor, caption_weights: Tensor | None = None
+) -> Tensor:
     """Cross entropy to targets uniform over the positives, averaged over both directions -> ().
 
     sim (B,M) cosines, positives (B,M) bool; temperature divides. Every row and column needs a positive, otherwise the
-    loss is nan. With one caption per image this is CLIP's loss (arXiv 2103.00020, fig. 3).
+    loss is nan. With one caption per image this is CLIP's loss (arXiv 2103.00020, fig. 3). caption_weights (M,): an
+    image's target is proportional to them instead of uniform, see PairIds.caption_weights.
     """
     logits = at_least_float32(sim) / temperature
-    return (_uniform_cross_entropy(logits, positives) + _uniform_cross_entropy(logits.T, positives.T)) / 2
+    by_caption = _uniform_cross_entropy(logits.T, positives.T)
+    if caption_weights is None:
+        return (_uniform_cross_entropy(logits, positives) + by_caption) / 2
+    weights = positives * caption_weights.to(logits.dtype)
+    positive_logit = (logits.masked_fill(~positives, 0) * weights).sum(1) / weights.sum(1)
+    return ((logits.logsumexp(1) - positive_logit).mean() + by_caption) / 2
 
 
 def _uniform_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
@@ -151,7 +187,12 @@ def cosine_margin_loss(sim: Tensor, positives: Tensor, margin: float) -> Tensor:
 
 
 def soft_info_nce(
-    image_emb: Tensor, text_emb: Tensor, positives: Tensor, temperature: float | Tensor, softness: float
+    image_emb: Tensor,
+    text_emb: Tensor,
+    positives: Tensor,
+    temperature: float | Tensor,
+    softness: float,
+    caption_weights: Tensor | None = None,
 ) -> Tensor:
     """InfoNCE with soft targets, a share of which follows the similarity of images and of captions -> ().
 
@@ -159,14 +200,19 @@ def soft_info_nce(
     (SoftCLIP, arXiv 2303.17561, eq. 5-7, without its further terms).
     """
     image_features, text_features = similarity_features(image_emb, text_emb, positives)
+    weights = _weighted(positives, caption_weights, image_emb.dtype)
     image_loss, caption_loss = (
         soft_cross_entropy(anchors @ others.T, is_positive, features @ other_features.T, temperature, softness).mean()
         for anchors, others, is_positive, features, other_features in (
-            (image_emb, text_emb, positives, image_features, text_features),
+            (image_emb, text_emb, weights, image_features, text_features),
             (text_emb, image_emb, positives.T, text_features, image_features),
         )
     )
     return (image_loss + caption_loss) / 2
+
+
+def _weighted(positives, caption_weights, dtype):
+    return positives if caption_weights is None else positives * caption_weights.to(dtype)
 
 
 def similarity_features(image_emb: Tensor, text_emb: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,7 +233,8 @@ def soft_cross_entropy(
 ) -> Tensor:
     """Cross entropy to (1 - softness) * uniform over positives + softness * softmax of target_sim, per row -> (R,).
 
-    sim, target_sim (R,C) cosines, positives (R,C) bool; temperature divides both.
+    sim, target_sim (R,C) cosines, positives (R,C) bool, or weights in place of the uniform ones; temperature divides
+    both.
     """
     logits = sim / temperature
     target_temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
@@ -196,12 +243,20 @@ def soft_cross_entropy(
     return logits.logsumexp(1) - (target * logits).sum(1)
 
 
-def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: str = "euclidean") -> Tensor:
+def hardest_triplet(
+    sim: Tensor,
+    positives: Tensor,
+    margin: float,
+    *,
+    distance: str = "euclidean",
+    caption_weights: Tensor | None = None,
+) -> Tensor:
     """Mean of max(0, margin + d(positive) - d(hardest negative)) over the positive pairs, in both directions -> ().
 
     sim (B,M) cosines of unit vectors, positives (B,M) bool, margin in units of the distance: "euclidean", as in torch's
     triplet_margin_loss, or "cosine", 1 - cosine. A row or column without negatives adds 0. The hardest negative in the
-    batch is that of VSE++ (arXiv 1707.05612, eq. 6), here for every caption of an image.
+    batch is that of VSE++ (arXiv 1707.05612, eq. 6), here for every caption of an image. caption_weights (M,): weights
+    of the pairs in the mean.
     """
     sim = at_least_float32(sim)
     # Without negatives the maximum is -inf: an infinite distance, which never violates the margin.
@@ -212,29 +267,50 @@ def hardest_triplet(sim: Tensor, positives: Tensor, margin: float, *, distance: 
     violation = (margin + near - _distance(hardest_caption, distance)).relu()
     violation = violation + (margin + near - _distance(hardest_image, distance)).relu()  # (B, M)
     # Masked instead of gathered: to gather, the host would wait for the GPU to count the positives.
-    return (violation * positives).sum() / (2 * positives.sum())
+    weights = _weighted(positives, caption_weights, sim.dtype)
+    return (violation * weights).sum() / (2 * weights.sum())
 
 
 def triplet_from_cosines(
-    positive: Tensor, hardest_caption: Tensor, hardest_image: Tensor, margin: float, *, distance: str = "euclidean"
+    positive: Tensor,
+    hardest_caption: Tensor,
+    hardest_image: Tensor,
+    margin: float,
+    *,
+    distance: str = "euclidean",
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Compute hardest_triplet from the cosines of P positive pairs and of their hardest negatives -> ().
 
     positive (P,): cosine of image and caption. hardest_caption (P,): that of the image with its hardest negative
     caption. hardest_image (P,): that of the caption with its hardest negative image. -inf if there is no negative.
+    weights (P,): of the pairs in the mean.
     """
     near = _distance(positive, distance)
-    by_image = (margin + near - _distance(hardest_caption, distance)).relu().mean()
-    by_caption = (margin + near - _distance(hardest_image, distance)).relu().mean()
-    return (by_image + by_caption) / 2
+    by_image = (margin + near - _distance(hardest_caption, distance)).relu()
+    by_caption = (margin + near - _distance(hardest_image, distance)).relu()
+    return (_mean(by_image, weights) + _mean(by_caption, weights)) / 2
+
+
+def _mean(values, weights):
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype)
+    return (values * weights).sum() / weights.sum()
 
 
 def mined_triplet(
-    sim: Tensor, positives: Tensor, margin: float, *, negatives: str, distance: str = "euclidean"
+    sim: Tensor,
+    positives: Tensor,
+    margin: float,
+    *,
+    negatives: str,
+    distance: str = "euclidean",
+    caption_weights: Tensor | None = None,
 ) -> Tensor:
     """Triplet loss with "all" or "semi-hard" negatives of each positive pair, in both directions -> ().
 
-    sim, positives, margin and distance as in hardest_triplet, negatives as in margin_violations. Memory O(M * M).
+    Other arguments as in hardest_triplet, negatives as in margin_violations. Memory O(M * M).
     """
     sim = at_least_float32(sim)
     image, caption = positives.nonzero(as_tuple=True)  # (P,), (P,)
@@ -242,7 +318,8 @@ def mined_triplet(
     settings = {"negatives": negatives, "distance": distance}
     by_image = margin_violations(sim.index_select(0, image), positive, ~positives[image], margin, **settings)
     by_caption = margin_violations(sim.T.index_select(0, caption), positive, ~positives.T[caption], margin, **settings)
-    return (by_image.mean() + by_caption.mean()) / 2
+    weights = None if caption_weights is None else caption_weights[caption]
+    return (_mean(by_image, weights) + _mean(by_caption, weights)) / 2
 
 
 def margin_violations(

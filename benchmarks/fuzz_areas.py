@@ -1,159 +1,23 @@
-"""What benchmarks/fuzz.py tries: one small function per area, and the mutations that all of them share.
+"""What benchmarks/fuzz.py tries: one small function per area.
 
 An area is a function from an empty folder to a function that performs one try, given a random.Random. A try damages a
 file below the folder and reads it as the scripts do. It may have an attribute `names`: texts of which an error message
 must contain one, besides the folder's path.
 """
 
+import contextlib
 import io
 import json
 import shutil
-import zipfile
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+from benchmarks.fuzz_mutations import WORDS, damage, mutate_file, write_photos
+
 Attempt = Callable[[Random], None]
-VALUES = (  # in place of a value in JSON
-    *(
-        None,
-        True,
-        False,
-        0,
-        1,
-        -1,
-        2,
-        7,
-        0.5,
-        -0.0,
-        1e-300,
-        1e300,
-        float("nan"),
-        float("inf"),
-        2**31,
-        2**63,
-        10**9,
-        10**40,
-    ),
-    *("", "x", " ", "0", "../../x", "/etc/passwd", "/dev/zero", "https://example.org/x", "owner/name", "hf-hub:a/b"),
-    *("a\nb\x1b[2J", "\0", "\ud800", "é狗🐕\u202e", "x" * 5000, "null", "kernels-community/flash-attn", "~", "auto"),
-    *([], {}, [[]], [0], [1, 2, 3], ["a"], {"": 1}, {"a": {"b": []}}, [None] * 50, [[1.0] * 3] * 3),
-)
-WORDS = (
-    "a dog",
-    "red, left",
-    '"quoted',
-    "two\ttabs",
-    "狗",
-    "",
-    " ",
-    "a\0b",
-    "x" * 300,
-    "'s",
-    "#0",
-    "\u2028",
-    "a|b",
-    "{}",
-)
-KEYS = (
-    "auto_map",
-    "timm_backbone",
-    "quantization_config",
-    "pretrained",
-    "checkpoint_path",
-    "vocab_size",
-    "dim",
-    "name",
-)
-
-
-def damage(content: bytes, rng: Random) -> bytes:
-    """Return `content` after one to five edits that overwrite, delete, truncate, insert or duplicate bytes."""
-    result = bytearray(content)
-    for _ in range(rng.randint(1, 5)):
-        # More often in headers, and in the directories of archives at the end.
-        position = int(rng.choice((rng.random(), rng.random() ** 4, 1 - rng.random() ** 4)) * len(result))
-        length, kind = rng.randint(1, 200), rng.randrange(6)
-        if kind == 0:
-            result[position : position + length] = rng.randbytes(length)
-        elif kind == 1:
-            del result[position : position + length]
-        elif kind == 2 and rng.random() < 0.3:
-            del result[position:]
-        elif kind == 3:
-            result[position:position] = rng.choice(
-                (b"\0", b"\n", b'"', b"\xff\xfe", b"9" * 5000, b" " * 20_000, b"[" * 2000)
-            )
-        elif kind == 4:
-            result[position:position] = result[position : position + length]
-        elif result:
-            result[min(position, len(result) - 1)] ^= 1 << rng.randrange(8)
-    return bytes(result)
-
-
-def modify(value: object, rng: Random) -> object:
-    """Return a copy of a JSON value in which one element is replaced, removed, added or renamed."""
-    if isinstance(value, dict) and value and rng.random() < 0.85:
-        key = rng.choice(sorted(value))
-        kind = rng.random()
-        if kind < 0.1:
-            return {name: item for name, item in value.items() if name != key}
-        if kind < 0.2:
-            return value | {rng.choice(KEYS): rng.choice(VALUES)}
-        if kind < 0.25:
-            return {(str(rng.choice(VALUES)) if name == key else name): item for name, item in value.items()}
-        return value | {key: modify(value[key], rng)}
-    if isinstance(value, list) and value and rng.random() < 0.8:
-        index = rng.randrange(len(value))
-        return [*value[:index], modify(value[index], rng), *value[index + 1 :]]
-    if isinstance(value, int | float) and rng.random() < 0.3:
-        return value * rng.choice((-1, 0, 2, 1000, 10**7))
-    return rng.choice(VALUES)
-
-
-def mutate_file(path: Path, content: bytes, rng: Random) -> None:
-    """Write `content` with one mutation: of its values if it is JSON, of a member if it is an archive, or of bytes."""
-    if path.suffix in (".json", ".jsonl") and rng.random() < 0.7:
-        path.write_bytes(_modify_json(path, content, rng))
-    elif content[:2] == b"PK" and rng.random() < 0.6:
-        path.write_bytes(_damage_member(content, rng))
-    else:
-        path.write_bytes(damage(content, rng))
-
-
-def _modify_json(path, content, rng):
-    lines = content.splitlines() if path.suffix == ".jsonl" else [content]
-    index = rng.randrange(len(lines) or 1)
-    try:
-        value = json.loads(lines[index])
-    except (ValueError, IndexError):  # the text was damaged before
-        return damage(content, rng)
-    lines[index] = json.dumps(modify(value, rng)).encode()
-    return b"\n".join(lines)
-
-
-def _damage_member(archive, rng):
-    """Damage one member, and keep the archive valid so that the damage reaches the next reader; or compress it."""
-    target = io.BytesIO()
-    method = rng.choice((zipfile.ZIP_STORED,) * 4 + (zipfile.ZIP_DEFLATED,))
-    with zipfile.ZipFile(io.BytesIO(archive)) as source, zipfile.ZipFile(target, "w", method) as result:
-        names = source.namelist()
-        chosen = rng.choice([name for name in names if name.endswith(".pkl")] * len(names) + names)
-        for name in names:
-            result.writestr(name, damage(source.read(name), rng) if name == chosen else source.read(name))
-    return target.getvalue()
-
-
-def write_photos(folder: Path, count: int) -> list[str]:
-    """Write photos of one colour each, and return their names."""
-    from PIL import Image
-
-    folder.mkdir(parents=True)
-    names = [f"photo_{number:02d}.png" for number in range(count)]
-    for number, name in enumerate(names):
-        Image.new("RGB", (24, 16), (number * 40 % 256, number * 70 % 256, number * 90 % 256)).save(folder / name)
-    return names
 
 
 def _caption_files(names):
@@ -235,25 +99,92 @@ def images(folder: Path) -> Attempt:
 
 
 def archives(folder: Path) -> Attempt:
-    """A data set in a zip or tar archive."""
-    names = write_photos(folder / "set", 6)
-    (folder / "set" / "captions.txt").write_text(_caption_files(names)["captions.txt"])
-    contents = {
-        f"photos.{suffix}": Path(shutil.make_archive(str(folder / "made"), kind, folder / "set")).read_bytes()
-        for kind, suffix in (("zip", "zip"), ("tar", "tar"), ("gztar", "tar.gz"))
-    }
+    """A data set or a gallery in a zip or tar archive, in shards, in a base64 table or in parquet files."""
+    from data import archives, storage
+
+    contents = _packed_sets(folder)
 
     def attempt(rng):
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        path = folder / "in" / rng.choice(sorted(contents))
-        path.parent.mkdir(exist_ok=True)
-        mutate_file(path, contents[path.name], rng)
+        root = folder / "in"
+        chosen = rng.choice(sorted(contents))
+        for name, content in contents[chosen].items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(content)
+        name = rng.choice(sorted(contents[chosen]))
+        mutate_file(root / name, contents[chosen][name], rng)
         try:
-            open_photos(path, folder / "cache", rng)
+            if rng.random() < 0.4:
+                open_photo_list(rng.choice((root, root / name)))
+            else:
+                open_photos(rng.choice((root, root / name)), folder / "cache", rng)
         finally:
-            path.unlink()
+            shutil.rmtree(root)
+            for known in (archives._indexes, archives._handles, storage._printed):
+                known.clear()
 
     return attempt
+
+
+def open_photo_list(path: Path) -> None:
+    """List a gallery and read each photo, as the encoder does: a photo may be unreadable, with a reason."""
+    from data.image_io import load_image
+    from retrieval.embedding_store import list_images
+
+    photos = list_images(path)
+    for name in photos.stamps:
+        try:
+            load_image(photos.root / name, 16)
+        except OSError as error:
+            if str(photos.root) not in str(error) or "\n" in str(error):
+                raise
+
+
+def _packed_sets(folder):
+    """Return {kind: {file name: content}} of the same small data set in each format that packs photos."""
+    import base64
+
+    names = write_photos(folder / "set", 6)
+    texts = _caption_files(names)
+    (folder / "set" / "captions.txt").write_text(texts["captions.txt"])
+    photos = {name: (folder / "set" / name).read_bytes() for name in names}
+    sets = {
+        kind: {f"photos.{suffix}": Path(shutil.make_archive(str(folder / kind), kind, folder / "set")).read_bytes()}
+        for kind, suffix in (("zip", "zip"), ("tar", "tar"), ("gztar", "tar.gz"))
+    }
+    sets["shards"] = {f"{number:05d}.tar": _make_shard(photos, names[number::2]) for number in range(2)}
+    rows = [f"{number}\t{base64.b64encode(photos[name]).decode()}\n" for number, name in enumerate(names)]
+    pairs = [{"text_id": number, "text": f"a picture {number}", "image_ids": [number]} for number in range(len(names))]
+    lines = "".join(json.dumps(pair) + "\n" for pair in pairs).encode()
+    sets["base64"] = {
+        **{f"{split}_imgs.tsv": "".join(rows).encode() for split in ("train", "valid")},
+        **{f"{split}_texts.jsonl": lines for split in ("train", "valid")},
+    }
+    with contextlib.suppress(ImportError):
+        sets["parquet"] = {"train-00000-of-00001.parquet": _make_parquet(photos)}
+    return sets
+
+
+def _make_shard(photos, names):
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w") as shard:
+        for name in names:
+            for suffix, content in ((".png", photos[name]), (".txt", f"a picture of {name}".encode())):
+                info = tarfile.TarInfo(Path(name).stem + suffix)
+                info.size = len(content)
+                shard.addfile(info, io.BytesIO(content))
+    return target.getvalue()
+
+
+def _make_parquet(photos):
+    import pyarrow
+    import pyarrow.parquet
+
+    cells = [{"bytes": content, "path": name} for name, content in photos.items()]
+    table = pyarrow.table({"image": cells, "caption": [f"a picture of {name}" for name in photos]})
+    target = io.BytesIO()
+    pyarrow.parquet.write_table(table, target)
+    return target.getvalue()
 
 
 def make_run(folder: Path) -> Path:
@@ -353,6 +284,8 @@ def caches(folder: Path) -> Attempt:
         gallery = open_gallery(
             cache / "galleries" / "g", photos, lambda names: [(rows[: len(names)], [None] * len(names))]
         )
+        if gallery.embeddings.shape[1] != 4:  # each search checks this, and asks to delete the folder
+            raise ValueError(f"{gallery.store}: rows of another model")
         if len(gallery.paths) != 8 or np.asarray(gallery.embeddings).shape != (8, 4):
             raise AssertionError("the gallery has lost photos")
 
@@ -406,6 +339,14 @@ def page(folder: Path) -> Attempt:
     return attempt
 
 
+def page_requests(folder: Path) -> Attempt:
+    """What a visitor can send to the page's API."""
+    from benchmarks.fuzz_page import attempt_requests, page_client
+
+    client, dependencies = page_client(folder, make_run(folder))
+    return attempt_requests(client, [str(item["api_name"]) for item in dependencies if item.get("api_name")])
+
+
 AREAS: dict[str, Callable[[Path], Attempt]] = {
-    area.__name__: area for area in (captions, images, archives, runs, caches, sweeps, page)
+    area.__name__: area for area in (captions, images, archives, runs, caches, sweeps, page, page_requests)
 }

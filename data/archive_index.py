@@ -40,14 +40,8 @@ class Index:
 
     def find(self, name: str) -> Member | None:
         """Return the member of a name, or None."""
-        key = name.encode("utf-8", "surrogateescape")
-        low, high = 0, len(self)
-        while low < high:
-            middle = (low + high) // 2
-            if self.name_bytes(middle) < key:
-                low = middle + 1
-            else:
-                high = middle
+        key = _key(name)
+        low = self._bisect(key)
         if low == len(self) or self.name_bytes(low) != key:
             return None
         offset, stored, size, crc, method = (int(column[low]) for column in self.columns)
@@ -55,7 +49,11 @@ class Index:
 
     def has_folder(self, prefix: str) -> bool:
         """Return whether a member's name begins with `prefix`/."""
-        key = prefix.encode("utf-8", "surrogateescape") + b"/"
+        key = _key(prefix) + b"/"
+        low = self._bisect(key)
+        return low < len(self) and self.name_bytes(low).startswith(key)
+
+    def _bisect(self, key):
         low, high = 0, len(self)
         while low < high:
             middle = (low + high) // 2
@@ -63,7 +61,15 @@ class Index:
                 low = middle + 1
             else:
                 high = middle
-        return low < len(self) and self.name_bytes(low).startswith(key)
+        return low
+
+
+def _key(name):
+    """Return a name's bytes; half a surrogate pair, which no archive's name contains, becomes a NUL, which none has."""
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return b"\0"
 
 
 def build_index(archive: str, stamp: tuple[int, int]) -> Index:
@@ -73,20 +79,21 @@ def build_index(archive: str, stamp: tuple[int, int]) -> Index:
     """
     kind = archive.lower()
     collect = _collect_zip if kind.endswith(".zip") else _collect_tar if kind.endswith(".tar") else _collect_base64
-    members, skipped = {}, []
+    shown, members, skipped = display_text(archive), {}, []
     try:
         for raw, *fields in collect(archive, stamp[0], skipped):
             name = _safe_name(raw)
             if name is None:
                 skipped.append(f"{raw!r:.80} (a name that points outside)")
             elif not _is_hidden(name):
-                members[name.encode("utf-8", "surrogateescape")] = fields  # of equal names the last one counts
+                members[_key(name)] = fields  # of equal names the last one counts
     except MemoryError:
         raise
-    except (OSError, ValueError):
-        raise
     except Exception as error:  # the two libraries raise many types for damaged archives
-        raise ValueError(f"{archive} is damaged ({type(error).__name__}: {error}): download or pack it again") from None
+        if isinstance(error, OSError | ValueError) and (str(error).startswith(shown) or _names_file(error)):
+            raise
+        reason = display_text(f"{type(error).__name__}: {error}", 200)
+        raise ValueError(f"{shown} is damaged ({reason}): download or pack it again") from None
     if skipped:
         text = f"{archive}: {len(skipped):,} members are skipped: {format_examples(skipped)}"
         print(display_text(text), file=sys.stderr, flush=True)
@@ -95,6 +102,10 @@ def build_index(archive: str, stamp: tuple[int, int]) -> Index:
     table = np.array([members[key] for key in keys], np.int64).reshape(-1, len(FIELDS))
     columns = [np.ascontiguousarray(column) for column in table.T]
     return Index(stamp, b"".join(keys), starts, columns)
+
+
+def _names_file(error):
+    return getattr(error, "filename", None) is not None
 
 
 def _safe_name(raw):
@@ -115,15 +126,15 @@ def _is_hidden(name):
 def _collect_tar(archive, size, skipped):
     from data.storage import open_regular
 
-    last = "its first member"
+    shown, last = display_text(archive), "its first member"
     with open_regular(archive) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
                     tar.members = []  # tarfile would keep all of them in memory
-                    last = f"member {info.name}"
+                    last = f"member {display_text(info.name, 200)}"
                     if info.isreg() and not info.issparse():
-                        if info.offset_data + info.size > size:
+                        if info.size < 0 or info.offset_data + info.size > size:
                             break
                         yield info.name, info.offset_data, info.size, info.size, 0, STORED
                     elif not info.isdir():
@@ -131,31 +142,34 @@ def _collect_tar(archive, size, skipped):
                 else:
                     return
         except tarfile.TarError as error:
-            end = f"{archive} is truncated or damaged after {last} ({error}): download or pack it again"
+            reason = display_text(error, 200)
+            end = f"{shown} is truncated or damaged after {last} ({reason}): download or pack it again"
             raise ValueError(end) from None
-    raise ValueError(f"{archive} is truncated in {last}: download or pack it again")
+    raise ValueError(f"{shown} is truncated in {last}: download or pack it again")
 
 
 def _collect_zip(archive, size, skipped):
     from data.storage import open_regular
 
+    shown = display_text(archive)
     with open_regular(archive) as file:
         try:
             content = zipfile.ZipFile(file)
         except (zipfile.BadZipFile, EOFError, UnicodeDecodeError) as error:
-            raise ValueError(_describe_broken_zip(archive, file, error)) from None
+            raise ValueError(_describe_broken_zip(shown, file, error)) from None
         infos = [info for info in content.infolist() if not info.is_dir()]
         names = _zip_names(infos)
         for info, name in zip(infos, names, strict=True):
+            place = f"member {display_text(name, 200)}"
             if info.flag_bits & 1:
-                raise ValueError(f"{archive} is encrypted (member {name}): unpack it, or pack it without a password")
+                raise ValueError(f"{shown} is encrypted ({place}): unpack it, or pack it without a password")
             if (info.external_attr >> 16) & 0o170000 == 0o120000:
                 skipped.append(f"{name} (a link)")
             elif info.compress_type not in (STORED, DEFLATED):
                 method = zipfile.compressor_names.get(info.compress_type, info.compress_type)
                 skipped.append(f"{name} (compressed with {method}; stored and deflated members are read)")
-            elif info.header_offset + info.compress_size > size:
-                raise ValueError(f"{archive} is truncated in member {name}: download or pack it again")
+            elif not 0 <= info.header_offset <= size - info.compress_size:
+                raise ValueError(f"{shown} is truncated or damaged in {place}: download or pack it again")
             else:
                 yield name, info.header_offset, info.compress_size, info.file_size, info.CRC, info.compress_type
 
@@ -181,13 +195,13 @@ def _describe_broken_zip(archive, file, error):
         if len(head) < 30 or head[:4] != b"PK\x03\x04":
             break
         name_size = int.from_bytes(head[26:28], "little")
-        last = file.read(name_size).decode("utf-8", "replace")
+        last = display_text(file.read(name_size).decode("utf-8", "replace"), 200)
         stored = int.from_bytes(head[18:22], "little")
         offset += 30 + name_size + int.from_bytes(head[28:30], "little") + stored
         if not stored or stored == 0xFFFFFFFF:
             break
     if last is None:
-        return f"{archive} is not a zip archive ({error}): check the file"
+        return f"{archive} is not a zip archive ({display_text(error, 200)}): check the file"
     return f"{archive} is truncated: its directory is missing, the last member found is {last}; download it again"
 
 

@@ -13,6 +13,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
+from runtime.text import display_text
+
 SUFFIXES = (".zip", ".tar", "_imgs.tsv")
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MAX_MEMBER = 2**30  # bytes of one member; a larger one is refused
@@ -108,7 +110,7 @@ def find_member(archive: str, name: str) -> Member:
     except ValueError as error:
         raise OSError(str(error)) from None
     if member is None:
-        raise FileNotFoundError(f"{archive}: no member {name}")
+        raise FileNotFoundError(f"{display_text(archive)}: no member {display_text(name, 200)}")
     return member
 
 
@@ -119,7 +121,9 @@ def read_member(archive: str, name: str, limit: int | None = None) -> bytes:
     """
     member = find_member(archive, name)
     if member.size > MAX_MEMBER and limit is None:
-        raise OSError(f"{archive}/{name}: the member has {member.size:,} bytes; at most {MAX_MEMBER:,} are read")
+        raise OSError(
+            f"{_display(archive, name)}: the member has {member.size:,} bytes; at most {MAX_MEMBER:,} are read"
+        )
     if member.method == BASE64:
         return _decode_base64(_read_at(archive, member.offset, member.stored), archive, name)[:limit]
     if not archive.lower().endswith(".zip"):
@@ -134,7 +138,7 @@ def _read_zip_member(archive, member, limit):
     name_bytes = 4 * len(member.name) + 256  # usually the local header's name and extra fields fit: one read
     block = _read_at(archive, member.offset, 30 + name_bytes + stored)
     if block[:4] != b"PK\x03\x04":
-        raise OSError(f"{archive}/{member.name}: damaged: no zip header at byte {member.offset:,}")
+        raise OSError(f"{_display(archive, member.name)}: damaged: no zip header at byte {member.offset:,}")
     start = 30 + int.from_bytes(block[26:28], "little") + int.from_bytes(block[28:30], "little")
     data = block[start : start + stored]
     if len(data) < stored:
@@ -144,16 +148,20 @@ def _read_zip_member(archive, member, limit):
         try:
             data = zlib.decompressobj(-15).decompress(data, wanted) if wanted else b""
         except zlib.error as error:
-            raise OSError(f"{archive}/{member.name}: damaged: {error}") from None
+            raise OSError(f"{_display(archive, member.name)}: damaged: {display_text(error)}") from None
     data = _exactly(data[:wanted], wanted if limit is None else 0, archive, member.name)
     if limit is None and zlib.crc32(data) != member.crc:
-        raise OSError(f"{archive}/{member.name}: damaged: its checksum differs")
+        raise OSError(f"{_display(archive, member.name)}: damaged: its checksum differs")
     return data
+
+
+def _display(archive, name):
+    return display_text(f"{archive}/{name}")
 
 
 def _exactly(data, size, archive, name):
     if len(data) < size:
-        raise OSError(f"{archive}/{name}: truncated: expected {size:,} bytes, found {len(data):,}")
+        raise OSError(f"{_display(archive, name)}: truncated: expected {size:,} bytes, found {len(data):,}")
     return data
 
 
@@ -166,11 +174,19 @@ def _decode_base64(data, archive, name):
         is_urlsafe = b"_" in data or b"-" in data
         return base64.b64decode(data + b"=" * (-len(data) % 4), altchars=b"-_" if is_urlsafe else None)
     except binascii.Error as error:
-        raise OSError(f"{archive}/{name}: expected base64, found {data[:20]!r} ({error})") from None
+        raise OSError(f"{_display(archive, name)}: expected base64, found {data[:20]!r} ({error})") from None
 
 
 def _read_at(archive, offset, size):
-    file = _handle(archive)
+    """Return up to `size` bytes of an archive from `offset`. Raises OSError with the archive's name."""
+    try:
+        return _pread(_handle(archive), offset, size)
+    except (OSError, OverflowError) as error:  # of a failing disk or network drive
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"{display_text(archive)}: cannot read {size:,} bytes at byte {offset:,}: {reason}") from None
+
+
+def _pread(file, offset, size):
     if hasattr(os, "pread"):
         parts, done = [], 0
         while done < size and (part := os.pread(file.fileno(), size - done, offset + done)):

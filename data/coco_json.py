@@ -60,6 +60,8 @@ def _read_images(records, path, images, where):
     files = {}
     for number, image in enumerate(images, start=1):
         try:
+            if not isinstance(image, dict):
+                raise TypeError
             key = "file_name" if "file_name" in image else match_columns([k for k in image if k != "id"])[0]
             number_id, name = _id(image["id"]), _require_string(image[key])
         except (KeyError, TypeError):
@@ -83,6 +85,8 @@ def _id(value):
 
 
 def _caption_key(annotation, names):
+    if not isinstance(annotation, dict):
+        raise TypeError
     if names.caption is not None:
         return names.caption
     if "caption" in annotation:

@@ -281,7 +281,8 @@ def _check(captions: CaptionRecords, path: Path, allow_bad_rows: bool):
     if not n_rows:
         file = captions.files[0] if captions.files else path
         expected = "expected the header 'image,caption' and one row per caption"
-        raise ValueError(f"{file}: no captions found" + (f": {_first_bad_rows(captions)}" if n_bad else f"; {expected}"))
+        reason = f": {_first_bad_rows(captions)}" if n_bad else f"; {expected}"
+        raise ValueError(f"{file}: no captions found{reason}")
 
 
 def _first_bad_rows(captions):

@@ -132,8 +132,8 @@ def _read_table(captions, root, number, table, photo_folder):
     file, content, image, texts, split = table
     stored, row_number, file_split = False, 0, _split_of(file)
     location = f"{root / file}, row "
-    for batch in content.iter_batches(BATCH, columns=list(dict.fromkeys(filter(None, (image, *texts, split))))):
-        for row in batch.to_pylist():
+    for rows in _iter_batches(content, list(dict.fromkeys(filter(None, (image, *texts, split)))), root / file):
+        for row in rows:
             name, data = _photo(row[image], root, file)
             if data is not None:
                 stored, suffix = True, os.path.splitext(name)[1].lower()
@@ -152,6 +152,16 @@ def _read_table(captions, root, number, table, photo_folder):
                 captions.add(name, values, row_split, location, row_number, "fill it in")
             row_number += 1
     return stored
+
+
+def _iter_batches(content, columns, path):
+    """Yield lists of rows. Raises ValueError with the file's name where the file is damaged."""
+    try:
+        for batch in content.iter_batches(BATCH, columns=columns):
+            yield batch.to_pylist()
+    except (OSError, ValueError) as error:  # damaged pages, values or text
+        reason = " ".join(str(error).split())[:100]
+        raise ValueError(f"{path} is truncated or damaged ({reason}): download it again") from None
 
 
 def _photo(value, root, file):

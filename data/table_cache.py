@@ -90,15 +90,13 @@ def stamp_files(folder: Path, files: Sequence[str]) -> str:
 
 
 def _bytes(text):
-    return np.frombuffer(text.encode("utf-8", "surrogateescape"), np.uint8)
+    return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)  # names that are not UTF-8, and half an emoji
 
 
 def _split_texts(data):
-    return np.array(data.tobytes().decode("utf-8", "surrogateescape").split("\0"), dtype=object)
+    return np.array(data.tobytes().decode("utf-8", "surrogatepass").split("\0"), dtype=object)
 
 
 def _save(path, arrays):
     with open(path, "wb") as file:
         np.savez(file, **arrays)
-
-

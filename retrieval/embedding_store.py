@@ -3,16 +3,15 @@
 Two append-only files grow while photos are encoded; an interruption loses one batch at most:
 
     1.npy     (N, D) float16, one row per readable photo
-    1.jsonl   one line per photo, [name, size, mtime], in the order of the rows; an unreadable photo adds the reason
+    1.jsonl   one line per photo, with its size and modification time: see retrieval/gallery_journal.py
 
-When photos have changed or were deleted, the remaining ones are written to 2.npy and 2.jsonl, which replace the others.
+When photos have changed or were deleted, or a file is damaged, the remaining ones are written to 2.npy and 2.jsonl,
+which replace the others; a process that has mapped 1.npy keeps its rows.
 """
 
 import contextlib
-import json
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,8 +21,9 @@ import numpy as np
 
 from data.records import IMAGE_SUFFIXES
 from data.storage import data_root, file_stamp, is_folder, list_entries
+from retrieval.gallery_journal import Journal, empty_journal, read_journal, to_lines
 from runtime.atomic_io import replace_file
-from runtime.cache import report_damaged, require
+from runtime.cache import report_damaged
 from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings, write_embeddings
 from runtime.text import display_text
 
@@ -116,24 +116,26 @@ def open_gallery(store: Path, photos: ImageList, encode: EncodeImages) -> Galler
 
 def _open_complete(store, photos):
     """Return the gallery if it needs no writing, else None."""
-    with contextlib.suppress(OSError):  # raised where damaged files would be repaired
-        number, records = _read(store)
-        stamps = {record[0]: (record[1], record[2]) for record in records}
+    with contextlib.suppress(OSError):
+        number, journal = _read(store)
+        stamps = {record[0]: (record[1], record[2]) for record in journal.records}
         if stamps and stamps == photos.stamps:
-            return _to_gallery(store, photos, number, records)
+            return _to_gallery(store, photos, number, journal.records)
     return None
 
 
 def _open_locked(store, photos, encode):
-    number, records = _read(store)
-    current = [record for record in records if photos.stamps.get(record[0]) == (record[1], record[2])]
-    if len(current) < len(records):
-        number, records = _rewrite(store, number, records, current)
-    known = {record[0] for record in records}
+    number, journal = _read(store)
+    current = [record for record in journal.records if photos.stamps.get(record[0]) == (record[1], record[2])]
+    if journal.damage:
+        report_damaged(store / f"{number}.jsonl", journal.damage)
+    if journal.damage or len(current) < len(journal.records):
+        number, journal = _rewrite(store, number, journal.records, current)
+    known = {record[0] for record in journal.records}
     new = [name for name in photos.stamps if name not in known]
-    if new:
-        _append(store / f"{number}", records, new, photos.stamps, encode)
-    return _to_gallery(store, photos, number, records)
+    if new or not journal.is_checked:
+        _append(store / f"{number}", _prepare(store / f"{number}.jsonl", journal), new, photos.stamps, encode)
+    return _to_gallery(store, photos, number, journal.records)
 
 
 def _to_gallery(store, photos, number, records):
@@ -146,23 +148,36 @@ def _to_gallery(store, photos, number, records):
     return Gallery(photos.root, names, rows, unreadable, store, f"{number}-{len(names)}")
 
 
-def _append(base, records, new, stamps, encode):
-    """Encode the new photos; each batch is written to disk, rows before records, and appended to `records`."""
-    rows_file, journal = base.with_suffix(".npy"), base.with_suffix(".jsonl")
+def _prepare(path, journal):
+    """Remove what an interrupted write left behind, and give a journal of an older version its checksums."""
+    if not journal.is_checked:
+        lines, checksum = to_lines(journal.records)
+        replace_file(path, lambda temporary: temporary.write_bytes(lines))
+        return journal._replace(size=len(lines), checksum=checksum, is_checked=True)
+    if path.is_file() and path.stat().st_size > journal.size:
+        os.truncate(path, journal.size)
+    return journal
+
+
+def _append(base, journal, new, stamps, encode):
+    """Encode the new photos; each batch is written to disk, rows before records, and appended to the records."""
+    rows_file, path = base.with_suffix(".npy"), base.with_suffix(".jsonl")
+    records, checksum = journal.records, journal.checksum
     num_rows, num_before = sum(len(record) == 3 for record in records), len(records)
     try:
         names = iter(new)
-        for rows, reasons in encode(new):
+        for rows, reasons in encode(new) if new else ():
             if len(rows):
-                if not rows_file.is_file():
+                if not num_rows:  # also in place of a file that an interruption left without its header
                     create_embeddings(rows_file, rows.shape[1])
                 append_embeddings(rows_file, num_rows, rows)
                 num_rows += len(rows)
             batch = [
                 [name, *stamps[name], *filter(None, [reason])] for reason, name in zip(reasons, names, strict=False)
             ]
-            with journal.open("ab") as file:
-                file.write(_to_bytes(batch))
+            lines, checksum = to_lines(batch, checksum)
+            with path.open("ab") as file:
+                file.write(lines)
             records += batch
     except KeyboardInterrupt:
         done = f"{len(records) - num_before:,} of {len(new):,} photos encoded and saved"
@@ -170,48 +185,17 @@ def _append(base, records, new, stamps, encode):
 
 
 def _read(store):
-    """Return the number of the newest pair of files, and its records that are complete and have their row."""
-    numbers = sorted((int(path.stem) for path in store.glob("*.jsonl") if path.stem.isdigit()), reverse=True)
+    """Return the number of the newest pair of files, and the part of its journal that is complete and has its rows."""
+    found = [path.name for path in store.glob("*.jsonl")]
+    numbers = sorted((int(name[:-6]) for name in found if re.fullmatch(r"[1-9][0-9]{0,9}\.jsonl", name)), reverse=True)
     if not numbers:
-        return 1, []
-    journal, rows_file = store / f"{numbers[0]}.jsonl", store / f"{numbers[0]}.npy"
+        return 1, empty_journal()
+    rows_file = store / f"{numbers[0]}.npy"
     try:
         num_rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
-    except ValueError as error:  # every photo is encoded again, and indexes built from the old rows are invalid
-        report_damaged(store, error)
-        for path in store.glob("*.*"):
-            if path.is_dir():  # milvus-lite's database is a folder
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        return 1, []
-    return numbers[0], _complete_records(journal, num_rows)
-
-
-def _complete_records(journal, num_rows):
-    """Return the records before the first truncated one or the first without a row, and truncate the file there."""
-    records, size = [], 0
-    for line in journal.read_bytes().splitlines(keepends=True):
-        try:
-            record = _parse_record(line) if line.endswith(b"\n") else None
-        except (ValueError, RecursionError) as error:
-            report_damaged(journal, error)
-            record = None
-        num_rows -= record is not None and len(record) == 3
-        if record is None or num_rows < 0:
-            os.truncate(journal, size)
-            break
-        records.append(record)
-        size += len(line)
-    return records
-
-
-def _parse_record(line):
-    record = json.loads(line)
-    types = [str, int, int, str]
-    require(isinstance(record, list) and len(record) in (3, 4), "a line is not [name, size, mtime]")
-    require(all(type(value) is kind for value, kind in zip(record, types, strict=False)), "a line has other types")
-    return record
+    except ValueError as error:  # every photo is encoded again
+        return numbers[0], empty_journal(str(error))
+    return numbers[0], read_journal(store / f"{numbers[0]}.jsonl", num_rows)
 
 
 def _rewrite(store, number, records, current):
@@ -226,15 +210,12 @@ def _rewrite(store, number, records, current):
         write_embeddings(new, (source[rows[start : start + COPY_CHUNK]] for start in starts), source.shape[1])
     else:
         new.unlink(missing_ok=True)
-    replace_file(new.with_suffix(".jsonl"), lambda tmp: tmp.write_bytes(_to_bytes(current)))
+    lines, checksum = to_lines(current)
+    replace_file(new.with_suffix(".jsonl"), lambda temporary: temporary.write_bytes(lines))
     for path in (old.with_suffix(".jsonl"), old):
         with contextlib.suppress(OSError):  # Windows cannot delete a file that another process has mapped
             path.unlink(missing_ok=True)
-    return number + 1, current
-
-
-def _to_bytes(records):
-    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+    return number + 1, Journal(current, len(lines), checksum, True)
 
 
 @contextlib.contextmanager

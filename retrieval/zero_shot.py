@@ -90,8 +90,10 @@ def confusion(probability: Tensor, truth: Tensor) -> Tensor:
 def _check_labels(labels):
     if len(labels) < 2:
         raise ValueError(f"classification needs at least two labels, got {len(labels)}")
+    seen = set()
     for label in labels:
         if not label.strip():
             raise ValueError("a label is empty")
-        if labels.count(label) > 1:
+        if label in seen:
             raise ValueError(f"the label {label!r} is given twice")
+        seen.add(label)

@@ -57,7 +57,8 @@ def create_embeddings(path: str | Path, dim: int) -> None:
 def append_embeddings(path: str | Path, start: int, rows: np.ndarray) -> None:
     """Write rows (n, D) at row `start`, and truncate the file after them; earlier rows are unchanged.
 
-    The header with the number of rows is written last: an interrupted append does not change that number.
+    The header with the number of rows is written last: an interrupted append leaves a valid file with `start` rows, or
+    with all.
     Raises ValueError if `start` is beyond the last row or D differs.
     """
     with Path(path).open("r+b") as file:
@@ -66,16 +67,27 @@ def append_embeddings(path: str | Path, start: int, rows: np.ndarray) -> None:
         data_offset = file.tell()
         if not 0 <= start <= length or rows.shape[1:] != (dim,):
             raise ValueError(f"rows {rows.shape} do not fit at row {start} of {path}, which has shape {(length, dim)}")
-        header = io.BytesIO()  # NumPy pads it, so that its size stays the same when the number of rows grows
-        shape = (start + len(rows), dim)
-        np.lib.format.write_array_header_1_0(header, {"descr": dtype.str, "fortran_order": False, "shape": shape})
-        assert header.tell() == data_offset
+
+        def header(count):  # NumPy pads it, so that its size stays the same when the number of rows grows
+            content = io.BytesIO()
+            values = {"descr": dtype.str, "fortran_order": False, "shape": (count, dim)}
+            np.lib.format.write_array_header_1_0(content, values)
+            return content.getvalue()
+
+        if start < length:  # rows are replaced: until the new ones are complete, the file has `start` rows
+            _write_header(file, header(start), data_offset)
         file.seek(data_offset + start * dim * dtype.itemsize)
         file.write(rows.astype(dtype).tobytes())
         file.truncate()
         file.flush()
-        file.seek(0)
-        file.write(header.getvalue())
+        _write_header(file, header(start + len(rows)), data_offset)
+
+
+def _write_header(file, content, data_offset):
+    assert len(content) == data_offset
+    file.seek(0)
+    file.write(content)
+    file.flush()
 
 
 def write_embeddings(path: str | Path, blocks: Iterable[np.ndarray], dim: int) -> None:

@@ -1,11 +1,14 @@
 """Shared helpers: a small data set on disk, tiny models, and running scripts through the command line."""
 
+import atexit
 import contextlib
 import importlib
 import io
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -15,6 +18,15 @@ from PIL import Image
 from runtime import cli
 
 ROOT = Path(__file__).parents[1]
+UNUSED_CACHE = tempfile.mkdtemp(prefix="unused-cache-")  # for tests that do not look at the cache
+atexit.register(shutil.rmtree, UNUSED_CACHE, ignore_errors=True)
+
+
+def unused_cache():
+    """Return a new folder for a cache."""
+    return tempfile.mkdtemp(dir=UNUSED_CACHE)
+
+
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 170, 60),

@@ -29,6 +29,7 @@ class ChunkedPairs:
 
     def __init__(self, image_emb: Tensor, text_emb: Tensor, ids: PairIds, temperature, chunk_size: int):
         self.image_emb, self.text_emb, self.ids, self.chunk_size = image_emb, text_emb, ids, chunk_size
+        self.caption_weights = ids.caption_weights()
         self.scale = 1 / torch.as_tensor(temperature, dtype=image_emb.dtype, device=image_emb.device)
 
     @cached_property
@@ -51,7 +52,8 @@ def chunked_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> Tenso
     image, caption = pairs.positives
     row_lse, column_lse, _, _ = pairs.scan
     positive = pairs.cosines(image, caption)  # (P,)
-    by_image = row_lse - pairs.scale * _group_mean(positive, image, len(pairs.image_emb))
+    weights = None if pairs.caption_weights is None else pairs.caption_weights[caption]
+    by_image = row_lse - pairs.scale * _group_mean(positive, image, len(pairs.image_emb), weights)
     by_caption = column_lse - pairs.scale * _group_mean(positive, caption, len(pairs.text_emb))
     return (by_image.mean() + by_caption.mean()) / 2
 
@@ -86,7 +88,8 @@ def chunked_soft_info_nce(pairs: ChunkedPairs, objective, temperature, bias) -> 
         )
 
     images, texts = (pairs.image_emb, image_similarity), (pairs.text_emb, text_similarity)
-    by_image = one_direction(images, texts, pairs.ids.of_images)
+    weights = 1 if pairs.caption_weights is None else pairs.caption_weights.to(pairs.text_emb.dtype)
+    by_image = one_direction(images, texts, lambda rows: pairs.ids.of_images(rows) * weights)
     by_text = one_direction(texts, images, pairs.ids.of_captions)
     return (by_image.mean() + by_text.mean()) / 2
 
@@ -102,7 +105,12 @@ def chunked_triplet(pairs: ChunkedPairs, objective) -> Tensor:
     negative_image = pairs.cosines(hardest_image, captions)[caption]  # (P,)
     positive = pairs.cosines(image, caption)
     return triplet_from_cosines(
-        positive, negative_caption, negative_image, objective.margin, distance=objective.distance
+        positive,
+        negative_caption,
+        negative_image,
+        objective.margin,
+        distance=objective.distance,
+        weights=None if pairs.caption_weights is None else pairs.caption_weights[caption],
     )
 
 
@@ -183,26 +191,32 @@ def _mined_triplet(pairs, objective):
     """Compute losses.mined_triplet in chunks of positive pairs with B * chunk_size entries each -> ()."""
     image, caption = pairs.positives
 
-    def chunk_sum(anchors, anchor, others, other, positives_of):
+    weights = torch.ones_like(image, dtype=pairs.image_emb.dtype)
+    if pairs.caption_weights is not None:
+        weights = pairs.caption_weights[caption].to(weights.dtype)
+
+    def chunk_sum(anchors, anchor, others, other, weights, positives_of):
         sim = anchors[anchor] @ others.T
         # Gathered from sim, so that positives are rounded as negatives are: ties stay ties.
         positive = sim.gather(1, other[:, None]).squeeze(1)
         is_negative = ~positives_of(anchor)
         settings = {"negatives": objective.negatives, "distance": objective.distance}
-        return margin_violations(sim, positive, is_negative, objective.margin, **settings).sum()
+        return (margin_violations(sim, positive, is_negative, objective.margin, **settings) * weights).sum()
 
     def one_direction(anchors, anchor, others, other, positives_of):
         size = max(1, pairs.chunk_size * len(pairs.image_emb) // len(others))
         sums = [
-            checkpoint(chunk_sum, anchors, chunk, others, other_chunk, positives_of, use_reentrant=False)
-            for chunk, other_chunk in zip(anchor.split(size), other.split(size), strict=True)
+            checkpoint(chunk_sum, anchors, chunk, others, other_chunk, weight, positives_of, use_reentrant=False)
+            for chunk, other_chunk, weight in zip(
+                anchor.split(size), other.split(size), weights.split(size), strict=True
+            )
         ]
         return torch.stack(sums).sum()
 
     images, texts = (pairs.image_emb, image), (pairs.text_emb, caption)
     by_image = one_direction(*images, *texts, pairs.ids.of_images)
     by_caption = one_direction(*texts, *images, pairs.ids.of_captions)
-    return (by_image + by_caption) / (2 * len(image))
+    return (by_image + by_caption) / (2 * weights.sum())
 
 
 def _positive_pairs(ids, chunk_size):
@@ -228,7 +242,11 @@ def _pair_cosines(image_emb, text_emb, image, caption, chunk_size):
     return torch.cat([checkpoint(cosines, image_emb, text_emb, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def _group_mean(values, group, groups):
-    """Return the mean of the values of each group: values (P,), group index (P,) -> (groups,)."""
-    sums = values.new_zeros(groups).index_add(0, group, values)
-    return sums / group.bincount(minlength=groups)
+def _group_mean(values, group, groups, weights=None):
+    """Return the mean of the values of each group: values (P,), group index (P,), weights (P,) -> (groups,)."""
+    if weights is None:
+        sums = values.new_zeros(groups).index_add(0, group, values)
+        return sums / group.bincount(minlength=groups)
+    weights = weights.to(values.dtype)
+    totals = weights.new_zeros(groups).index_add(0, group, weights)
+    return values.new_zeros(groups).index_add(0, group, values * weights) / totals

@@ -55,6 +55,7 @@ class Pairs(NamedTuple):
     text_emb: Tensor  # (M, D) unit rows
     sim: Tensor  # (B, M) cosines
     positives: Tensor  # (B, M) bool
+    caption_weights: Tensor | None = None  # (M,), see losses.PairIds
 
 
 class MainTerm(NamedTuple):
@@ -70,7 +71,7 @@ class MainTerm(NamedTuple):
 
 
 def _info_nce(pairs, objective, temperature, bias):
-    return info_nce(pairs.sim, pairs.positives, temperature)
+    return info_nce(pairs.sim, pairs.positives, temperature, pairs.caption_weights)
 
 
 def _sigmoid(pairs, objective, temperature, bias):
@@ -82,7 +83,9 @@ def _cosine(pairs, objective, temperature, bias):
 
 
 def _soft(pairs, objective, temperature, bias):
-    return soft_info_nce(pairs.image_emb, pairs.text_emb, pairs.positives, temperature, objective.softness)
+    return soft_info_nce(
+        pairs.image_emb, pairs.text_emb, pairs.positives, temperature, objective.softness, pairs.caption_weights
+    )
 
 
 OBJECTIVES: dict[str, MainTerm] = {
@@ -121,15 +124,15 @@ def objective_loss(
             with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
                 triplet = chunked_triplet(chunks, objective)
         else:
-            sim, positives = image_emb @ text_emb.T, positive_mask(*ids)  # (B, M)
-            main = term.plain(Pairs(image_emb, text_emb, sim, positives), objective, temperature, bias)
-            triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective)
+            sim, positives, weights = image_emb @ text_emb.T, positive_mask(*ids), ids.caption_weights()  # (B, M)
+            main = term.plain(Pairs(image_emb, text_emb, sim, positives, weights), objective, temperature, bias)
+            triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective, weights)
         return LossTerms(main + alpha * triplet, main, triplet)
 
 
-def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective) -> Tensor:
+def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective, caption_weights: Tensor | None = None) -> Tensor:
     """Compute the triplet term of an objective -> (); sim (B,M) cosines of unit vectors, positives (B,M) bool."""
-    margin, distance = objective.margin, objective.distance
+    settings = {"distance": objective.distance, "caption_weights": caption_weights}
     if objective.negatives == "hardest":
-        return hardest_triplet(sim, positives, margin, distance=distance)
-    return mined_triplet(sim, positives, margin, negatives=objective.negatives, distance=distance)
+        return hardest_triplet(sim, positives, objective.margin, **settings)
+    return mined_triplet(sim, positives, objective.margin, negatives=objective.negatives, **settings)

@@ -1,6 +1,7 @@
 """The Gradio page of app.py: its tabs, and their searches in the catalog."""
 
 import importlib
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def build_page(catalog: Catalog, index: str | None, folder: Path):
     folder: where Gradio stores uploads.
     """
     gr = import_gradio()
+    # What Gradio and Pillow warn about are visitors' inputs: nothing for the terminal.
+    warnings.filterwarnings("ignore", module=r"gradio\.helpers|PIL\.")
     with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False) as page:
         gr.Markdown("# Photo search")
         with gr.Row():

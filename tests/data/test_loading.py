@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import write_image_folder
+from helpers import unused_cache, write_image_folder
 
 from data.format_detection import read_layout
 from data.image_lookup import find_duplicates
@@ -33,7 +33,7 @@ def error_message(tmp_path, text):
 
 
 def load(folder, **options):
-    return open_dataset(str(folder), **{"data_dir": None, "cache_dir": "unused", "split_seed": 0} | options)
+    return open_dataset(str(folder), **{"data_dir": None, "cache_dir": unused_cache(), "split_seed": 0} | options)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import tiny_tokenizer
+from helpers import UNUSED_CACHE, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertTokenizer, PreTrainedTokenizerFast
 
@@ -273,7 +273,7 @@ def test_report_counts_the_unknown_words_of_a_named_tower(chinese_photos, text_t
     from data.loading import open_dataset
     from reporting.dataset_report import tokenize_captions, unknown_words
 
-    data = open_dataset(str(chinese_photos), data_dir=None, cache_dir="unused", split_seed=0)
+    data = open_dataset(str(chinese_photos), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0)
     named, trained = (tokenize_captions(data, tower) for tower in (str(text_tower), None))
     assert unknown_words(data, str(text_tower), *named).startswith("warning: 100.0% of the caption")
     assert unknown_words(data, None, *trained).startswith("100% of the letters are not Latin, most are Chinese")

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import write_image_folder
+from helpers import UNUSED_CACHE, write_image_folder
 
 from data.loading import open_dataset
 from retrieval import embedding_store
@@ -149,7 +149,9 @@ def test_damaged_rows_are_encoded_again_although_the_folder_contains_an_index(fo
 
 
 def test_a_split_without_existing_photos_raises_and_names_the_split(tmp_path):
-    data = open_dataset(str(write_image_folder(tmp_path / "mine", 10)), data_dir=None, cache_dir="unused", split_seed=0)
+    data = open_dataset(
+        str(write_image_folder(tmp_path / "mine", 10)), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0
+    )
     shutil.rmtree(tmp_path / "mine" / "Images")
     with pytest.raises(FileNotFoundError, match=r"the photos of .*mine's val split no longer exist"):
         list_split_images(data, "val")
@@ -189,7 +191,7 @@ def test_file_names_may_contain_any_character(folder, tmp_path):
 
 def test_list_split_images_lists_the_existing_photos_of_a_split(tmp_path):
     folder = write_image_folder(tmp_path / "photos", 10)
-    data = open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0)
+    data = open_dataset(str(folder), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0)
     deleted = data.split("train").paths[0]
     deleted.unlink()
     photos, all_stamps = list_split_images(data, "train"), list_images(folder / "Images").stamps
@@ -233,7 +235,7 @@ def test_the_journal_has_one_line_per_photo_in_the_order_of_the_rows(folder, tmp
     open_and_check(folder, tmp_path / "store")
     records = [json.loads(line) for line in (tmp_path / "store" / "1.jsonl").read_text().splitlines()]
     assert len(records) == len(np.load(tmp_path / "store" / "1.npy")) == 10
-    assert all((folder / name).stat().st_size == size for name, size, _ in records)
+    assert all((folder / name).stat().st_size == size for name, size, *_ in records)
 
 
 def test_complete_gallery_in_a_read_only_cache_is_opened(folder, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import tiny_model, write_image_folder
+from helpers import UNUSED_CACHE, tiny_model, write_image_folder
 from PIL import Image
 
 from data.loading import open_dataset
@@ -29,7 +29,7 @@ def model_and_tokenizer():
 def split(tmp_path):
     """A training split of 7 photos with 2 captions each."""
     folder = write_image_folder(tmp_path / "photos", 10)
-    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
+    return open_dataset(str(folder), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0).split("train")
 
 
 def equal(encoded, other):

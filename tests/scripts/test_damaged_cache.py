@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_model, tiny_tokenizer, write_image_folder
+from helpers import UNUSED_CACHE, tiny_model, tiny_tokenizer, write_image_folder
 
 from data.image_cache import ImageCache
 from data.loading import open_dataset
@@ -149,7 +149,7 @@ def test_token_ids_of_another_shape_or_beyond_the_vocabulary(arrays, tmp_path, c
 def features(tmp_path_factory):
     """A function that caches the features of 8 photos and their captions in a folder and returns them as bytes."""
     folder = write_image_folder(tmp_path_factory.mktemp("data") / "photos", 10)
-    split = open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
+    split = open_dataset(str(folder), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0).split("train")
     model, tokenizer = tiny_model(freeze_image=True, freeze_text=True)
     split_trunk(model.image_encoder)
     settings = {"image_size": 32, "max_tokens": 16, "device": "cpu", "precision": "float32", "num_workers": 0}

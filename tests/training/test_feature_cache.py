@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import open_data_of, tiny_model, write_image_folder
+from helpers import UNUSED_CACHE, open_data_of, tiny_model, write_image_folder
 
 from data.loading import Split, open_dataset
 from data.preprocess import Preprocess
@@ -33,7 +33,7 @@ from training.trainer import train
 def split(tmp_path):
     """The training split of a new data set: 7 photos with 2 captions each. Tests may change its files."""
     folder = write_image_folder(tmp_path / "photos", 10)
-    return open_dataset(str(folder), data_dir=None, cache_dir="unused", split_seed=0).split("train")
+    return open_dataset(str(folder), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0).split("train")
 
 
 def random_pixels(count=3, size=32):

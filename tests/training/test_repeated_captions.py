@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data.repeats import find_repeats
-from losses import PairIds, contrastive_loss, hardest_triplet, info_nce, info_nce_floor, mined_triplet, positive_mask
+from losses import PairIds, contrastive_loss, info_nce, info_nce_floor, positive_mask
 from tests.helpers import open_data_of, run_in_process, run_script, tiny_model, write_image_folder
 from training.objectives import Objective, objective_loss
 
@@ -120,17 +120,71 @@ def test_chunked_objective_equals_the_plain_one(split, objective, chunk_size):
         torch.testing.assert_close(plain, chunked, rtol=1e-9, atol=1e-11)
 
 
-def test_plain_objective_is_that_of_the_mask(split):
+def looped_info_nce(sim, positives, texts, temperature):
+    """InfoNCE by loops: a caption's share of an image's target is 1 over the number of captions with its text."""
+    logits, total = sim / temperature, 0.0
+    for row, mask in zip(logits, positives, strict=True):
+        shares = {
+            m: 1 / sum(bool(text == texts[m]) for text in texts) if texts[m] >= 0 else 1.0
+            for m in mask.nonzero().flatten().tolist()
+        }
+        total -= (
+            sum(share * (row[m] - row.logsumexp(0)) for m, share in shares.items()) / sum(shares.values()) / len(sim)
+        )
+    for column, mask in zip(logits.T, positives.T, strict=True):
+        total -= (column[mask] - column.logsumexp(0)).mean() / sim.shape[1]
+    return total / 2
+
+
+def test_a_text_counts_once_for_an_image_however_many_captions_have_it(split):
     ids = batch_ids(split, *draw_batch(split, 1))
     image_emb, text_emb = embeddings(1)
-    sim = image_emb @ text_emb[: len(ids.caption_image_ids)].T
-    positives = positive_mask(*ids)
+    text_emb = text_emb[: len(ids.caption_image_ids)]
+    sim, positives = image_emb @ text_emb.T, positive_mask(*ids)
+    texts = ids.caption_text_ids if ids.caption_text_ids is not None else torch.full((sim.shape[1],), -1)
 
-    terms = contrastive_loss(image_emb, text_emb[: sim.shape[1]], *ids, temperature=0.1, alpha=1.0, margin=0.2)
+    terms = contrastive_loss(image_emb, text_emb, *ids, temperature=0.1, alpha=1.0, margin=0.2)
 
-    torch.testing.assert_close(terms.info_nce, info_nce(sim, positives, 0.1))
-    torch.testing.assert_close(terms.triplet, hardest_triplet(sim, positives, 0.2))
-    assert mined_triplet(sim, positives, 0.2, negatives="all").isfinite()
+    torch.testing.assert_close(terms.info_nce, looped_info_nce(sim, positives, texts, 0.1))
+    violations = [
+        [
+            max(0.0, 0.2 + near(sim[i, m]) - far)
+            for far in (hardest(sim[i], positives[i]), hardest(sim[:, m], positives[:, m]))
+        ]
+        for i, m in positives.nonzero().tolist()
+    ]
+    weights = [
+        1 / max(1, int((texts == texts[m]).sum())) if texts[m] >= 0 else 1.0 for _, m in positives.nonzero().tolist()
+    ]
+    expected = sum(w * sum(pair) / 2 for w, pair in zip(weights, violations, strict=True)) / sum(weights)
+    assert terms.triplet.item() == pytest.approx(float(expected), rel=1e-5)
+
+
+def near(cosine):
+    return math.sqrt(max(1e-12, 2 - 2 * float(cosine)))
+
+
+def hardest(scores, is_positive):
+    negatives = [near(score) for score, own in zip(scores.tolist(), is_positive.tolist(), strict=True) if not own]
+    return min(negatives, default=math.inf)
+
+
+def test_floor_is_the_value_that_no_scores_go_below(split):
+    ids = batch_ids(split, *draw_batch(split, 2))
+    positives, weights = positive_mask(*ids), ids.caption_weights()
+    floor = info_nce_floor(positives, weights)
+    targets = positives.double() if weights is None else positives * weights.double()
+    row = (targets / targets.sum(1, keepdim=True)).clamp(min=1e-30).log()
+
+    def one_direction(scores, targets):  # cross entropy of the targets with themselves
+        targets = targets / targets.sum(1, keepdim=True)
+        return -(targets * (scores - scores.logsumexp(1, keepdim=True))).sum(1).mean()
+
+    column = (positives.T / positives.T.sum(1, keepdim=True)).clamp(min=1e-30).log()
+    expected = (one_direction(row, targets) + one_direction(column, positives.T.double())) / 2
+    assert floor.item() == pytest.approx(expected.item(), abs=1e-5)
+    for chunk_size in (1, 3, 100):
+        assert ids.floor(chunk_size).item() == pytest.approx(floor.item(), abs=1e-5)
 
 
 def test_equal_caption_is_never_the_hardest_negative():

@@ -3,13 +3,17 @@
 Needs `pip install gradio selenium` and Debian's chromium and chromium-driver; otherwise, the browser tests are skipped.
 """
 
+import contextlib
+import http.server
 import json
+import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -22,12 +26,14 @@ from PIL import Image
 
 from retrieval.searcher import Match
 from webui.catalog import RUN_PHOTOS, Catalog
-from webui.page import MAX_PIXELS, check_upload, import_gradio, make_thumbnails
+from webui.inputs import MAX_PIXELS, check_upload
+from webui.page import import_gradio, make_thumbnails
 
 SENTENCE, MATCH = "a yellow circle left of a red cross", "scene_164.png"
 QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
 QUICK += ["--num-workers", 0, "--precision", "float32"]  # accelerate allows one precision per process
 TIMEOUT = 60  # seconds
+FORM_HEADER = b"Content-Type: multipart/form-data; boundary=x\r\n\r\n"
 RUN_AND_GALLERY = ("runs/sample", "pictures")
 
 
@@ -50,26 +56,57 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(root):
-    """The address of the page, served by `python app.py` in a process of its own."""
+    """The address of the page, served by `python app.py` in a process of its own.
+
+    At the end it gets SIGINT while it is busy and clients hang.
+    """
+    with run_page(root, "visitors") as (process, address, lines):
+        yield address
+        port = int(address.rpartition(":")[2])
+        hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+        hanging[0].sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: x\r\n\r\n")
+        hanging[1].sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n" + FORM_HEADER)
+        path = upload(address, (root / "pictures" / MATCH).read_bytes())
+        labels = "\n".join(f"a red {number}" for number in range(1_000))
+        for _ in range(8):
+            post(f"{address}/gradio_api/call/choose_label", {"data": [{"path": path}, labels, "runs/sample"]})
+        end_page(process, signal.SIGINT)
+    assert not list((root / "visitors").iterdir())  # the temporary folder is deleted
+    output = "".join(lines)
+    assert "Traceback" not in output and "search-page" not in output and str(root) not in output, output
+    assert max(map(len, lines)) < 600 and len(lines) < 60, output
+
+
+@contextlib.contextmanager
+def run_page(root, temporary, *arguments):
+    """Run `python app.py`; yields the process, its address and the list of lines that it prints."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    command = [sys.executable, ROOT / "app.py", "--gallery", "pictures", "--port", port, "--split", "train"]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    command = [sys.executable, ROOT / "app.py", "--gallery", "pictures", "--port", port, "--split", "train", *arguments]
+    (root / temporary).mkdir()
+    environment = os.environ | {"TMPDIR": str(root / temporary)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(list(map(str, command)), cwd=root, env=environment, text=True, **pipes)
+    lines = []
     try:
-        output = ""
-        while "open http" not in output:
-            line = process.stdout.readline()
-            assert line, output
-            output += line
-        yield f"http://127.0.0.1:{port}"
-        process.send_signal(signal.SIGINT)
-        output += process.communicate(timeout=TIMEOUT)[0]
-        assert process.returncode == 0 and "page.py" not in output, output
+        while not lines or "open http" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], lines
+        reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+        reader.start()
+        yield process, f"http://127.0.0.1:{port}", lines
+        reader.join(TIMEOUT)
     finally:
         process.kill()
+        process.wait()
+
+
+def end_page(process, number):
+    start = time.monotonic()
+    process.send_signal(number)
+    assert process.wait(TIMEOUT) == 0
+    assert time.monotonic() - start < 10
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +260,25 @@ def test_no_other_file_of_the_machine_is_served(page, root, prefix, quoted):
         assert b"confidential" not in body and b"root:" not in body and b"PNG" not in body
 
 
+def post(address, value, content_type="application/json"):
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return fetch(urllib.request.Request(address, data, {"Content-Type": content_type}))
+
+
+def upload(page, content):
+    """Upload a file; return its path on the page."""
+    form = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n" + content + b"\r\n--x--\r\n"
+    status, body = post(f"{page}/gradio_api/upload", form, "multipart/form-data; boundary=x")
+    assert status == 200, body
+    return json.loads(body)[0]
+
+
 def call_api(page, name, *args):
     """Call an endpoint of the page's API; return the last event and its data."""
-    data = json.dumps({"data": args}).encode()
-    request = urllib.request.Request(f"{page}/gradio_api/call/{name}", data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-        event_id = json.load(response)["event_id"]
+    status, body = post(f"{page}/gradio_api/call/{name}", {"data": args})
+    if status != 200:
+        return "error", body.decode()
+    event_id = json.loads(body)["event_id"]
     _, body = fetch(f"{page}/gradio_api/call/{name}/{event_id}")
     event, _, data = body.decode().strip().rpartition("event: ")[2].partition("\ndata: ")
     return event, data
@@ -268,6 +318,112 @@ def test_upload_above_20_mb_is_refused(page):
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     status, _ = fetch(urllib.request.Request(f"{page}/gradio_api/upload", body, headers))
     assert status == 413
+
+
+@pytest.fixture
+def elsewhere():
+    """A web server that counts its requests: its address and their paths."""
+    paths = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/x.png", paths
+        server.shutdown()
+
+
+GOOD = {
+    "search_photos": [SENTENCE, None, *RUN_AND_GALLERY, 3],
+    "find_captions": [None, "runs/sample"],
+    "choose_label": [None, "a\nb", "runs/sample"],
+    "about": ["runs/sample"],
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+@pytest.mark.parametrize("route", ["call", "run", "queue"])
+def test_no_value_of_any_endpoint_is_fetched_opened_or_waited_for(page, root, elsewhere, name, route):
+    address, paths = elsewhere
+    private = str(root / "pictures" / MATCH)
+    files = [{"path": address}, {"path": address, "meta": {"_type": "gradio.FileData"}}, {"url": address}]
+    files += [{"path": private}, {"path": "/dev/ptmx"}, {"path": f"file://{private}"}, [{"path": private}]]
+    others = [{"__type__": "update", "value": address}, "y" * 100_000, "z\n" * 9_000, 10**400, -1, "half \ud800"]
+    position = {"search_photos": 0, "find_captions": 0, "choose_label": 1, "about": 0}[name]
+    config = json.loads(fetch(f"{page}/config")[1])
+    function = next(item["id"] for item in config["dependencies"] if item["api_name"] == name)
+    for index in range(len(GOOD[name])):
+        for value in files + (others if index == position else []):
+            data = [*GOOD[name][:index], value, *GOOD[name][index + 1 :]]
+            start = time.monotonic()
+            if route == "call":
+                event, answer = call_api(page, name, *data)
+                assert event == "error" and "FileData" not in answer
+            elif route == "run":
+                status, answer = post(f"{page}/gradio_api/run/{name}", {"data": data})
+                assert status in (400, 500) and b"Traceback" not in answer
+            else:
+                body = {"data": data, "fn_index": function, "session_hash": f"s{index}"}
+                status, answer = post(f"{page}/gradio_api/queue/join", body)
+                assert status == (400 if value in files else 200) or name == "about", answer
+            assert time.monotonic() - start < 10, value
+            assert str(root) not in str(answer) or private in str(value)
+    assert not paths
+
+
+def test_mistakes_of_many_kinds_are_answered_in_one_line(page):
+    for name, args, message in [
+        ("search_photos", ("y" * 2_001, None, *RUN_AND_GALLERY, 3), "2,001 characters"),
+        ("search_photos", (SENTENCE, None, *RUN_AND_GALLERY, 61), "from 1 to 60"),
+        ("choose_label", (None, "q\n" * 1_001, "runs/sample"), "1,001 labels"),
+        ("choose_label", (None, "a\nb", "runs/sample"), "choose a photo"),
+        ("about", ("runs/none",), "no such run"),
+    ]:
+        event, answer = call_api(page, name, *args)
+        assert event == "error" and message in answer, answer
+
+
+def test_uploaded_photo_is_searched_by_its_path_and_many_labels_take_seconds(page, root):
+    photo = {"path": upload(page, (root / "pictures" / MATCH).read_bytes()), "url": "http://192.0.2.1/x"}
+    event, data = call_api(page, "search_photos", "", photo, *RUN_AND_GALLERY, 1)
+    assert event == "complete" and json.loads(data)[0][0]["caption"].endswith(MATCH)
+    start = time.monotonic()
+    labels = "\n".join(f"a blue {number}" for number in range(1_000))
+    assert call_api(page, "choose_label", photo, labels, "runs/sample")[0] == "complete"
+    assert time.monotonic() - start < 10
+
+
+def test_second_page_with_a_password_shares_the_cache_and_ends_at_sigterm(page, root):
+    (root / "auth").write_text("ann:of:green")
+    (root / "auth").chmod(0o600)
+    with run_page(root, "others", "--auth-file", "auth") as (process, second, lines):
+        matches = json.loads(call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[1])[0]
+        assert call_api(second, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[0] == "error"
+        form, statuses = "application/x-www-form-urlencoded", []
+        cookies = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
+        for password in (b"wrong", b"of", b"of:green"):
+            request = urllib.request.Request(f"{second}/login", b"username=ann&password=" + password)
+            request.add_header("Content-Type", form)
+            try:
+                statuses.append(cookies.open(request, timeout=TIMEOUT).status)
+            except urllib.error.HTTPError as error:
+                statuses.append(error.code)
+        assert statuses == [400, 400, 200]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(urllib.request, "urlopen", cookies.open)
+            found = json.loads(call_api(second, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[1])[0]
+        assert [item["caption"] for item in found] == [item["caption"] for item in matches]
+        end_page(process, signal.SIGTERM)
+    assert "Traceback" not in "".join(lines) and not list((root / "others").iterdir())
 
 
 def test_api_documents_its_four_endpoints(page):
@@ -339,6 +495,7 @@ def test_model_precedes_a_run_of_the_same_name_and_messages_contain_no_paths(tmp
     ("arguments", "substrings"),
     [
         (["--auth", "me"], ["--auth", "NAME:PASSWORD"]),
+        (["--auth-file", "none.txt"], ["none.txt", "--auth-file"]),
         (["--port", 0], ["--port", "0"]),
         (["--model", "clip"], ["--model", "--gallery"]),
         (["--index", "x"], ["--index", "faiss"]),
