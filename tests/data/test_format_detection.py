@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from helpers import unused_cache
 from PIL import Image
 
 from data.format_detection import read_layout
