@@ -18,10 +18,23 @@ from data.image_lookup import find_duplicates, match_files
 from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, gc_paused
 from data.splits import RANDOM_SPLIT, SPLITS, assign_split, has_own_split, keep_duplicates_together
 from data.storage import is_folder, list_files
+from data.table_cache import TableCache
 from runtime.run_dir import read_launches
 from runtime.text import EXAMPLES, display_text, format_examples
 
 MAX_BAD_FRACTION = 0.05  # of the rows; if more cannot be used, the file was probably misread
+# Fields of CaptionData that the cache stores beside the table and the paths.
+CACHED_FIELDS = (
+    "split_source",
+    "missing",
+    "format",
+    "unused_files",
+    "bad_rows",
+    "notes",
+    "absent",
+    "duplicates",
+    "classes",
+)
 MAX_ROW_MESSAGE = 300  # characters printed about one row
 
 
@@ -130,8 +143,28 @@ def open_dataset(
     set_index_folder(cache_dir)
     source = find_source(dataset, data_dir, cache_dir)
     with gc_paused():
+        cache = TableCache(cache_dir, source.path, (split_seed, allow_bad_rows, *columns, split, needed))
+        if _can_be_cached(dataset, source) and (cached := cache.load()):
+            return _from_cache(dataset, *cached)
         layout = _read_with_split(dataset, source, cache_dir, columns, split)
-        return _open(dataset, layout, split_seed, allow_bad_rows, split, needed)
+        data = _open(dataset, layout, split_seed, allow_bad_rows, split, needed)
+        if _can_be_cached(dataset, source):
+            cache.save(data.table, {name: getattr(data, name) for name in CACHED_FIELDS} | _paths_as_text(data))
+        return data
+
+
+def _can_be_cached(dataset, source):
+    """Return whether everything that decides the table is in the data set's folder."""
+    return dataset not in KAGGLE and not source.hub_name and source.path.exists()
+
+
+def _paths_as_text(data):
+    return {"image_root": os.fspath(data.image_root), "files": [os.fspath(file) for file in data.files]}
+
+
+def _from_cache(dataset, table, other):
+    paths = {"image_root": Path(other["image_root"]), "files": [Path(file) for file in other["files"]]}
+    return CaptionData(name=dataset, table=table, **paths, **{name: other[name] for name in CACHED_FIELDS})
 
 
 def _open(dataset, layout, split_seed, allow_bad_rows, how, needed):

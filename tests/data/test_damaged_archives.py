@@ -150,8 +150,10 @@ def test_entry_of_coco_that_is_no_object_is_a_bad_row(tmp_path, entry):
 
 
 @pytest.mark.parametrize("caption", ["half \ud83d", "\udcff bytes", "whole 🐕", "\udc80\ud83d"])
-def test_table_cache_keeps_half_an_emoji_and_bytes_that_are_not_utf8(tmp_path, caption):
+def test_table_cache_keeps_half_an_emoji_and_bytes_that_are_not_utf8(tmp_path, monkeypatch, caption):
+    monkeypatch.setattr("data.table_cache.MIN_SECONDS", -1)
     table = pd.DataFrame({"image": ["a.jpg"], "caption": [caption], "split": [None]}, dtype=object)
-    TableCache(tmp_path, tmp_path, ()).save("stamp", table, {"x": 1})
-    loaded, other = TableCache(tmp_path, tmp_path, ()).load("stamp")
-    assert loaded.equals(table) and other == {"x": 1}
+    (tmp_path / "photos").mkdir()
+    TableCache(tmp_path / "cache", tmp_path / "photos", ()).save(table, {"image_root": str(tmp_path / "photos")})
+    loaded, other = TableCache(tmp_path / "cache", tmp_path / "photos", ()).load()
+    assert loaded.equals(table) and other == {"image_root": str(tmp_path / "photos")}

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from helpers import ROOT, run_in_process, write_image_folder
 from PIL import Image
 from tiny_dual_encoders import clip
@@ -23,6 +24,7 @@ def workdir(tmp_path_factory):
     """Return a working folder in which the snippets of docs/python.md were executed in order, and their variables."""
     folder = tmp_path_factory.mktemp("api")
     variables = {}
+    AcceleratorState._reset_state(reset_partial_state=True)  # tests of this process train with another precision
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for onnx, code in BLOCK.findall((ROOT / "docs" / "python.md").read_text("utf-8")):
@@ -30,6 +32,7 @@ def workdir(tmp_path_factory):
                 pytest.importorskip("onnxscript")
                 assert run_in_process("export.py", "runs/first", "--onnx").returncode == 0
             exec(compile(code, "docs/python.md", "exec"), variables)
+    AcceleratorState._reset_state(reset_partial_state=True)
     return folder, variables
 
 
