@@ -30,6 +30,7 @@ from runtime import cli
 from runtime.run_dir import newest_finished_run, read_shared_config
 from runtime.text import display_text, slug
 
+EXPORT_FROM = 1000  # photos of a gallery; for smaller ones the text tower is exported only on a terminal
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -135,7 +136,8 @@ def main() -> None:
     for query, matches in zip(queries, results, strict=True):
         print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
     save_picture(flags, run or searcher.store.parent, queries, results)
-    if any(query.sentence for query in queries) and searcher.use_onnx:
+    pays = is_terminal() or searcher.gallery_size >= EXPORT_FROM  # where someone waits for the next search
+    if pays and any(query.sentence for query in queries) and searcher.use_onnx:
         export_in_background(run or flags.model, searcher.store.parent, searcher.text_encoder_folder)
 
 

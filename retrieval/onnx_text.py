@@ -39,6 +39,15 @@ def export_in_background(source: Path | str, cache_dir: Path, folder: Path) -> N
     can_export = all(importlib.util.find_spec(name) for name in EXPORT_LIBRARIES)
     if folder.is_dir() or refusal_file(folder).is_file() or not can_export or os.environ.get("NO_BACKGROUND_EXPORT"):
         return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder.with_suffix(".lock"))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):  # another process exports it already, or the cache cannot be written to
+        return
+    lock.release()
     source = os.path.abspath(source) if os.path.exists(source) else source
     process = subprocess.Popen(
         [sys.executable, "-m", "retrieval.onnx_text_export", str(source), os.path.abspath(cache_dir)],

@@ -65,6 +65,7 @@ class Searcher:
         set_index_folder(cache_dir)
         self.text_encoder_folder = text_encoder_folder(cache_dir, key)
         self.use_onnx = use_onnx and onnx_text.is_available()
+        self.gallery_size = 0  # photos of the gallery that was opened last
 
     @cached_property
     def _loaded(self):
@@ -146,6 +147,7 @@ class Searcher:
         """Open the gallery of these photos and encode the new ones. Prints the speed and the unreadable photos."""
         store, messages = self.store / self._name(photos.name, str(photos.root.resolve())), []
         gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, messages))
+        self.gallery_size = len(gallery.names)
         if messages:
             print(*messages, file=sys.stderr)
         if gallery.unreadable:
