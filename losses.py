@@ -51,24 +51,28 @@ class PairIds(NamedTuple):
         would outweigh the image's other captions.
         """
         texts = self.caption_text_ids
-        if texts is None:
-            return None
-        ordered = texts.sort().values  # counted by bisection: bincount would make the host wait for a GPU
-        count = torch.searchsorted(ordered, texts, right=True) - torch.searchsorted(ordered, texts)
-        return torch.where(texts >= 0, 1 / count, 1.0)
+        return None if texts is None else torch.where(texts >= 0, 1 / _occurrences(texts, texts), 1.0)
 
     def floor(self, chunk_size: int) -> Tensor:
         """Return info_nce_floor of these positives, from `chunk_size` captions at a time -> ()."""
         weights = self.caption_weights()
+        if weights is None:
+            per_image = _occurrences(self.image_ids, self.caption_image_ids)
+            return _floor(per_image, 0.0, _occurrences(self.caption_image_ids, self.image_ids))
         total, log_total, per_caption = 0.0, 0.0, []
         for start in range(0, len(self.caption_image_ids), chunk_size):
             rows = slice(start, start + chunk_size)
             positives = self.of_captions(rows)
-            weight = positives if weights is None else positives * weights[rows, None]
-            total = total + weight.sum(0)
-            log_total = log_total + (0.0 if weights is None else (weight * weights[rows, None].log()).sum(0))
+            weight = positives * weights[rows, None]
+            total, log_total = total + weight.sum(0), log_total + (weight * weights[rows, None].log()).sum(0)
             per_caption.append(positives.sum(1))
         return _floor(total, log_total, torch.cat(per_caption))
+
+
+def _occurrences(values: Tensor, population: Tensor) -> Tensor:
+    """Count how often each value is in the population, by bisection: bincount would make the host wait for a GPU."""
+    ordered = population.sort().values
+    return torch.searchsorted(ordered, values, right=True) - torch.searchsorted(ordered, values)
 
 
 def contrastive_loss(
