@@ -11,7 +11,7 @@ IMAGE_COLUMNS += ("pic", "图片", "图像", "照片", "文件名", "图片名",
 IMAGE_COLUMNS += ("img_id", "photo_id", "article_id", "id")
 CAPTION_COLUMNS = ("caption", "captions", "raw", "text", "texts", "comment", "sentence", "sentences", "description")
 CAPTION_COLUMNS += ("comments", "描述", "图片描述", "说明", "文本", "句子", "字幕", "image_caption", "标题", "title")
-CAPTION_COLUMNS += ("descriptions", "alt_text", "label")
+CAPTION_COLUMNS += ("descriptions", "alt_text", "label", "txt")  # txt: of WebDataset
 SPLIT_COLUMNS = (
     "split",
     "set",

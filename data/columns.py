@@ -156,8 +156,17 @@ class ColumnChooser:
         known = [header.index(name) for name in SPLIT_COLUMNS if name in header and header.index(name) != image]
         with_words = [k for k in known if any(map(is_split_word, self.cells[k]))]
         certain = [k for k in known if header[k] in SURE_SPLIT_COLUMNS and self.cells[k]]
+        self._check_same_split(with_words)
         others = [k for k in range(self.width) if k != image and self._is_split(k)]
         return next(iter((*with_words, *certain, *others)), None)
+
+    def _check_same_split(self, candidates):
+        """Raise ValueError if two known split columns assign a row to different splits."""
+        for other in candidates[1:]:
+            pairs = zip(self.cells[candidates[0]], self.cells[other], strict=False)
+            splits = [(parse_split(a), parse_split(b)) for a, b in pairs]
+            if len(self.cells[candidates[0]]) == len(self.cells[other]) and any(a and b and a != b for a, b in splits):
+                raise self._unclear([candidates[0], other], "train, val and test", "--split-column")
 
     def _is_split(self, index):
         """Return whether a column without a known name contains split words only; with a header, train among them."""
@@ -208,7 +217,10 @@ class ColumnChooser:
 
     def _note(self, image, captions, split, languages):
         if self.header is None and self.width == 2:
-            return None
+            if self._share(captions[0], "text") > 0.5:
+                return None
+            words = format_examples(list(dict.fromkeys(self.cells[captions[0]])))
+            return f"captions from column {self.name(captions[0])} are single words: {words}"
         roles = [f"images from column {self.name(image)}", f"captions from {', '.join(map(self.name, captions))}"]
         if split is not None:
             roles.append(f"split from {self.name(split)}")

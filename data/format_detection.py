@@ -16,7 +16,7 @@ from data.json_reader import is_json_captions, is_karpathy, read_json
 from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, decode_head
 from data.split_names import split_in_path, without_split
 from data.storage import data_root, is_file, is_folder, list_files
-from data.table_reader import is_caption_table, read_table
+from data.table_reader import is_caption_table, is_unclear_table, read_table
 from data.text_files import read_photo_texts
 
 
@@ -133,6 +133,10 @@ def _choose_caption_files(folder, files, columns, photos):
     years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
     ranked = sorted(_candidates(files), key=lambda group: _rank(group, years))
     matching = [group for group in ranked[:MAX_INSPECTED] if _has_captions(folder / group[0], columns, photos)]
+    if len(matching) > 1 and columns == FIND_COLUMNS:  # of files alike in depth and name, one whose columns are clear
+        rivals = [group for group in matching if _rank(group, years)[:4] == _rank(matching[0], years)[:4]]
+        clear = next((group for group in rivals if not _is_unclear(folder / group[0], photos)), matching[0])
+        matching = [clear, *(group for group in matching if group is not clear)]
     return (matching[0], [group[0] for group in matching[1:]]) if matching else ([], [])
 
 
@@ -165,6 +169,10 @@ def _has_captions(path, columns, photos):
     """Return whether the start of a file looks like captions, or names the column that the user chose."""
     named = columns.caption is not None and columns.caption in decode_head(path)
     return named or _caption_format(path.name).is_captions(path, photos)
+
+
+def _is_unclear(path, photos):
+    return _caption_format(path.name).read is read_table and is_unclear_table(path, photos)
 
 
 def _rank(group, years):

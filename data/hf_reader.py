@@ -5,6 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from data.column_names import NO_SPLIT, resolve_splits
 from data.format_detection import Layout
 from data.records import FIND_COLUMNS, IMAGE_SUFFIXES, CaptionRecords, ColumnNames, match_columns, parse_split
 from runtime.atomic_io import new_folder
@@ -26,11 +27,13 @@ def read_hf_dataset(source: Path | str, cache_dir: str | Path, names: ColumnName
     column contains images or captions, and ConnectionError if the Hub does not provide the data set.
     """
     splits = _load_splits(source, Path(cache_dir))
-    folder = Path(cache_dir).resolve() / "hf_photos" / _fingerprint(source, splits)
+    folder = Path(cache_dir).resolve() / "hf_photos" / _fingerprint(source, splits, names.image)
     captions = CaptionRecords(FORMAT, [Path(str(source))])
     with contextlib.nullcontext() if folder.is_dir() else new_folder(folder) as photo_folder:
+        parts = resolve_splits(splits)
         for index, (name, split) in enumerate(splits.items()):
-            _read_split(captions, split, name, index, str(source), photo_folder)
+            columns = _find_columns(split, name, str(source), names)
+            _read_split(captions, split, columns, (name, parts[name], index), str(source), photo_folder)
     files = sorted({image for image, _, _ in captions.rows})
     if files and all(map(os.path.isabs, files)):  # photos that are files already are used in place
         folder = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
@@ -65,14 +68,16 @@ def _load_splits(source, cache_dir):
     return dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
 
 
-def _read_split(captions, split, name, split_index, source, photo_folder):
-    """Add the rows of a split; write photos stored in its table to `photo_folder`, unless it is None (cached).
+def _read_split(captions, split, columns, part, source, photo_folder):
+    """Add the rows of a split (`part`: its name, what it means, its number); write stored photos to `photo_folder`.
+
+    photo_folder is None if they are in the cache.
 
     The photo files are numbered: neither the split's name nor the photo's, which the data set chooses, becomes a path.
     """
     from datasets import Image
 
-    image, caption_keys, split_key = _find_columns(split, name, source)
+    (image, caption_keys, split_key), (name, part_split, split_index) = columns, part
     if isinstance(split.features[image], Image):
         split = split.cast_column(image, Image(decode=False))
     split = split.select_columns([key for key in (image, *caption_keys, split_key) if key])
@@ -95,21 +100,36 @@ def _read_split(captions, split, name, split_index, source, photo_folder):
                 f"{location}{number}: expected strings in {keys}, found {texts!r:.60}; fill them in"
             )
             continue
-        row_split = (parse_split(row[split_key]) if split_key else None) or parse_split(name)
+        row_split = (parse_split(row[split_key]) if split_key else None) or part_split
         captions.add(file, texts, row_split, location, number, "fill it in")
 
 
-def _find_columns(split, name, source):
+def _find_columns(split, name, source, names):
     """Return the image column, the caption columns and the split column (or None)."""
     from datasets import Image
 
     features = split.features
     images = [key for key, feature in features.items() if isinstance(feature, Image) or _is_encoded_image(feature)]
-    _, captions, split_key = match_columns(key for key in features if key not in images)
+    for flag, wanted in zip(("--image-column", "--caption-column", "--split-column"), names, strict=True):
+        if wanted is not None and wanted not in features and (flag, wanted) != ("--split-column", NO_SPLIT):
+            raise ValueError(f"{source}, {name}: no column {wanted} of {flag}; the columns are {', '.join(features)}")
+    if names.image is not None and names.image not in images:
+        raise ValueError(
+            f"{source}, {name}: expected images in {names.image}, found other values; choose a column of "
+            f"images with --image-column ({', '.join(images) or 'there is none'})"
+        )
+    images = [names.image] if names.image is not None else images
+    if len(images) > 1:
+        raise ValueError(f"{source}, {name}: images in the columns {', '.join(images)}; choose one with --image-column")
+    others = [key for key in features if key not in images and key not in (names.split, names.caption)]
+    _, captions, split_key = match_columns(others)
+    captions = [names.caption] if names.caption is not None else captions
+    if names.split is not None:
+        split_key = None if names.split == NO_SPLIT else names.split
     if not images or not captions:
         raise ValueError(
             f"{source}, {name}: expected a column of images and one of captions, found {', '.join(features)}; "
-            "rename the caption column to `caption`"
+            "rename the caption column to `caption`, or pass --caption-column"
         )
     return images[0], captions, split_key
 
@@ -118,9 +138,11 @@ def _is_encoded_image(feature):
     return isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
 
 
-def _fingerprint(source, splits):
+def _fingerprint(source, splits, image_column):
     """Return a hash of the data set's rows, which does not depend on where the cache is stored."""
     digest = hashlib.sha256(repr([(name, split._fingerprint, len(split)) for name, split in splits.items()]).encode())
+    if image_column is not None:
+        digest.update(repr(image_column).encode())
     if isinstance(source, Path):
         files = sorted(path for path in source.rglob("*") if path.is_file())
         digest.update(repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]).encode())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from data.annotation_tools import find_tool
 from data.coco_json import COCO_FORMAT, KARPATHY_FILE, KARPATHY_FORMAT, is_karpathy_images, read_coco, read_karpathy
+from data.column_names import resolve_splits
 from data.json_entries import SAMPLE_ENTRIES, EntryReader, is_image_name, json_type, named_captions, show
 from data.records import (
     FIND_COLUMNS,
@@ -19,7 +20,6 @@ from data.records import (
     ColumnNames,
     decode_head,
     match_columns,
-    parse_split,
     read_text,
     shorten,
 )
@@ -29,6 +29,11 @@ from runtime.text import format_examples
 CAPTION_KEY = re.compile(
     rf'"(?:caption|captions|sentences|text|texts|raw|label|[^"\n]+{IMAGE_SUFFIX_PATTERN})"\s*:', re.IGNORECASE
 )
+# The starts of pandas' to_json with orient="values" and orient="split".
+ROWS_START = re.compile(
+    rf'\s*\[\s*\[\s*(?:"[^"\n]{{0,1000}}"\s*,\s*)?"[^"\n]{{1,1000}}{IMAGE_SUFFIX_PATTERN}"', re.IGNORECASE
+)
+COLUMNS_START = re.compile(r'\s*\{\s*"columns"\s*:\s*\[([^\]]{1,2000})\]')
 HEAD_KEY = re.compile(r'"([^"\\\n]{1,40})"\s*:')
 NO_CAPTIONS = ("instances_", "person_keypoints_", "panoptic_", "stuff_", "image_info_")  # COCO's other annotations
 WEAK_KEYS = ("name", "path", "file", "id")  # in many JSON files that are not about photos
@@ -83,9 +88,10 @@ def is_json_captions(path: Path) -> bool:
     if path.name.lower().startswith(NO_CAPTIONS):
         return False
     head = decode_head(path)
-    if CAPTION_KEY.search(head):
+    if CAPTION_KEY.search(head) or ROWS_START.match(head):
         return True
-    keys = HEAD_KEY.findall(head)
+    columns = COLUMNS_START.match(head)
+    keys = re.findall(r'"([^"\\]{1,40})"', columns[1]) if columns else HEAD_KEY.findall(head)
     image, captions, _ = match_columns(dict.fromkeys(keys))
     if image not in (None, *WEAK_KEYS) and captions:
         return True
@@ -153,7 +159,8 @@ class JsonReader:
     def _columns(self, content):
         """Return (form, entries) of an object of columns: parallel lists, pandas' columns, or one entry; else None."""
         image, captions, split = match_columns(content)
-        image, captions = self.names.image or image, named_captions(content, self.names) or captions
+        image = self.names.image or image or self._list_of_photos(content)
+        captions = named_captions(content, self.names) or captions
         keys = [image, *captions, *([split] if split else [])]
         if image is None or not captions or not all(key in content for key in keys):
             return None
@@ -173,6 +180,19 @@ class JsonReader:
         self.entries.ignored_keys |= dict.fromkeys(content)
         return "JSON lists", [dict(zip(keys, row, strict=True)) for row in zip(*values, strict=True)]
 
+    def _list_of_photos(self, content):
+        """Return the key whose list contains the names of photos, or None. Raises ValueError if several do."""
+        lists = {key: value for key, value in content.items() if isinstance(value, list) and value}
+        if len(lists) < len(content) or any(IMAGE_NAME.fullmatch(key) for key in content):
+            return None
+        found = [key for key, value in lists.items() if all(map(is_image_name, value[:SAMPLE_ENTRIES]))]
+        if len(found) > 1:
+            raise ValueError(
+                f"{self.path}, line 1: expected one list of photos, found {format_examples(found)}; choose with "
+                f"--image-column {found[0]}"
+            )
+        return next(iter(found), None)
+
     def _read_images(self, content, images, split, where):
         annotations = next((content[key] for key in ("annotations", "captions", "sentences") if key in content), None)
         if isinstance(annotations, list):
@@ -188,7 +208,8 @@ class JsonReader:
     def _splits(self, content):
         """Return {key: split} if the keys of an object are splits, else {}. Raises ValueError for unknown words."""
         inner = {key: value for key, value in content.items() if isinstance(value, list | dict)}
-        splits = {key: parse_split(key) for key in inner if parse_split(key)}
+        resolved = resolve_splits(key for key in inner if key.lower() not in ABOUT)
+        splits = {key: split for key, split in resolved.items() if split}
         others = [key for key in inner if key not in splits and key.lower() not in ABOUT]
         if not splits or any(IMAGE_NAME.fullmatch(key) for key in others):
             return {}

@@ -37,7 +37,9 @@ def read_parquet(source: Path, cache_dir: str | Path, names: ColumnNames = FIND_
         captions.notes.append(f"without captions and photos, not read: {format_examples(ignored)}")
     columns = {(image, *texts, split) for _, _, image, texts, split in tables}
     chosen = " | ".join(", ".join(filter(None, column)) for column in sorted(columns, key=str))
-    captions.notes.append(f"columns read: {chosen}")
+    used = {name for column in columns for name in column}
+    unused = dict.fromkeys(name for _, table, *_ in tables for name in table.schema_arrow.names if name not in used)
+    captions.notes.append(f"columns read: {chosen}" + (f"; ignored: {format_examples(list(unused))}" if unused else ""))
     folder = Path(cache_dir).resolve() / "parquet_photos" / _fingerprint(root, [table[0] for table in tables], chosen)
     captions.files = [root / table[0] for table in tables]
     with contextlib.nullcontext() if folder.is_dir() else new_folder(folder) as photo_folder:

@@ -101,6 +101,16 @@ def is_caption_table(path: Path, photos: Container[str] = ()) -> bool:
     return found or sum(parse_caption_line(line) is not None for line in sample) > len(sample) // 2
 
 
+def is_unclear_table(path: Path, photos: Container[str] = ()) -> bool:
+    """Return whether a table has captions, but --caption-column or another flag has to choose its columns."""
+    sample = [line for line in decode_head(path).split("\n") if line.strip()][:SAMPLE_LINES]
+    try:
+        find_columns(sample, FIND_COLUMNS, photos)
+    except ValueError:
+        return True
+    return False
+
+
 def parse_caption_line(line: str) -> tuple[str, str | None, str] | None:
     """Return (image, "#number" or None, caption) of a line such as `photo.jpg#0<TAB>a dog`, or None."""
     line = line.strip()

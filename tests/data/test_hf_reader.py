@@ -12,6 +12,7 @@ datasets = pytest.importorskip("datasets")
 
 from data import hf_reader  # noqa: E402
 from data.loading import open_dataset  # noqa: E402
+from data.records import ColumnNames  # noqa: E402
 
 
 @pytest.fixture
@@ -170,3 +171,33 @@ def test_split_path_outside_the_data_set_folder_is_never_written_to(load, tmp_pa
     assert {path for path in (tmp_path / "x", tmp_path / "sets") for path in path.rglob("*")} == before
     outside = [p for p in tmp_path.rglob("*.png") if tmp_path / "cache" not in p.parents]
     assert not outside
+
+
+def test_columns_of_a_saved_data_set_are_chosen_or_an_error(tmp_path):
+    photos, _ = photos_and_captions(20)
+    others, _ = photos_and_captions(20, 100)
+    columns = {"photo": photos, "thumb": others, "caption": [f"a {k}" for k in range(20)]}
+    columns["remark"] = [f"b {k}" for k in range(20)]
+    image = {"photo": datasets.Image(), "thumb": datasets.Image()}
+    text = {"caption": datasets.Value("string"), "remark": datasets.Value("string")}
+    datasets.Dataset.from_dict(columns, datasets.Features(image | text)).save_to_disk(tmp_path / "saved")
+
+    def read(**names):
+        return hf_reader.read_hf_dataset(tmp_path / "saved", tmp_path / "cache", ColumnNames(**names))
+
+    with pytest.raises(ValueError, match="images in the columns photo, thumb; choose one with --image-column"):
+        read()
+    with pytest.raises(ValueError, match="no column remarks of --caption-column"):
+        read(image="photo", caption="remarks")
+    with pytest.raises(ValueError, match="expected images in remark"):
+        read(image="remark")
+    for name, expected in (("photo", photos), ("thumb", others)):  # the cache keeps them apart
+        layout = read(image=name, caption="remark")
+        file, caption, _ = layout.captions.rows[3]
+        assert caption == "b 3"
+        assert np.array_equal(np.asarray(Image.open(layout.folder / file)), np.asarray(expected[3]))
+
+
+def test_eval_of_a_saved_data_set_is_its_test_part(load, tmp_path):
+    datasets.DatasetDict({"train": make_dataset(9), "eval": make_dataset(4, 50)}).save_to_disk(tmp_path / "saved")
+    check_split(load(tmp_path / "saved").split("test"), 4, 50)

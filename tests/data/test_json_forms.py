@@ -320,3 +320,37 @@ def test_other_content_is_an_error_with_an_example(tmp_path, content):
         assert "data.json, line 1" in str(raised) and "\n" not in str(raised)
     else:
         assert not records.rows and (records.bad_rows or content == {})
+
+
+@pytest.mark.parametrize(
+    ("word", "others", "part"), [("eval", (), "test"), ("hold-out", ("dev",), "test"), ("eval", ("test",), "val")]
+)
+def test_keys_that_mean_the_part_that_no_other_key_names(tmp_path, word, others, part):
+    content = {key: [{"image": f"{key}.jpg", "caption": "a dog"}] for key in ("train", *others, word)}
+    splits = {image: split for image, _, split in read(tmp_path, content).rows}
+    assert splits["train.jpg"] == "train" and splits[f"{word}.jpg"] == part
+
+
+def test_unclear_keys_of_splits_are_an_error(tmp_path):
+    content = {key: [{"image": "a.jpg", "caption": "a dog"}] for key in ("train", "val", "test", "holdout")}
+    assert "found holdout beside train, val, test" in error(tmp_path, content)
+
+
+def test_parallel_lists_under_other_names(tmp_path):
+    content = {"dateien": ["a.jpg", "b.jpg"], "texts": [["a dog"], ["a cat"]]}
+    assert read(tmp_path, content).rows == PAIRS
+    assert "2 in dateien, 1 in texts" in error(tmp_path, content | {"texts": ["a dog"]})
+    assert "found dateien, thumbs; choose with --image-column dateien" in error(
+        tmp_path, content | {"thumbs": ["ta.jpg", "tb.jpg"]}
+    )
+    assert read(tmp_path, content | {"thumbs": ["ta.jpg", "tb.jpg"]}, image="dateien").rows == PAIRS
+
+
+@pytest.mark.parametrize("orient", ["split", "values", "records", "index", "columns", "table"])
+@pytest.mark.parametrize("names", [("image", "caption"), ("img_path", "description")])
+def test_exports_of_pandas_are_found_in_a_folder(tmp_path, orient, names):
+    frame = pd.DataFrame([A, B], columns=list(names))
+    frame.to_json(tmp_path / "export.json", orient=orient)
+    (tmp_path / "a.jpg").write_bytes(b"a")
+    table = read_captions(tmp_path, cache_dir=str(tmp_path / "cache"))
+    assert list(zip(table.image, table.caption, strict=True)) == [A, B]

@@ -112,3 +112,11 @@ def test_rows_without_photo_are_named(tmp_path):
     pq.write_table(pa.table(columns), path)
     data = load(tmp_path / "set")
     assert len(data.bad_rows) == 1 and "row 3: expected a photo in jpg" in data.bad_rows[0]
+
+
+def test_ignored_columns_are_named_and_txt_is_a_caption(tmp_path):
+    photos = [png(row) for row in range(12)]
+    columns = {"jpg": photos, "txt": [f"picture {k}" for k in range(12)], "__key__": [str(k) for k in range(12)]}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(columns), tmp_path / "set" / "0.parquet")
+    assert "columns read: jpg, txt; ignored: __key__" in load(tmp_path / "set").describe()

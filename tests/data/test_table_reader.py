@@ -240,3 +240,36 @@ def test_names_of_columns():
     assert match_columns(["image", "caption_zh", "caption_en"])[1] == ["caption_en"]
     assert match_columns(["image", "text_id", "caption_count"])[1] == []
     assert parse_caption_name("caption_de").language == "de" and parse_caption_name("text_id") is None
+
+
+@pytest.mark.parametrize("other", ["set", "phase"])
+def test_split_columns_that_contradict_are_an_error(tmp_path, other):
+    def row(k, same):
+        words = ("train", "test")
+        return f"p{k}.jpg,a red dog {k},{words[k % 2]},{words[(k + 1 - same) % 2]}"
+
+    header = f"image,caption,split,{other}"
+    path = write_table(tmp_path, header, lambda k: row(k, 0))
+    with pytest.raises(ValueError, match=f"columns split .* and {other} .*--split-column split"):
+        read(path)
+    assert {split for *_, split in read(path, split=other).rows} == {"train", "test"}
+    assert read(write_table(tmp_path, header, lambda k: row(k, 1))).rows[1][2] == "test"
+
+
+@pytest.mark.parametrize(("unclear", "clear"), [("a.csv", "z.csv"), ("notes.tsv", "rows.csv")])
+def test_a_clear_table_is_read_before_an_unclear_one_of_the_same_rank(tmp_path, unclear, clear):
+    write_table(tmp_path, "foo\tbar\tbaz", "p{k}.jpg\ta red dog {k}\ta cat runs {k}", file=unclear)
+    write_table(tmp_path, "image,caption", "p{k}.jpg,a blue bird {k}", file=clear)
+    layout = read_layout(tmp_path)
+    assert captions(layout.captions)[0] == "a blue bird 0" and layout.unused_files == [unclear]
+    (tmp_path / unclear).rename(tmp_path / "captions.csv")  # a known name is not passed over
+    with pytest.raises(ValueError, match=r"captions\.csv.*bar .* and baz"):
+        read_layout(tmp_path)
+
+
+def test_single_words_without_a_header_are_named(tmp_path):
+    words = ("lion", "zebra", "ibis")
+    records = read(write_table(tmp_path, None, lambda k: f"p{k}.jpg,{words[k % 3]}"))
+    assert len(records.rows) == COUNT
+    assert records.notes == ["captions.csv: captions from column 2 are single words: lion, zebra, ibis"]
+    assert read(write_table(tmp_path, None, "p{k}.jpg,a lion {k}")).notes == []
