@@ -83,7 +83,7 @@ def summary(data) -> str:
         lines.append(f"bad rows: {len(data.bad_rows):,}, {share}: training stops here without --allow-bad-rows")
     else:
         lines.append(f"bad rows: {len(data.bad_rows):,} of {rows:,}, skipped")
-    return "\n".join(map(display_text, lines))
+    return "\n".join(display_text(line) for text in lines for line in text.split("\n"))  # describe() has several
 
 
 def tokenize_captions(data, text_encoder: str | None):

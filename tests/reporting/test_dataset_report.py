@@ -22,7 +22,7 @@ def test_report_prints_a_summary_and_plots_examples(tmp_path):
         "format: table with commas, captions.txt",
         "images: 30 in my photos",
         "captions: 61; per image at least 2, on average 2.0, at most 3",
-        "1 images have captions but no file and are skipped: missing.png",
+        "\n1 images have captions but no file and are skipped: missing.png\n",
         "line 63: expected 2 columns, found 1 in 'photo_03.png'",
         "bad rows: 1 of 62, skipped",
     ):
