@@ -152,12 +152,12 @@ def info_nce(
     image's target is proportional to them instead of uniform, see PairIds.caption_weights.
     """
     logits = at_least_float32(sim) / temperature
-    by_caption = _uniform_cross_entropy(logits.T, positives.T)
     if caption_weights is None:
-        return (_uniform_cross_entropy(logits, positives) + by_caption) / 2
+        return (_uniform_cross_entropy(logits, positives) + _uniform_cross_entropy(logits.T, positives.T)) / 2
     weights = positives * caption_weights.to(logits.dtype)
     positive_logit = (logits.masked_fill(~positives, 0) * weights).sum(1) / weights.sum(1)
-    return ((logits.logsumexp(1) - positive_logit).mean() + by_caption) / 2
+    by_image = (logits.logsumexp(1) - positive_logit).mean()
+    return (by_image + _uniform_cross_entropy(logits.T, positives.T)) / 2
 
 
 def _uniform_cross_entropy(logits: Tensor, positives: Tensor) -> Tensor:
