@@ -93,6 +93,10 @@ class CaptionData:
 
     def describe(self) -> str:
         """Return a summary for the terminal: source and sizes of the splits, and everything that is not used."""
+        return "\n".join(map(display_text, self.description_lines()))
+
+    def description_lines(self) -> list[str]:
+        """Return the lines of `describe` before control characters are escaped: a line may contain a file name."""
         counts = self.table.groupby("split").agg(images=("image", "nunique"), captions=("caption", "size"))
         sizes = [
             f"{s} {counts.images[s]:,} images / {counts.captions[s]:,} captions" for s in SPLITS if s in counts.index
@@ -120,7 +124,7 @@ class CaptionData:
         if self.bad_rows:
             lines.append(f"{len(self.bad_rows):,} rows could not be used:")
             lines += [f"  {display_text(message, MAX_ROW_MESSAGE)}" for message in self.bad_rows[:EXAMPLES]]
-        return "\n".join(map(display_text, lines))
+        return lines
 
 
 def open_dataset(

@@ -69,12 +69,14 @@ def summary(data) -> str:
 
     per_image = data.table.groupby("image").size()
     rows = len(data.table) + len(data.bad_rows)
+    split, *notes = data.description_lines()
     lines = [
         data.describe_format(),
         f"images: {len(per_image):,} in {data.image_root}",
         f"captions: {len(data.table):,}; per image at least {per_image.min()}, on average {per_image.mean():.1f}, "
         f"at most {per_image.max()}",
-        f"split: {data.describe()}",
+        f"split: {split}",
+        *notes,
     ]
     if not data.bad_rows:
         lines.append("bad rows: none")
@@ -83,7 +85,7 @@ def summary(data) -> str:
         lines.append(f"bad rows: {len(data.bad_rows):,}, {share}: training stops here without --allow-bad-rows")
     else:
         lines.append(f"bad rows: {len(data.bad_rows):,} of {rows:,}, skipped")
-    return "\n".join(display_text(line) for text in lines for line in text.split("\n"))  # describe() has several
+    return "\n".join(map(display_text, lines))
 
 
 def tokenize_captions(data, text_encoder: str | None):
