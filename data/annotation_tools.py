@@ -86,7 +86,7 @@ def resolve_uploads(records: CaptionRecords, files: Sequence[str]) -> None:
     `/data/upload/1/0a1b2c3d-photo.jpg` is photo.jpg, unless the folder contains the name with its prefix; two uploads
     of one name become bad rows. `/data/local-files/?d=folder/photo.jpg` is folder/photo.jpg.
     """
-    uploads = {image for image, _, _ in records.rows if _is_upload(image)}
+    uploads = {image for image in set(records.rows.columns[0]) if _is_upload(image)}
     if not uploads:
         return
     existing, same_name = {file.rpartition("/")[2] for file in files}, defaultdict(list)

@@ -42,6 +42,7 @@ CAPTION_FORMATS = {
     ".tsv": CaptionFormat(read_table, is_caption_table),
     ".token": CaptionFormat(read_table, is_caption_table),
 }
+CAPTION_SUFFIXES = tuple(CAPTION_FORMATS)
 FLICKR8K_LISTS = {"Flickr_8k.trainImages.txt": "train", "Flickr_8k.devImages.txt": "val"}
 FLICKR8K_LISTS |= {"Flickr_8k.testImages.txt": "test"}
 # Flickr8k's split lists, and the photos of Chinese-CLIP, which data/storage.py reads.
@@ -130,7 +131,8 @@ def _with_other_splits(path, folder, files):
 
 def _choose_caption_files(folder, files, columns, photos):
     """Return the caption files to read, and the first file of every other group that could be read instead."""
-    years = {year for file in files for year in re.findall(r"(?:train|val)(20\d\d)/", file)}
+    folders = {file.rpartition("/")[0] for file in files}
+    years = {year for folder in folders for year in re.findall(r"(?:train|val)(20\d\d)/", f"{folder}/")}
     ranked = sorted(_candidates(files), key=lambda group: _rank(group, years))
     matching = [group for group in ranked[:MAX_INSPECTED] if _has_captions(folder / group[0], columns, photos)]
     if len(matching) > 1 and columns == FIND_COLUMNS:  # of files alike in depth and name, one whose columns are clear
@@ -153,7 +155,9 @@ def _candidates(files):
         for file in files
         if _caption_format(file) and not NO_CAPTION_FILE.fullmatch(file) and not is_karpathy(file)
     ]
-    photos = {file.rpartition(".")[0] for file in files if IMAGE_NAME.fullmatch(file)}
+    # The photos that are called like a candidate, without suffix.
+    bases = set(map(_base, candidates))
+    photos = {file.rpartition(".")[0] for file in files if _base(file) in bases and IMAGE_NAME.fullmatch(file)}
     stems = {photo.rpartition("/")[2] for photo in photos}
     # Texts that are called like photos elsewhere are captions of one photo each, if their folder has several of them.
     alike = Counter(file.rpartition("/")[0] for file in candidates if _base(file) in stems)
@@ -200,6 +204,8 @@ def _is_coco(files):
 
 
 def _caption_format(file):
+    if not file.lower().endswith(CAPTION_SUFFIXES):  # quickly: there are as many files as photos
+        return None
     return CAPTION_FORMATS.get(os.path.splitext(file)[1].lower())
 
 
@@ -207,8 +213,8 @@ def _read(folder, file, files, columns, photos):
     """Read one caption file; make its images relative to `folder` and add the split in its path."""
     captions, own = _caption_format(file).read(folder / file, columns, photos), file.rpartition("/")[0]
     resolve_uploads(captions, files)
-    has_photos = any(other.startswith(f"{own}/") and IMAGE_NAME.fullmatch(other) for other in files)
-    prefix, path_split = (f"{own}/" if own and has_photos else ""), split_in_path(file)
+    has_photos = own and any(other.startswith(f"{own}/") and IMAGE_NAME.fullmatch(other) for other in files)
+    prefix, path_split = (f"{own}/" if has_photos else ""), split_in_path(file)
     suffix, table = "", CHINESE_CLIP_TEXTS.fullmatch(file)
     if table and any(other.startswith(f"{table[1]}_imgs.tsv") for other in files):
         prefix, suffix = f"{table[1]}_imgs.tsv/", ".jpg"

@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -16,6 +16,8 @@ from data.records import IMAGE_NAME
 from data.storage import file_stamp, is_file, read_bytes
 
 SAMPLE_BYTES = 1024  # from the middle of a photo; they differ for nearly all photos of the same size
+OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+HAS_PREAD = hasattr(os, "pread")  # not on Windows
 COCO_PREFIX = re.compile(r"COCO_(?:train|val|test)2014_")  # in 2014 only; 2017 has the same photos without the prefix
 
 
@@ -28,10 +30,13 @@ def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tup
     the same number (42 and 000000042.jpg); decoded as part of an address (my%20photo.jpg) it is one of these.
     """
     existing, index = set(files), _FileIndex(files)
+    unique = _unique_names(files)
     found, ambiguous = {}, []
     for name in names:
         if name in existing or (_is_outside(name) and is_file(folder / name)):
             found[name] = name
+        elif file := unique.get(name.rpartition("/")[2]):
+            found[name] = file
         elif candidates := index.candidates(name) or index.candidates(_unquote(name)):
             if len(candidates) == 1 or _are_probably_identical(folder, candidates):
                 found[name] = candidates[0]
@@ -40,16 +45,39 @@ def match_files(names: Sequence[str], files: Sequence[str], folder: Path) -> tup
     return found, ambiguous
 
 
+def _unique_names(files):
+    """Return {file name without its folders: file} for the names that only one file has."""
+    unique, several = {}, set()
+    for file in files:
+        base = file.rpartition("/")[2]
+        if unique.setdefault(base, file) is not file:
+            several.add(base)
+    for base in several:
+        del unique[base]
+    return unique
+
+
 def base_name(name: str) -> str:
     """Return a file's name without its folders and without the prefix of COCO 2014, which COCO 2017 lacks."""
-    return COCO_PREFIX.sub("", name.rpartition("/")[2])
+    base = name.rpartition("/")[2]
+    return COCO_PREFIX.sub("", base) if "COCO_" in base else base
 
 
-def find_duplicates(paths: Iterable[str]) -> dict[str, str]:
-    """Return {photo: first photo with the same bytes}. Reads only a few bytes of most photos."""
-    groups = [list(paths)]
-    for key in (_size, _middle, _digest):
-        groups = [subgroup for group in groups for subgroup in _group_by(group, key)]
+def find_duplicates(paths: Iterable[str], sizes: Iterable[int] | None = None) -> dict[str, str]:
+    """Return {photo: first photo with the same bytes}. Reads only a few bytes of most photos.
+
+    sizes: of the photos, in bytes; -1 if it is not known.
+    """
+    by_size = defaultdict(list)
+    for path, size in zip(paths, repeat(-1) if sizes is None else sizes, strict=sizes is not None):
+        try:
+            by_size[size if size >= 0 else _size(path)].append(path)
+        except OSError:  # an unreadable photo is reported when it is decoded
+            continue
+    by_middle = [
+        subgroup for size, group in by_size.items() if len(group) > 1 for subgroup in _group_by(group, _middle, size)
+    ]
+    groups = [same for group in by_middle for same in _group_by(group, _digest)]
     return {duplicate: group[0] for group in groups for duplicate in group[1:]}
 
 
@@ -114,11 +142,13 @@ class _FileIndex:
 
 
 def _fold(base):
-    return unicodedata.normalize("NFC", base_name(base)).casefold()
+    base = base_name(base)
+    return base.lower() if base.isascii() else unicodedata.normalize("NFC", base).casefold()
 
 
 def _stem(base):
-    base = re.sub(r"\.\d+$", "", base)  # photo.jpg.1 is photo.jpg
+    if base[-1:].isdigit() or base.endswith("\n"):
+        base = re.sub(r"\.\d+$", "", base)  # photo.jpg.1 is photo.jpg
     return base.rpartition(".")[0] if IMAGE_NAME.fullmatch(base) else base
 
 
@@ -153,18 +183,22 @@ def _are_probably_identical(folder, files):
     """Return whether files agree in their size and in the bytes in the middle."""
     paths = [os.path.join(folder, file) for file in files]
     try:
-        return len({(_size(path), _middle(path)) for path in paths}) == 1
+        return len({(size := _size(path), _middle(path, size)) for path in paths}) == 1
     except OSError:
         return False
 
 
-def _group_by(paths, key):
-    """Return the groups of two or more paths with the same key."""
-    groups = defaultdict(list)
+def _group_by(paths, key, *arguments):
+    """Return the groups of two or more paths with the same key; nearly every path is the only one with its key."""
+    first_of, groups = {}, {}
     for path in paths:
-        with suppress(OSError):  # an unreadable photo is reported when it is decoded
-            groups[key(path)].append(path)
-    return [group for group in groups.values() if len(group) > 1]
+        try:
+            first = first_of.setdefault(key(path, *arguments), path)
+        except OSError:
+            continue
+        if first is not path:
+            groups.setdefault(first, [first]).append(path)
+    return [groups[first] for first in first_of.values() if first in groups] if groups else []
 
 
 def _size(path):
@@ -176,15 +210,18 @@ def _size(path):
         return stamp[0]
 
 
-def _middle(path):
+def _middle(path, size):
     # File descriptors are faster than Python's file objects: of 100,000 photos, more than half share their size.
     try:
-        file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
+        file = os.open(path, OPEN_FLAGS)
     except NotADirectoryError:  # an archive's member
         content = read_bytes(path)
         return content[max(0, len(content) // 2 - SAMPLE_BYTES // 2) :][:SAMPLE_BYTES]
     try:
-        os.lseek(file, max(0, os.fstat(file).st_size // 2 - SAMPLE_BYTES // 2), os.SEEK_SET)
+        start = max(0, size // 2 - SAMPLE_BYTES // 2)
+        if HAS_PREAD:
+            return os.pread(file, SAMPLE_BYTES, start)
+        os.lseek(file, start, os.SEEK_SET)
         return os.read(file, SAMPLE_BYTES)
     finally:
         os.close(file)

@@ -101,7 +101,7 @@ def is_json_captions(path: Path) -> bool:
 
 def is_karpathy(file: str) -> bool:
     """Return whether a file has the name of one of Karpathy's split files."""
-    return KARPATHY_FILE.fullmatch(file.rpartition("/")[2]) is not None
+    return file.endswith(".json") and KARPATHY_FILE.fullmatch(file.rpartition("/")[2]) is not None
 
 
 class JsonReader:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from data.format_detection import Layout, has_published_split, read_layout
 from data.image_lookup import find_duplicates, match_files
 from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, gc_paused
 from data.splits import RANDOM_SPLIT, SPLITS, assign_split, has_own_split, keep_duplicates_together
-from data.storage import is_folder, list_files
+from data.storage import is_folder, list_files, listings_kept, stat_files
 from data.table_cache import TableCache
 from runtime.run_dir import read_launches
 from runtime.text import EXAMPLES, display_text, format_examples
@@ -146,7 +147,7 @@ def open_dataset(
     """
     set_index_folder(cache_dir)
     source = find_source(dataset, data_dir, cache_dir)
-    with gc_paused():
+    with gc_paused(), listings_kept():
         cache = TableCache(cache_dir, source.path, (split_seed, allow_bad_rows, *columns, split, needed))
         if _can_be_cached(dataset, source) and (cached := cache.load()):
             return _from_cache(dataset, *cached)
@@ -173,8 +174,9 @@ def _from_cache(dataset, table, other):
 
 def _open(dataset, layout, split_seed, allow_bad_rows, how, needed):
     _check(layout.captions, layout.folder, allow_bad_rows)
-    images, captions, caption_splits = zip(*layout.captions.rows, strict=True)
+    images, captions, caption_splits = layout.captions.rows.pop_columns()
     caption_image_ids, names = pd.factorize(np.array(images, dtype=object))
+    del images
     found, ambiguous = match_files(names, layout.files, layout.folder)
     if not found:
         raise FileNotFoundError(
@@ -191,11 +193,12 @@ def _open(dataset, layout, split_seed, allow_bad_rows, how, needed):
         for name in names
         if name not in found and split_of_name.get(name) and (needed is None or split_of_name[name] == needed)
     )
-    duplicate_of = _find_duplicate_files(layout.folder, found)
+    duplicate_of = _find_duplicate_files(layout, found)
     split_of_file, excluded = keep_duplicates_together(split_of_name, found, duplicate_of, split_source)
     table = _build_table(names, caption_image_ids, captions, found, split_of_file)
     wanted = SPLITS if needed is None else (needed,)
-    empty = [split for split in wanted if not (table.split == split).any()]
+    present = set(table.split.unique())
+    empty = [split for split in wanted if split not in present]
     records = layout.captions
     if empty:
         raise ValueError(
@@ -243,7 +246,8 @@ def _build_table(names, caption_image_ids, captions, found, split_of_file):
         "split": splits[caption_image_ids],
     }
     table = pd.DataFrame(columns, dtype=object)
-    return table[table.image.notna()]
+    has_file = table.image.notna()
+    return table if has_file.all() else table[has_file]
 
 
 def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: str = "cache") -> pd.DataFrame:
@@ -258,7 +262,8 @@ def read_captions(path: str | Path, *, allow_bad_rows: bool = False, cache_dir: 
         raise FileNotFoundError(f"no such caption file or folder: {path}")
     captions = _read(Source(path), cache_dir, FIND_COLUMNS).captions
     _check(captions, path, allow_bad_rows)
-    return pd.DataFrame([row[:2] for row in captions.rows], columns=["image", "caption"])
+    images, texts, _ = captions.rows.columns
+    return pd.DataFrame({"image": images, "caption": texts})
 
 
 def _read_with_split(dataset, source, cache_dir, columns, how) -> Layout:
@@ -333,17 +338,25 @@ def _merge_caption_splits(caption_image_ids, names, caption_splits):
 
     If the captions of an image disagree, the last of train, val and test is used.
     """
+    if not any(caption_splits):
+        return {}
     order = {None: -1} | {split: index for index, split in enumerate(SPLITS)}
     last = np.full(len(names), -1)
     np.maximum.at(last, caption_image_ids, [order[split] for split in caption_splits])
     return {name: SPLITS[index] for name, index in zip(names, last, strict=True) if index >= 0}
 
 
-def _find_duplicate_files(folder, found):
-    """Return {photo: first photo with the same bytes}, both relative to `folder`."""
-    files = dict.fromkeys(found[name] for name in sorted(found))
-    paths = {os.path.join(folder, file): file for file in files}
-    return {paths[duplicate]: paths[first] for duplicate, first in find_duplicates(paths).items()}
+def _find_duplicate_files(layout, found):
+    """Return {photo: first photo with the same bytes}, both relative to the folder."""
+    files, sizes = dict.fromkeys(found[name] for name in sorted(found)), None
+    if 2 * len(files) > len(layout.files):  # else most of the files are not asked for
+        stats = stat_files(layout.folder)
+        size_of = dict(zip(stats.files, stats.sizes, strict=True))
+        sizes = [size_of.get(file, -1) for file in files]
+    root = os.path.join(layout.folder, "")
+    is_outside = re.compile(r"/|.:", re.DOTALL).match  # an absolute path; os.path.join takes a second for 700,000 files
+    paths = {os.path.join(root, file) if is_outside(file) else root + file: file for file in files}
+    return {paths[duplicate]: paths[first] for duplicate, first in find_duplicates(paths, sizes).items()}
 
 
 def open_data(config: Config, data_dir: Path | None = None, *, needed: str | None = None) -> CaptionData:

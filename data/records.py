@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data.caption_rows import CaptionRows
+
 # Readers import these from here.
 from data.column_names import FIND_COLUMNS, SPLIT_WORDS, ColumnNames, match_columns, parse_split  # noqa: F401
-from data.text_encoding import decode_head, decode_text, read_text  # noqa: F401
+from data.text_encoding import decode_head, decode_text, read_lines, read_text  # noqa: F401
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 IMAGE_SUFFIXES += (".heic", ".heif")  # with the library pillow-heif only: see data/storage.py
@@ -30,10 +32,15 @@ class CaptionRecords:
 
     format: str  # shown in the terminal
     files: list[Path]
-    rows: list[tuple[str, str, str | None]] = field(default_factory=list)
+    rows: CaptionRows = field(default_factory=CaptionRows)  # a list that is assigned becomes one
     bad_rows: list[str] = field(default_factory=list)  # messages: file, line, expected, found, how to fix it
     notes: list[str] = field(default_factory=list)  # lines for the terminal: columns, encoding, what was ignored
     classes: dict[str, str] = field(default_factory=dict)  # image -> class name, of class folders
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "rows" and not isinstance(value, CaptionRows):
+            value = CaptionRows(value)
+        super().__setattr__(name, value)
 
     def add(self, image: str, captions: list[str], split: str | None, location: str, number: int, fix: str) -> None:
         """Add the captions of an image, or an error message at `location` and `number` that ends with `fix`."""
@@ -49,8 +56,9 @@ class CaptionRecords:
             missing = "caption" if image else "file name"
             error = f"expected a file name and a caption, found an empty {missing}; {fix}"
             self.bad_rows.append(f"{location}{number}: {error}")
-        if self.rows and self.rows[-1][0] == image:
-            image = self.rows[-1][0]  # one string for all captions of an image: millions of rows share it
+        images = self.rows.columns[0]
+        if images and images[-1] == image:
+            image = images[-1]  # one string for all captions of an image: millions of rows share it
         for caption in captions if image else ():
             text = caption.strip()
             if not text:

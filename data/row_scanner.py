@@ -4,6 +4,8 @@ import csv
 import re
 from collections.abc import Callable, Iterator
 
+from data.text_lines import TextLines
+
 NO_QUOTES = "|"  # tables with pipes do not use quotes
 MAX_CELL = 2**31 - 1  # characters; the csv module's own limit is 131,072
 
@@ -20,12 +22,10 @@ class RowScanner:
     """Iterate over the rows of a table. A quoted cell may span any number of lines; an unclosed quote loses its line.
 
     is_row: whether the cells of a line are those of a whole row; such a line within quotes shows that the closing quote
-    is missing. release: empty the lines that were read, to free their memory. `unclosed` contains (line number, text)
-    of the lines with an unclosed quote.
+    is missing. `unclosed` contains (line number, text) of the lines with an unclosed quote.
     """
 
-    def __init__(self, lines: list[str], delimiter: str, is_row: Callable[[list[str]], bool], *, release: bool = False):
-        self.release = release
+    def __init__(self, lines: TextLines, delimiter: str, is_row: Callable[[list[str]], bool]):
         self.lines, self.delimiter, self.is_row = lines, delimiter, is_row
         self.unclosed = []
         self._no_quote_before = 0  # the lines up to here were searched: a quote that opens in them is not closed
@@ -34,21 +34,22 @@ class RowScanner:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         """Yield (line number, text) of each row that is not blank."""
-        start = 0
+        start, quoted = 0, self.delimiter != NO_QUOTES
         while start < len(self.lines):
-            row, n_lines = self.lines[start], 1
-            if row.count('"') % 2 and self.delimiter != NO_QUOTES and self._ends_in_quotes(row, False):
-                n_lines = self._find_end(start) - start
-                if n_lines > 0:
-                    row = "\n".join(self.lines[start : start + n_lines])
-                else:
-                    self.unclosed.append((start + 1, row))
-                    row, n_lines = "", 1
-            if row and not row.isspace():
-                yield start + 1, row
-            if self.release:
-                self.lines[start : start + n_lines] = [""] * n_lines
-            start += n_lines
+            first, block = self.lines.block(start)
+            for k in range(start - first, len(block)):
+                number, row = first + k + 1, block[k]
+                if quoted and '"' in row and row.count('"') % 2 and self._ends_in_quotes(row, False):
+                    end = self._find_end(number - 1)
+                    if end > 0:
+                        yield number, "\n".join([self.lines[index] for index in range(number - 1, end)])
+                        start = end
+                        break
+                    self.unclosed.append((number, row))
+                elif row and not row.isspace():
+                    yield number, row
+            else:
+                start = first + len(block)
 
     def _find_end(self, start):
         """Return the index after the last line of the row in lines[start], or -1 if its quote is not closed."""

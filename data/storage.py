@@ -12,9 +12,13 @@ import io
 import os
 import stat
 import sys
+from array import array
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from operator import attrgetter
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from data import archives
 from data.file_patterns import expand_pattern, pattern_root
@@ -24,6 +28,25 @@ MAX_DEPTH = 64  # levels of folders that are listed
 HEIF_SUFFIXES = (".heic", ".heif")
 NOT_INSIDE = (errno.ENOENT, errno.ENOTDIR)  # what opening the path of an archive's member raises
 _printed: set[str] = set()
+_kept: ContextVar[dict | None] = ContextVar("kept listings", default=None)
+
+
+class FileStats(NamedTuple):
+    """The files below a folder, with sizes in bytes and modification times in ns; -1 for an archive's member."""
+
+    files: list[str]
+    sizes: array
+    times: array
+
+
+@contextmanager
+def listings_kept() -> Iterator[None]:
+    """List each folder once: inside, `list_files` and `stat_files` return what they found the first time."""
+    token = _kept.set({})
+    try:
+        yield
+    finally:
+        _kept.reset(token)
 
 
 def open_binary(path: str | Path) -> BinaryIO:
@@ -110,7 +133,37 @@ def list_files(folder: str | Path) -> list[str]:
     a pattern such as shards/{000..003}.tar, whose paths are relative to `data_root`. What cannot be listed is named
     on stderr. Raises ValueError for a damaged archive.
     """
-    return sorted(path for path, _ in list_entries(folder))
+    return _keep("files", folder, lambda: sorted(path for path, _ in list_entries(folder))).copy()
+
+
+def stat_files(folder: str | Path) -> FileStats:
+    """Return the files of `list_files` with their sizes and times. Do not change them: inside `listings_kept` others
+    use them too."""
+    return _keep("stats", folder, lambda: _stat_files(folder))
+
+
+def _stat_files(folder):
+    files, root, stat = list_files(folder), f"{os.fspath(data_root(folder))}{os.sep}", os.stat
+    sizes, times = array("q"), array("q")
+    for file in files:
+        try:
+            found = stat(root + file)
+            sizes.append(found.st_size)
+            times.append(found.st_mtime_ns)
+        except (OSError, ValueError):
+            sizes.append(-1)
+            times.append(-1)
+    return FileStats(files, sizes, times)
+
+
+def _keep(kind, folder, make):
+    kept = _kept.get()
+    if kept is None:
+        return make()
+    key = kind, os.path.realpath(folder)
+    if key not in kept:
+        kept[key] = make()
+    return kept[key]
 
 
 def list_entries(folder: str | Path) -> list[tuple[str, os.DirEntry | None]]:
@@ -137,7 +190,8 @@ def list_entries(folder: str | Path) -> list[tuple[str, os.DirEntry | None]]:
     if skipped:
         report(f"{folder}: {len(skipped):,} entries are skipped: {format_examples(skipped)}")
     inside = _without_heif(folder, [entry for name in read for entry in _members(root, name)])
-    return [entry for entry in found if entry[0] not in set(read)] + inside
+    read = set(read)
+    return ([entry for entry in found if entry[0] not in read] if read else found) + inside
 
 
 def data_root(path: str | Path) -> Path:
@@ -179,7 +233,7 @@ def _walk(folder: str, skipped: list[str]) -> Iterator[tuple[str, os.DirEntry]]:
                 if (found.st_dev, found.st_ino) in visited:
                     continue
                 visited.add((found.st_dev, found.st_ino))
-                entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+                entries = sorted(os.scandir(path), key=attrgetter("name"))
             except OSError as error:
                 skipped.append(f"{prefix or path} ({error.strerror})")
                 continue

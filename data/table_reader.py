@@ -4,10 +4,12 @@ import ast
 import csv
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from data.column_names import is_split_word, resolve_splits
@@ -17,15 +19,17 @@ from data.records import (
     FIND_COLUMNS,
     IMAGE_NAME,
     IMAGE_SUFFIX_PATTERN,
+    MAX_NAME_BYTES,
     UNDECODED,
     CaptionRecords,
     ColumnNames,
     decode_head,
     match_columns,
-    read_text,
+    read_lines,
     shorten,
 )
-from data.row_scanner import RowScanner, split_cells
+from data.row_scanner import NO_QUOTES, RowScanner, split_cells
+from data.text_lines import TextLines
 from runtime.text import format_examples
 
 DELIMITERS = {",": "commas", "\t": "tabs", "|": "pipes", ";": "semicolons"}
@@ -37,6 +41,7 @@ NUMBER_AND_CAPTION = re.compile(r"\s*\d+\s+(\S.*)")  # in one row of Flickr30k, 
 WEAK_IMAGE_COLUMNS = ("name", "path", "file", "id")  # in many tables that are not about photos
 NO_PLAIN_TEXT = ("", " ", "\t", "\n", "[", "{")  # first character of a cell that is blank or a list, perhaps
 MAX_COLUMNS = 1000
+MAX_PLAIN_NAME = MAX_NAME_BYTES // 4  # characters; a longer name may have too many bytes
 SAMPLE_LINES = 200  # by which the format is detected
 
 
@@ -60,10 +65,8 @@ def read_table(path: Path, names: ColumnNames = FIND_COLUMNS, photos: Container[
     photos: what `in` tells whether a cell names an existing photo without its suffix. Raises ValueError if the file as
     a whole is no caption table, or can be read in two ways; rows that cannot be used are in `bad_rows`.
     """
-    text, encoding_note = read_text(path)
-    lines = text.split("\n")
-    del text
-    sample = [line for line in lines[: 10 * SAMPLE_LINES] if line and not line.isspace()][:SAMPLE_LINES]
+    lines, encoding_note = read_lines(path)
+    sample = [line for line in islice(lines, 10 * SAMPLE_LINES) if line and not line.isspace()][:SAMPLE_LINES]
     if not sample:
         raise ValueError(f"{path}, line 1: expected captions, found no line; add lines such as photo.jpg,a dog in snow")
     captions = _read(path, lines, sample, names, photos)
@@ -150,7 +153,7 @@ def find_columns(sample: list[str], names: ColumnNames = FIND_COLUMNS, photos: C
 
 def _sample_rows(sample, delimiter):
     """Return the cells of the first rows; a row that goes on in the next line is left out."""
-    scanner = RowScanner(sample, delimiter, lambda cells: len(cells) > 1)
+    scanner = RowScanner(TextLines("\n".join(sample)), delimiter, lambda cells: len(cells) > 1)
     with suppress(csv.Error):
         rows = [split_cells(row, delimiter)[: MAX_COLUMNS + 1] for _, row in scanner] or [[]]
         return [row for row in rows if len(row) > 1] if len(rows[0]) <= MAX_COLUMNS else []
@@ -201,12 +204,14 @@ def _read_columns(path, lines, columns, photos):
     table_format = f"table with {DELIMITERS[columns.delimiter]}"
     captions = CaptionRecords(table_format + ("" if columns.has_header else ", no header"), [path])
     location, words = f"{path}, line ", Counter()
-    scanner = RowScanner(lines, columns.delimiter, lambda cells: _names_image(cells, columns, photos), release=True)
+    scanner = RowScanner(lines, columns.delimiter, lambda cells: _names_image(cells, columns, photos))
     delimiter, width = columns.delimiter, columns.width
     first_caption, is_single = columns.captions[0], len(columns.captions) == 1
     rows = iter(scanner)
     if columns.has_header:
         next(rows, None)
+    if is_single and not lines.contains("\0"):
+        rows = _add_plain_rows(rows, captions, columns, words)
     for number, row in rows:
         try:
             cells = split_cells(row, delimiter)
@@ -227,7 +232,7 @@ def _read_columns(path, lines, columns, photos):
         split = None
         if columns.split is not None:
             split = cells[columns.split].strip() if columns.split < len(cells) else ""
-            words[split] += 1
+            split = _count(words, split)
         captions.add(cells[columns.image], texts, split, location, number, "fill it in or delete the row")
     for number, row in scanner.unclosed:
         captions.bad_rows.append(
@@ -238,6 +243,39 @@ def _read_columns(path, lines, columns, photos):
     if columns.split is not None:
         _name_splits(captions, words, columns, path)
     return captions
+
+
+def _add_plain_rows(rows, captions, columns, words):
+    """Add the rows without anything that `CaptionRecords.add` would change or refuse; yield the others.
+
+    Of millions of rows, nearly all are plain: one cell per column, no quotes, a caption that is no list. The caller
+    adds each row that is yielded before it takes the next one, so the order of the rows is kept.
+    """
+    delimiter, width, image_at, split_at = columns.delimiter, columns.width, columns.image, columns.split
+    (caption_at,), quoted = columns.captions, columns.delimiter != NO_QUOTES
+    add_image, add_text, add_split = (column.append for column in captions.rows.columns)
+    last_cell = image = split = None
+    for number, row in rows:
+        if not (quoted and '"' in row) and (row.isascii() or UNDECODED.search(row) is None):
+            cells = row.split(delimiter)
+            if len(cells) == width:
+                cell, text = cells[image_at], cells[caption_at]
+                if cell != last_cell:  # one string for all captions of an image
+                    last_cell, image = cell, cell.strip().replace("\\", "/")
+                if image and len(image) <= MAX_PLAIN_NAME and text[:1] not in NO_PLAIN_TEXT and (text := text.strip()):
+                    if split_at is not None:
+                        split = _count(words, cells[split_at].strip())
+                    add_image(image)
+                    add_text(text)
+                    add_split(split)
+                    continue
+        yield number, row
+
+
+def _count(words, split):
+    """Count the word of a split column and return it; equal words of millions of rows become one string."""
+    words[split] += 1
+    return sys.intern(split)
 
 
 def _names_image(cells, columns, photos):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.storage import read_bytes
+from data.text_lines import BLOCK, TextLines
 
 HEAD_BYTES = 2**16  # from the start of a file; enough to recognise a caption format
 CHECKED_BYTES = 2**22  # from the start of a file; they must be valid in an encoding that is inferred
@@ -70,6 +71,18 @@ def read_text(path: Path, limit: int | None = None) -> Decoded:
         note = f"{path.name} is not UTF-8: read as {ENCODINGS[encoding][0]}; if captions look wrong, save it as UTF-8"
     text = text.removeprefix("\ufeff")
     return Decoded(text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text, note)
+
+
+def read_lines(path: Path) -> tuple[TextLines, str | None]:
+    """Return the lines of a text file and a line for the terminal; see `read_text`. UTF-8 is decoded block by block."""
+    data = read_bytes(path)
+    if _unicode_encoding(data) or not _is_utf8_in_blocks(data):
+        del data
+        text, note = read_text(path)
+        return TextLines(text), note
+    if b"\r" in data:
+        data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return TextLines(data.removeprefix(codecs.BOM_UTF8)), None
 
 
 def read_texts(paths: Sequence[str], limit: int) -> tuple[list[str], str | None]:
@@ -144,6 +157,17 @@ def _unicode_encoding(data):
     if max(zeros) >= 4 and max(zeros) >= len(head) / 20 and min(zeros) <= max(zeros) / 20:
         return "utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"
     return None
+
+
+def _is_utf8_in_blocks(data):
+    """Return whether a file is valid UTF-8, without decoding all of it at once."""
+    start = 0
+    while not data.isascii() and start < len(data):
+        end = data.find(b"\n", start + BLOCK) + 1 or len(data)
+        if not _is_utf8(data[start:end]):
+            return False
+        start = end
+    return True
 
 
 def _is_utf8(line):

@@ -9,6 +9,7 @@ import pytest
 from helpers import write_image_folder
 
 import data.loading
+from data import storage
 from data.loading import CaptionData, open_dataset
 
 FIELDS = [field.name for field in dataclasses.fields(CaptionData) if field.init and field.name != "table"]
@@ -108,11 +109,11 @@ def test_file_that_changes_while_it_is_read_is_not_cached(photos, tmp_path, read
 @pytest.mark.parametrize("damage", [b"", b"no archive", None])
 def test_damaged_cache_is_made_again(photos, tmp_path, reads, damage, capsys):
     first = load(photos, tmp_path / "cache")
-    (file,) = (tmp_path / "cache" / "tables").glob("*.npz")
+    (file,) = (tmp_path / "cache" / "tables").glob("*.zip")
     file.write_bytes(file.read_bytes()[:-200] if damage is None else damage)
 
     assert_equal(first, load(photos, tmp_path / "cache"))
-    assert len(reads) == 2 and "damaged" in capsys.readouterr().out
+    assert len(reads) == 2 and capsys.readouterr().err.count("is damaged") == 1
     assert_equal(first, load(photos, tmp_path / "cache"))
     assert len(reads) == 2
 
@@ -121,3 +122,59 @@ def test_small_data_sets_are_not_cached(photos, tmp_path):
     load(photos, tmp_path / "cache")
 
     assert not (tmp_path / "cache" / "tables").exists()
+
+
+def test_damaged_captions_are_read_anew(photos, tmp_path, reads, capsys):
+    first = load(photos, tmp_path / "cache")
+    (file,) = (tmp_path / "cache" / "tables").glob("*.zip")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"\0", content.index(b"captions/0")) - 1] ^= 1  # one character of a caption
+    file.write_bytes(content)
+
+    assert_equal(first, load(photos, tmp_path / "cache"))
+    assert len(reads) == 2 and capsys.readouterr().err.count("is damaged") == 1
+
+
+def test_another_version_of_the_program_reads_anew(photos, tmp_path, reads, monkeypatch):
+    first = load(photos, tmp_path / "cache")
+    source = tmp_path / "version" / "table_cache.py"
+    source.parent.mkdir()
+    source.write_text("# changed")
+    monkeypatch.setattr("data.table_cache.__file__", str(source))
+
+    assert_equal(first, load(photos, tmp_path / "cache"))
+    assert len(reads) == 2
+
+
+def test_changed_archive_is_read_anew(photos, tmp_path, reads):
+    def pack(caption):
+        (photos / "captions.txt").write_text(f"image,caption\n{caption}")
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for path in photos.rglob("*.*"):
+                archive.write(path, path.relative_to(photos))
+
+    rows = "".join(f"photo_{k:02}.png,sea number {k}\n" for k in range(12))
+    for seconds, text in ((1e9, rows), (1e9 + 5, rows.replace("sea", "ash"))):  # the same size
+        pack(text)
+        os.utime(tmp_path / "photos.zip", (seconds, seconds))
+        found = load(tmp_path / "photos.zip", tmp_path / "cache")
+    assert len(reads) == 2 and found.table.caption.str.startswith("ash").all()
+
+
+def test_cache_that_cannot_be_written_is_no_error(photos, tmp_path, reads, capsys):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "tables").write_text("a file where the folder should be")
+
+    assert_equal(load(photos, tmp_path / "cache"), load(photos, tmp_path / "other"))
+    assert "was not cached" in capsys.readouterr().out
+
+
+def test_folder_is_listed_and_each_file_inspected_once(photos, tmp_path, reads, monkeypatch):
+    listed, original = [], storage.list_entries
+    monkeypatch.setattr(storage, "list_entries", lambda folder: listed.append(folder) or original(folder))
+    inspected, inspect = [], storage._stat_files
+    monkeypatch.setattr(storage, "_stat_files", lambda folder: inspected.append(folder) or inspect(folder))
+    for count in (1, 2):
+        load(photos, tmp_path / "cache")
+        assert len(listed) == len(inspected) == count
+    assert len(reads) == 1 and len(storage.list_files(photos)) == 13 and len(listed) == 3
