@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from data.caption_rows import CaptionRows
 from data.records import CaptionRecords, match_columns
 from runtime.text import format_examples
 
@@ -100,7 +101,9 @@ def resolve_uploads(records: CaptionRecords, files: Sequence[str]) -> None:
                 f"{records.files[0]}: expected one photo called {name}, found the uploads {format_examples(images)}; "
                 "export the photos with the captions, or rename one of them"
             )
-    records.rows = [(names.get(image, image), *rest) for image, *rest in records.rows if image not in unclear]
+    records.rows = CaptionRows(
+        (names.get(image, image), *rest) for image, *rest in records.rows if image not in unclear
+    )
     records.notes.append(f"Label Studio's addresses of {len(uploads):,} photos are read as file names")
 
 

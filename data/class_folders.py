@@ -41,11 +41,11 @@ def read_class_folders(folder: Path, files: Sequence[str]) -> CaptionRecords:
     )
     records = CaptionRecords(f"{len(classes.labels):,} class folders", [folder], notes=[note, *classes.notes])
     records.classes = classes.class_of
-    records.rows = [
+    records.rows.extend(
         (photo, caption, classes.split_of.get(photo))
         for photo, label in classes.class_of.items()
         for caption in captions[label]
-    ]
+    )
     return records
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from data.aligned_files import read_aligned
 from data.annotation_tools import resolve_uploads
+from data.caption_rows import CaptionRows
 from data.class_folders import read_class_folders
 from data.image_lookup import PhotoNames
 from data.json_reader import is_json_captions, is_karpathy, read_json
@@ -220,10 +221,10 @@ def _read(folder, file, files, columns, photos):
         prefix, suffix = f"{table[1]}_imgs.tsv/", ".jpg"
         captions.format = "Chinese-CLIP (photos in *_imgs.tsv)"
     if prefix or path_split:
-        captions.rows = [
+        captions.rows = CaptionRows(
             (image if image.startswith("/") else prefix + image + suffix, text, row_split or path_split)
             for image, text, row_split in captions.rows
-        ]
+        )
     return captions
 
 

@@ -5,6 +5,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from data.caption_rows import CaptionRows
 from data.column_names import NO_SPLIT, resolve_splits
 from data.format_detection import Layout
 from data.records import FIND_COLUMNS, IMAGE_SUFFIXES, CaptionRecords, ColumnNames, match_columns, parse_split
@@ -37,7 +38,9 @@ def read_hf_dataset(source: Path | str, cache_dir: str | Path, names: ColumnName
     files = sorted({image for image, _, _ in captions.rows})
     if files and all(map(os.path.isabs, files)):  # photos that are files already are used in place
         folder = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
-        captions.rows = [(os.path.relpath(row[0], folder).replace(os.sep, "/"), *row[1:]) for row in captions.rows]
+        captions.rows = CaptionRows(
+            (os.path.relpath(row[0], folder).replace(os.sep, "/"), *row[1:]) for row in captions.rows
+        )
         files = sorted({image for image, _, _ in captions.rows})
     return Layout(folder, captions, files, [], [])
 

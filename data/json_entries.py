@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from data.caption_rows import CaptionRows
 from data.column_names import LANGUAGES, caption_groups, parse_caption_name, resolve_splits
 from data.columns import cell_kind
 from data.records import IMAGE_NAME, CaptionRecords, ColumnNames, match_columns, shorten
@@ -101,10 +102,10 @@ class EntryReader:
                 self.records.add(*row)
         if self.split_words:
             splits = self._splits(path)
-            self.records.rows = [
+            self.records.rows = CaptionRows(
                 (image, text, splits[split] if isinstance(split, SplitWord) else split)
                 for image, text, split in self.records.rows
-            ]
+            )
         if self.n_unlabelled:
             self.records.notes.append(f"{path.name}: {self.n_unlabelled:,} texts name no photo and are not used")
         if ignored := [key for key in self.ignored_keys if key not in self.used_keys]:

@@ -19,6 +19,7 @@ IMAGE_SUFFIX_PATTERN = rf"(?:{'|'.join(map(re.escape, IMAGE_SUFFIXES))})"
 IMAGE_NAME_PATTERN = rf"[^\t|]*?{IMAGE_SUFFIX_PATTERN}(?:\.\d+)?"  # one name of Flickr8k ends in .jpg.1
 IMAGE_NAME = re.compile(IMAGE_NAME_PATTERN, re.IGNORECASE)
 MAX_NAME_BYTES = 4096  # of an image's name: the longest path that Linux accepts
+MAX_PLAIN_NAME = MAX_NAME_BYTES // 4  # characters; a longer name may have too many bytes
 UNDECODED = re.compile("[\udc80-\udcff]")
 
 
@@ -32,20 +33,15 @@ class CaptionRecords:
 
     format: str  # shown in the terminal
     files: list[Path]
-    rows: CaptionRows = field(default_factory=CaptionRows)  # a list that is assigned becomes one
+    rows: CaptionRows = field(default_factory=CaptionRows)
     bad_rows: list[str] = field(default_factory=list)  # messages: file, line, expected, found, how to fix it
     notes: list[str] = field(default_factory=list)  # lines for the terminal: columns, encoding, what was ignored
     classes: dict[str, str] = field(default_factory=dict)  # image -> class name, of class folders
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name == "rows" and not isinstance(value, CaptionRows):
-            value = CaptionRows(value)
-        super().__setattr__(name, value)
-
     def add(self, image: str, captions: list[str], split: str | None, location: str, number: int, fix: str) -> None:
         """Add the captions of an image, or an error message at `location` and `number` that ends with `fix`."""
         image = image.strip().replace("\\", "/")
-        if len(image) > MAX_NAME_BYTES // 4 and len(image.encode("utf-8", "replace")) > MAX_NAME_BYTES:
+        if len(image) > MAX_PLAIN_NAME and len(image.encode("utf-8", "replace")) > MAX_NAME_BYTES:
             error = f"expected a file name of at most {MAX_NAME_BYTES:,} bytes, found {shorten(image)}"
             self.bad_rows.append(f"{location}{number}: {error}; {fix}")
             return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from data.caption_rows import CaptionRows
 from data.column_names import is_split_word, resolve_splits
 from data.columns import ColumnChooser
 from data.json_entries import find_texts
@@ -19,7 +20,7 @@ from data.records import (
     FIND_COLUMNS,
     IMAGE_NAME,
     IMAGE_SUFFIX_PATTERN,
-    MAX_NAME_BYTES,
+    MAX_PLAIN_NAME,
     UNDECODED,
     CaptionRecords,
     ColumnNames,
@@ -41,7 +42,6 @@ NUMBER_AND_CAPTION = re.compile(r"\s*\d+\s+(\S.*)")  # in one row of Flickr30k, 
 WEAK_IMAGE_COLUMNS = ("name", "path", "file", "id")  # in many tables that are not about photos
 NO_PLAIN_TEXT = ("", " ", "\t", "\n", "[", "{")  # first character of a cell that is blank or a list, perhaps
 MAX_COLUMNS = 1000
-MAX_PLAIN_NAME = MAX_NAME_BYTES // 4  # characters; a longer name may have too many bytes
 SAMPLE_LINES = 200  # by which the format is detected
 
 
@@ -302,7 +302,7 @@ def _name_splits(captions, words, columns, path):
         captions.notes.append(f"{path.name}: {words['']:,} rows have no split in the column {columns.split_name}")
     if any(word != split for word, split in splits.items()) or words[""]:
         splits[""] = None
-        captions.rows = [(image, text, splits[word]) for image, text, word in captions.rows]
+        captions.rows = CaptionRows((image, text, splits[word]) for image, text, word in captions.rows)
 
 
 def _repair_cells(cells, columns):

@@ -58,8 +58,10 @@ def read_text(path: Path, limit: int | None = None) -> Decoded:
     """
     data = read_bytes(path, limit)
     is_head = limit is not None and len(data) == limit
-    if is_head:
-        data = data.rpartition(b"\n")[0] or data
+    return _decode_file(path, (data.rpartition(b"\n")[0] or data) if is_head else data, is_head)
+
+
+def _decode_file(path, data, is_head):
     text, encoding, other = _decode(data)
     if other is not None and not is_head:
         raise ValueError(
@@ -77,8 +79,7 @@ def read_lines(path: Path) -> tuple[TextLines, str | None]:
     """Return the lines of a text file and a line for the terminal; see `read_text`. UTF-8 is decoded block by block."""
     data = read_bytes(path)
     if _unicode_encoding(data) or not _is_utf8_in_blocks(data):
-        del data
-        text, note = read_text(path)
+        text, note = _decode_file(path, data, False)
         return TextLines(text), note
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -161,8 +162,10 @@ def _unicode_encoding(data):
 
 def _is_utf8_in_blocks(data):
     """Return whether a file is valid UTF-8, without decoding all of it at once."""
+    if data.isascii():
+        return True
     start = 0
-    while not data.isascii() and start < len(data):
+    while start < len(data):
         end = data.find(b"\n", start + BLOCK) + 1 or len(data)
         if not _is_utf8(data[start:end]):
             return False

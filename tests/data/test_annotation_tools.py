@@ -6,6 +6,7 @@ import json
 import pytest
 
 from data.annotation_tools import resolve_uploads
+from data.caption_rows import CaptionRows
 from data.format_detection import read_layout
 from data.records import CaptionRecords, ColumnNames
 
@@ -47,6 +48,6 @@ def test_csv_of_vgg_image_annotator_is_read(tmp_path):
     ],
 )
 def test_addresses_of_label_studio_become_file_names(address, name):
-    records = CaptionRecords("JSON list", [], rows=[(address, "a dog", None)])
+    records = CaptionRecords("JSON list", [], rows=CaptionRows([(address, "a dog", None)]))
     resolve_uploads(records, ["x/12345678-kept.jpg"])
     assert records.rows == [(name, "a dog", None)]
