@@ -60,7 +60,9 @@ def parse_flags() -> tuple[Config, Path | None]:
     if config.dataset not in NAMES and Path(config.dataset).expanduser().exists():
         config = replace(config, dataset=_absolute(config.dataset))
     if config.model is not None and Path(config.model).expanduser().is_dir():
-        config = replace(config, model=_absolute(config.model))
+        from models.hf_hub import dual_encoder_source
+
+        config = replace(config, model=_absolute(dual_encoder_source(config.model)))
     if config.data_dir is not None:
         config = replace(config, data_dir=_absolute(config.data_dir))
     if flags.resume is None:

@@ -11,6 +11,12 @@ import huggingface_hub
 
 HUB_TIMEOUT = 10  # seconds; the retries of huggingface_hub take most of a minute
 SHOWN_KEYS = 3
+OPENAI_NAMES = {  # names in OpenAI's clip package -> the same weights in the format of transformers
+    "ViT-B/32": "openai/clip-vit-base-patch32",
+    "ViT-B/16": "openai/clip-vit-base-patch16",
+    "ViT-L/14": "openai/clip-vit-large-patch14",
+    "ViT-L/14@336px": "openai/clip-vit-large-patch14-336",
+}
 
 
 def local_or_name(name: str) -> str:
@@ -24,6 +30,20 @@ def local_or_name(name: str) -> str:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise FileNotFoundError(f"no such folder or file of weights: {name}")
     return name
+
+
+def dual_encoder_source(name: str) -> str:
+    """Return what `local_or_name` returns, and for a name of OpenAI's clip package the same model's name on the hub.
+
+    Raises ValueError for such a name if a local folder has it too.
+    """
+    if (hub_name := OPENAI_NAMES.get(name)) is None:
+        return local_or_name(name)
+    if Path(name).is_dir():
+        raise ValueError(
+            f"--model {name} is a local folder and OpenAI's name of {hub_name}: pass ./{name} or {hub_name}"
+        )
+    return hub_name
 
 
 def offline_if_unreachable() -> None:

@@ -18,7 +18,14 @@ from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedToke
 
 from data.preprocess import Preprocess
 from data.tokenizer import load_tokenizer
-from models.hf_hub import loading_error, local_or_name, offline_for, offline_if_unreachable, require_weights
+from models.hf_hub import (
+    OPENAI_NAMES,
+    dual_encoder_source,
+    loading_error,
+    offline_for,
+    offline_if_unreachable,
+    require_weights,
+)
 from models.image_size import require_image_size
 from models.untrusted import check_folder, check_regular_files
 from modules import ImageEncoder, TextEncoder
@@ -104,11 +111,12 @@ class DualEncoderTextSide(nn.Module):
 def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEncoder:
     """Load a pretrained dual encoder from the hub, or from a local folder in the layout of the hub.
 
-    image_size None selects the size that it was trained at. Raises ValueError, FileNotFoundError or ConnectionError.
+    The names of OpenAI's clip package ("ViT-B/32") are known too. image_size None selects the size that it was trained
+    at. Raises ValueError, FileNotFoundError or ConnectionError.
     """
-    source = local_or_name(name)
+    source = dual_encoder_source(name)
     if not Path(source).is_dir():
-        if "/" not in name:
+        if "/" not in source:
             raise ValueError(
                 f"unknown dual encoder {name!r}: pass a local folder or OWNER/NAME on the hub{_suggestions(name)}"
             )
@@ -221,8 +229,12 @@ def _pooled_features(output):
 
 def _suggestions(name):
     """Return the known names similar to `name`, as text in parentheses; "" if there are none."""
+    if name in KNOWN_DUAL_ENCODERS or name in OPENAI_NAMES:
+        return ""
+    if similar := difflib.get_close_matches(name, OPENAI_NAMES, n=3, cutoff=0.75):
+        return f" (did you mean {', '.join(similar)}?)"
     word = name.lower().rpartition("/")[2]
-    if len(word) <= 3 or name in KNOWN_DUAL_ENCODERS:
+    if len(word) <= 3:
         return ""
     similarity = {
         known: difflib.SequenceMatcher(None, word, known.lower().rpartition("/")[2]).ratio()

@@ -271,9 +271,9 @@ def _onnx_fits(device, precision):
 
 def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
     """Return the Searcher of a pretrained dual encoder, given its folder or its name on the Hugging Face Hub."""
-    from models.hf_hub import local_or_name
+    from models.hf_hub import dual_encoder_source
 
-    cache_dir, source = Path(cache_dir or Config.cache_dir), local_or_name(name)
+    cache_dir, source = Path(cache_dir or Config.cache_dir), dual_encoder_source(name)
 
     def load():
         from retrieval.encoder import load_pretrained_encoder
@@ -286,8 +286,8 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
     loaded = load()  # only after the download is the hub's current revision known
     from huggingface_hub import try_to_load_from_cache
 
-    config_path = str(try_to_load_from_cache(name, "config.json"))  # .../snapshots/COMMIT/config.json
-    return Searcher(digest([name, Path(config_path).parent.name]), lambda: loaded, cache_dir=cache_dir)
+    config_path = str(try_to_load_from_cache(source, "config.json"))  # .../snapshots/COMMIT/config.json
+    return Searcher(digest([source, Path(config_path).parent.name]), lambda: loaded, cache_dir=cache_dir)
 
 
 def check_index(name: str) -> None:

@@ -86,6 +86,14 @@ def tiny_model(*, freeze_image=False, freeze_text=False, pooling="mean", dropout
     return model, tokenizer
 
 
+def write_hub_snapshot(cache, name, folder, commit="0123456789abcdef0123456789abcdef01234567"):
+    """Copy a folder into a local cache of the hub, in its layout, as repository `name`; return the snapshot."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return shutil.copytree(folder, repository / "snapshots" / commit)
+
+
 def open_data_of(config):
     """Open the data set of a Config."""
     from data.loading import open_data

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from helpers import one_line_error, open_data_of, run_in_process
+from helpers import one_line_error, open_data_of, run_in_process, write_hub_snapshot
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_dual_encoders import KINDS
@@ -156,11 +156,34 @@ def one_line(call, kind=ValueError):
         ("siglip2-base", "google/siglip2-base-patch16-224"),
         ("chinese-clip", "OFA-Sys/chinese-clip-vit-base-patch16"),
         ("clipp", "openai/clip-vit-base-patch32"),
+        ("ViT-B-32", "ViT-B/32"),
+        ("vit-l/14@336px", "ViT-L/14@336px"),
+        ("ViT-B/8", "ViT-B/32"),
     ],
 )
 def test_unknown_dual_encoder_is_an_error_with_similar_names(name, suggestion):
-    line = one_line(lambda: load_dual_encoder(name, image_size=None))
+    line = one_line(lambda: load_dual_encoder(name, image_size=None), OSError if "/" in name else ValueError)
     assert repr(name) in line and suggestion in line
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("ViT-B/32", "openai/clip-vit-base-patch32"), ("ViT-L/14@336px", "openai/clip-vit-large-patch14-336")],
+)
+def test_names_of_openai_load_the_weights_of_the_hub(dual_encoders, tmp_path, monkeypatch, alias, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    write_hub_snapshot(tmp_path / "hub", name, dual_encoders / "clip")
+
+    encoder, _ = load_encoder_of(alias)
+
+    expected = load_encoder_of(dual_encoders / "clip")[0].encode_captions(CAPTIONS, "")
+    assert torch.equal(encoder.encode_captions(CAPTIONS, ""), expected)
+    shutil.copytree(dual_encoders / "clip", tmp_path / alias)
+    line = one_line(lambda: load_encoder_of(alias))
+    assert f"./{alias}" in line and name in line
+    done = run_in_process("train.py", "--dataset", "sample", "--model", alias)
+    assert f"./{alias}" in one_line_error(done)
 
 
 def test_dual_encoder_that_is_not_cached_is_a_one_line_error(tmp_path, monkeypatch):
