@@ -16,7 +16,7 @@ from data.preprocess import Preprocess
 __all__ = ["HEADS", "POOLINGS", "CLIPModel", "ImageEncoder", "ProjectionHead", "TextEncoder", "Tower"]
 
 MAX_LOGIT_SCALE = 100.0  # CLIP's bound (arXiv 2103.00020, section 2.5): keeps training stable
-LENGTH_BUCKET, GPU_LENGTH_BUCKET = 64, 256  # captions of similar length per forward pass: less padding
+LENGTH_BUCKET = 64  # captions of similar length per forward pass on a CPU: less padding
 ATTENTIONS = ("sdpa", "eager")  # implementations of transformers whose masks are boolean or additive
 POSITION_EMBEDDINGS = ("position_embeddings", "position_embedding")  # names in the backbones of transformers
 GPO_POSITIONS, GPO_HIDDEN = 32, 32  # dimensions of GPO's position codes and its GRU, as in the authors' code
@@ -214,14 +214,18 @@ class TextEncoder(Tower):
         words = [module for name, module in tables if name.split(".")[-1] not in POSITION_EMBEDDINGS]
         return max((module.num_embeddings for module in words), default=None)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """Encode in buckets of similar length; on a GPU only with `lengths` (tokens per caption), to avoid a wait."""
-        size = GPU_LENGTH_BUCKET if input_ids.is_cuda else LENGTH_BUCKET
-        if len(input_ids) <= size or (input_ids.is_cuda and lengths is None):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, length_groups: Sequence | None = None) -> Tensor:
+        """Encode captions of similar length together, and return them in their order.
+
+        length_groups: (captions, tokens) of each group, longest first. Without it a CPU encodes LENGTH_BUCKET captions
+        at a time, and a GPU all of them: reading their lengths there would be a wait.
+        """
+        if length_groups is None and (len(input_ids) <= LENGTH_BUCKET or input_ids.is_cuda):
             return self._encode(input_ids, attention_mask)
         tokens, order = attention_mask.sum(1).sort(descending=True, stable=True)
-        longest = tokens[::size].tolist() if lengths is None else sorted(lengths, reverse=True)[::size]
-        buckets = zip(order.split(size), longest, strict=True)
+        longest = tokens[::LENGTH_BUCKET].tolist() if length_groups is None else [length for _, length in length_groups]
+        counts = LENGTH_BUCKET if length_groups is None else [captions for captions, _ in length_groups]
+        buckets = zip(order.split(counts), longest, strict=True)
         encoded = [self._encode(input_ids[rows, :length], attention_mask[rows, :length]) for rows, length in buckets]
         return torch.cat(encoded)[order.argsort()]
 
@@ -366,9 +370,9 @@ class CLIPModel(nn.Module):
         """(B, 3, H, W) pixels -> (B, D) unit rows, float32."""
         return self.project_image(self.image_encoder(images))
 
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
-        """(M, L) token ids and mask -> (M, D) unit rows, float32."""
-        return self.project_text(self.text_encoder(input_ids, attention_mask, lengths))
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, length_groups: Sequence | None = None) -> Tensor:
+        """(M, L) token ids and mask -> (M, D) unit rows, float32; length_groups as in TextEncoder.forward."""
+        return self.project_text(self.text_encoder(input_ids, attention_mask, length_groups))
 
     def project_image(self, features: Tensor) -> Tensor:
         """(B, F) features of the image tower -> (B, D) unit rows, float32."""
@@ -385,7 +389,7 @@ class CLIPModel(nn.Module):
         else:
             image_emb = self.project_image(self.image_encoder.forward_trainable(batch["image_features"]))
         if "input_ids" in batch:
-            return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"], batch.get("lengths"))
+            return image_emb, self.encode_text(batch["input_ids"], batch["attention_mask"], batch.get("length_groups"))
         return image_emb, self.project_text(batch["text_features"])
 
     def freeze_towers_temporarily(self, temporarily_frozen: bool) -> None:

@@ -13,13 +13,41 @@ from dataset import CLIPDataset
 from runtime.signals import leave_signals_to_parent
 from training.gradcache import TEXT_IDS
 
+MAX_PADDING, MAX_GROUPS = 1.1, 12  # padded tokens per token of a batch's captions, and groups of captions, on a GPU
+MIN_GROUPED = 64  # fewer captions are encoded at once: more kernels would take longer than the padding
 MAX_BATCH_BYTES = 2**28  # of a batch's decoded images; the images of a larger batch are read twice
 
 
-def collate(items: Sequence[dict], pad_id: int) -> dict:
+def length_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Divide captions of these lengths into groups with little padding -> (captions, tokens) of each, longest first.
+
+    Each group is padded to its longest caption. The result has the fewest groups with at most MAX_PADDING times the
+    tokens of the captions, at most MAX_GROUPS; for that number of groups the padding is the least (dynamic programming
+    over the distinct lengths).
+    """
+    values, counts = np.unique(lengths, return_counts=True)
+    if len(lengths) <= MIN_GROUPED:
+        return [(len(lengths), int(values[-1]))]
+    captions = np.concatenate([[0], np.cumsum(counts)])
+    # padded[s, e]: tokens of one group that holds the distinct lengths s to e; infinite where it would be empty
+    padded = np.where(np.tri(len(values), k=-1), np.inf, values * (captions[None, 1:] - captions[:-1, None]))
+    least, starts = padded[0], []  # tokens of the distinct lengths up to e, in one group more with each pass
+    while least[-1] > MAX_PADDING * (values @ counts) and len(starts) < min(MAX_GROUPS, len(values)) - 1:
+        total = np.concatenate([[np.inf], least[:-1]])[:, None] + padded  # the last group starts at s
+        starts.append(total.argmin(0))
+        least = total.min(0)
+    groups, end = [], len(values)
+    for start in [*reversed(starts), np.zeros(len(values), int)]:
+        first = int(start[end - 1])
+        groups.append((int(captions[end] - captions[first]), int(values[end - 1])))
+        end = first
+    return groups
+
+
+def collate(items: Sequence[dict], pad_id: int, *, group_lengths: bool = False) -> dict:
     """Collate the readable items into a batch.
 
-    Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), lengths (a list of M numbers of tokens),
+    Returns pixels (B,3,H,W) uint8, input_ids and attention_mask (M,L), with group_lengths also length_groups,
     image_ids (B,), caption_image_ids (M,), with repeated captions also caption_text_ids (M,) and image_text_ids (B,K)
     (losses.PairIds), and "unreadable", a list of error messages; without a readable item only that list.
     """
@@ -29,7 +57,8 @@ def collate(items: Sequence[dict], pad_id: int) -> dict:
         batch["pixels"] = torch.from_numpy(np.stack([item["pixels"] for item in items]))
         captions = [ids for item in items for ids in item["captions"]]
         batch["input_ids"], batch["attention_mask"] = pad(captions, pad_id)
-        batch["lengths"] = [len(ids) for ids in captions]
+        if group_lengths:
+            batch["length_groups"] = length_groups([len(ids) for ids in captions])
         batch["image_ids"] = torch.tensor([item["image_id"] for item in items])
         batch["caption_image_ids"] = batch["image_ids"].repeat_interleave(
             torch.tensor([len(item["captions"]) for item in items])
@@ -59,7 +88,7 @@ class ImageCaptionLoader:
         self.loader = DataLoader(
             dataset,
             batch_sampler=MicroBatchSampler(sampler, repeat=2 if self.reread else 1),
-            collate_fn=partial(collate, pad_id=pad_id),
+            collate_fn=partial(collate, pad_id=pad_id, group_lengths=pin_memory),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,

@@ -16,7 +16,7 @@ from dataset import flip_caption, is_flipped, sample_captions
 from modules import CLIPModel
 from retrieval.encoder import IMAGE_BATCH, Embeddings, Encoder
 from runtime.distributed import gather_rows, shard_slice
-from training.dataloader import EpochSampler, MicroBatchPasses
+from training.dataloader import EpochSampler, MicroBatchPasses, length_groups
 from training.feature_cache import CachedImageFeatures
 
 MAX_DEVICE_BYTES = 2**30  # smaller features stay on the device; larger ones are copied there batch by batch
@@ -71,6 +71,7 @@ class CachedFeatureLoader:
     ):
         self.paths, self.readable = cached.split.paths, np.flatnonzero(cached.images.readable)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
+        self.on_gpu = device.type == "cuda"
         self.flipped_rows, self.tokens, self.views = cached.flipped_rows, cached.tokens, cached.images.views
         self.pairs = cached.repeats
         self.repeats = cached.repeats is not None and cached.repeats.has_texts  # as in ImageCaptionLoader
@@ -111,7 +112,8 @@ class CachedFeatureLoader:
             return batch | {"text_features": self.texts[torch.from_numpy(caption_rows)]}
         captions = [self.tokens[row] for row in caption_rows]
         ids, mask = pad(captions, self.pad_id)
-        return batch | {"input_ids": ids, "attention_mask": mask, "lengths": [len(ids) for ids in captions]}
+        batch |= {"input_ids": ids, "attention_mask": mask}
+        return batch | ({"length_groups": length_groups([len(ids) for ids in captions])} if self.on_gpu else {})
 
     def _draw(self, epoch, index):
         """Draw an augmented view and captions for an item; returns the image, the view and the captions."""

@@ -377,9 +377,9 @@ def concatenated_batches(loader, epoch):
             torch.equal(micro_batch[key], repeated[key])
             for micro_batch, repeated in zip(micro_batches, second, strict=True)
             for key in micro_batch
-            if key not in ("unreadable", "lengths")
+            if key != "unreadable"
         )
-        keys = micro_batches[0].keys() - {"unreadable", "lengths"}
+        keys = micro_batches[0].keys() - {"unreadable"}
         yield {key: torch.cat([micro_batch[key] for micro_batch in micro_batches]) for key in keys}
 
 
