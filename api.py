@@ -83,7 +83,9 @@ class Retriever:
         from data.loading import open_data
         from retrieval.metrics import retrieval_metrics
 
-        config = self.config if dataset is None else replace(self.config, dataset=dataset, data_dir=None, split="auto")
+        config = self.config
+        if dataset is not None:
+            config = replace(config, dataset=dataset, data_dir=None, split="auto", limit=None)
         encoded = self._searcher.encoder.encode_split(open_data(config).split(split), split)
         return retrieval_metrics(encoded.image_emb, encoded.text_emb, encoded.caption_image_ids)
 

@@ -42,9 +42,9 @@ def main() -> None:
     config = shared_config([cli.existing_folder(folder, "a run") for folder in flags.runs])
     config = replace(config, name=flags.name, runs_dir=str(flags.runs_dir), epochs=1)  # its log has one entry
     config = replace(config, device=flags.device, precision=flags.precision)
-    from data.loading import open_data
+    from data.loading import open_run_data
 
-    data = open_data(config, flags.data_dir)
+    data = open_run_data(flags.runs[0], config, flags.data_dir, "val")
     discard_unfinished(flags.runs_dir / flags.name)
     folder = create_run(config)
     with lock_run(folder):
@@ -99,7 +99,7 @@ def shared_config(folders: Sequence[Path]) -> Config:
                 "average; train all runs with the same --start-from"
             )
     for folder, config in zip(folders[1:], others, strict=True):
-        for name in (*MODEL_FIELDS, "bias", "start_from", "dataset", "split_seed"):
+        for name in (*MODEL_FIELDS, "bias", "start_from", "dataset", "split", "split_seed", "limit"):
             expected, actual = getattr(first, name), getattr(config, name)
             if name == "start_from":
                 expected, actual = Path(expected).expanduser().resolve(), Path(actual).expanduser().resolve()

@@ -21,6 +21,7 @@ class Config:
     split_column: str | None = None  # ... with train, val or test
     split: Literal["auto", "random"] = "auto"  # "auto": the split that the data set has, else a random one
     split_seed: int = 0  # seed of the split into training, validation and test photos, if the data set has none
+    limit: int | None = None  # photos of all splits together, drawn with the split seed, for a first try; None: all
     cache_images: bool = False  # cache photos, decoded and resized, in cache_dir; for machines with few cores
     image_size: int | None = None  # pixels; None: the size at which the image tower was trained (ResNet50: 224)
     captions_per_image: int = 2  # captions that are drawn for each photo of a batch
@@ -255,6 +256,7 @@ BOUNDS = (  # fields, description of the valid values, test
     ("captions_per_image", "from 1 to 10,000", lambda v: 1 <= v <= 10_000),
     ("epochs", "from 1 to 1,000,000", lambda v: 1 <= v <= 1_000_000),
     ("unfreeze_image_stages unfreeze_text_layers", "from 1 to 10,000", lambda v: v is None or 1 <= v <= 10_000),
+    ("limit", "from 6 (2 of train, val and test each) to 10**9", lambda v: v is None or 6 <= v <= 10**9),
     ("save_every_steps", "from 1 to 10**9", lambda v: v is None or 1 <= v <= 10**9),
     ("image_size", f"from 16 to {MAX_IMAGE_SIZE:,}", lambda v: v is None or 16 <= v <= MAX_IMAGE_SIZE),
     ("max_tokens", "from 3 to 100,000", lambda v: 3 <= v <= 100_000),  # [CLS], a word, [SEP]

@@ -62,8 +62,9 @@ def main() -> None:
     name += ", as trained" if flags.as_trained else ""
     pool = f"{flags.split} split of {data.name}, {len(split.paths):,} images, {len(split.captions):,} captions"
     print(display_text(f"{folder}: {pool}"), flush=True)
-    if line := describe_small_pool(flags.split, len(split.paths), len(split.captions)):
-        print(line, flush=True)
+    for line in (data.limit, describe_small_pool(flags.split, len(split.paths), len(split.captions))):
+        if line:
+            print(display_text(line), flush=True)
     for scoring, metrics in evaluate_retrieval(split, folder, flags, data.photo_classes()).items():
         print(f"{scoring}\n{table(metrics)}" if scoring else table(metrics))
         save_metrics(folder, f"{name}, {scoring}" if scoring else name, metrics)
@@ -88,7 +89,7 @@ def resolve_run(flags: Flags) -> tuple[Path, Config]:
     else:
         folder, config = flags.runs_dir / f"pretrained-{slug(flags.model, keep='.-')}", Config()
     if flags.dataset is not None:  # the run's data_dir belongs to its own data set
-        config = replace(config, dataset=flags.dataset, data_dir=None, split="auto")
+        config = replace(config, dataset=flags.dataset, data_dir=None, split="auto", limit=None)
     return folder, config
 
 

@@ -11,7 +11,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -20,14 +19,14 @@ import tyro
 from config import Config
 from runtime import cli
 from runtime.atomic_io import write_text
-from runtime.run_dir import BEST, LAST, LOG, read_config, read_log, read_metrics
+from runtime.run_dir import BEST, LAST, LOG, read_config, read_launches, read_log, read_metrics
 from runtime.run_dir import METRICS as METRICS_FILE
 from runtime.signals import Stopped, run_until_end
 from runtime.text import display_text, shell_argument, slug
 
 FLAGS = "flags.json"
 # Fields of Config that decide which photos a split has.
-DATA_FIELDS = ("dataset", "data_dir", "cache_dir", "split_seed", "allow_bad_rows")
+DATA_FIELDS = ("dataset", "data_dir", "cache_dir", "split", "split_seed", "limit", "allow_bad_rows")
 DATA_FIELDS += ("image_column", "caption_column", "split_column")
 
 
@@ -198,17 +197,18 @@ def write_results(folder: Path, runs: dict[str, dict[int, Path]], *, test: bool 
 
 def describe_pool(run: Path, split: str) -> dict:
     """Return the name of a run's data set and the number of photos of a split: {"data": ..., "photos": ...}."""
-    config = read_config(run)
-    settings = {name: getattr(config, name) for name in DATA_FIELDS}
-    return {"data": Path(config.dataset).name, "photos": _count_photos(tuple(settings.items()))[split]}
+    config, launches = read_config(run), read_launches(run)
+    settings = tuple((name, getattr(config, name)) for name in DATA_FIELDS)
+    key = settings, split, launches[-1].get("data") if launches else None
+    if key not in _pools:  # the runs of a sweep have the same photos, and reading a large data set takes minutes
+        from data.loading import open_run_data
+
+        _pools[key] = len(open_run_data(run, config, None, split).split(split).paths)
+    limit = f" (--limit {config.limit:,})" if config.limit is not None else ""
+    return {"data": f"{Path(config.dataset).name}{limit}", "photos": _pools[key]}
 
 
-@cache
-def _count_photos(settings):
-    from data.loading import open_data
-
-    data = open_data(Config(**dict(settings)))
-    return {split: len(data.split(split).paths) for split in ("val", "test")}
+_pools: dict[tuple, int] = {}  # the numbers of photos that were counted in this process
 
 
 if __name__ == "__main__":

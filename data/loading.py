@@ -16,6 +16,7 @@ from data.coco_json import COCO_FORMAT
 from data.download import KAGGLE, Source, dataset_lock, find_source
 from data.format_detection import Layout, has_published_split, read_layout
 from data.image_lookup import find_duplicates, match_files
+from data.limit import limit_data, report_other_photos
 from data.records import FIND_COLUMNS, IMAGE_NAME, CaptionRecords, ColumnNames, gc_paused
 from data.splits import RANDOM_SPLIT, SPLITS, assign_split, has_own_split, keep_duplicates_together
 from data.storage import is_folder, list_files, listings_kept, stat_files
@@ -46,6 +47,7 @@ class Split:
     paths: list[Path]
     captions: list[str]
     caption_image_ids: np.ndarray  # (M,) int64, ascending
+    unlimited_paths: list[Path] | None = None  # with --limit: the images of the whole split
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,21 @@ class CaptionData:
     absent: list[str] = field(default_factory=list)  # splits of which no photo is there: not downloaded
     duplicates: list[str] = field(default_factory=list)  # images skipped because val or test contains the same photo
     classes: dict[str, str] = field(default_factory=dict)  # image -> class name, of class folders; else {}
+    limit: str = ""  # which photos --limit has drawn
+    unlimited: pd.DataFrame | None = None  # the table before that
     _splits: dict[str, Split] = field(default_factory=dict, init=False, repr=False)  # cache of `split`
 
     def split(self, split: str) -> Split:
         """Return the images and captions of "train", "val" or "test", or of "all", which includes unlisted images."""
         if split not in self._splits:
-            rows = self.table if split == "all" else self.table[self.table.split == split]
+            rows = _rows_of(self.table, split)
             ids, images = pd.factorize(rows.image)
             order = np.argsort(ids, kind="stable")
             paths = [self.image_root / image for image in images]
-            self._splits[split] = Split(paths, list(rows.caption.iloc[order]), ids[order])
+            unlimited = None
+            if self.unlimited is not None:
+                unlimited = [self.image_root / image for image in _rows_of(self.unlimited, split).image.unique()]
+            self._splits[split] = Split(paths, list(rows.caption.iloc[order]), ids[order], unlimited)
         return self._splits[split]
 
     def fingerprint(self) -> str:
@@ -103,7 +110,7 @@ class CaptionData:
             f"{s} {counts.images[s]:,} images / {counts.captions[s]:,} captions" for s in SPLITS if s in counts.index
         ]
         lines = [f"{self.name}: {', '.join(sizes)} ({self.split_source})"]
-        lines += self.notes
+        lines += [self.limit, *self.notes] if self.limit else self.notes
         if self.unused_files:
             used = ", ".join(file.name for file in self.files)
             lines.append(
@@ -126,6 +133,10 @@ class CaptionData:
             lines.append(f"{len(self.bad_rows):,} rows could not be used:")
             lines += [f"  {display_text(message, MAX_ROW_MESSAGE)}" for message in self.bad_rows[:EXAMPLES]]
         return lines
+
+
+def _rows_of(table, split):
+    return table if split == "all" else table[table.split == split]
 
 
 def open_dataset(
@@ -361,7 +372,7 @@ def _find_duplicate_files(layout, found):
 
 def open_data(config: Config, data_dir: Path | None = None, *, needed: str | None = None) -> CaptionData:
     """Open the data set that the configuration names, or its copy in `data_dir`; see `open_dataset` for `needed`."""
-    return open_dataset(
+    data = open_dataset(
         config.dataset,
         data_dir=data_dir or config.data_dir,
         cache_dir=config.cache_dir,
@@ -371,13 +382,19 @@ def open_data(config: Config, data_dir: Path | None = None, *, needed: str | Non
         split=config.split,
         needed=needed,
     )
+    return limit_data(data, config.limit, seed=config.split_seed)
 
 
 def open_run_data(run: Path, config: Config, data_dir: Path | None, needed: str) -> CaptionData:
     """Open the data set of a run to use one split; the photos of the others need not be there.
 
     If some are missing, the split may be one that training drew from the rest: it is used if the run recorded it.
+    --limit needs all of them; a line on stderr says if they are no longer those of training.
     """
+    if config.limit is not None:
+        data = open_data(config, data_dir)
+        report_other_photos(data, run, read_launches(run))
+        return data
     if needed not in SPLITS:
         return open_data(config, data_dir)
     try:

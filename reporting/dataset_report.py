@@ -28,6 +28,7 @@ class Flags:
     split_column: str | None = None  # ... with train, val or test
     split: Literal["auto", "random"] = Config.split  # auto: the split that the data set has, else a random one
     split_seed: int = Config.split_seed  # seed of the random split, if the data set has no split of its own
+    limit: int | None = Config.limit  # photos, as --limit of train.py draws them; default: all
     text_encoder: str | None = None  # counts tokens with this model's tokenizer; default: one trained on the captions
     out: Path | None = None  # the figure's file; default: a file in runs/data_sets/
     cache_dir: str = Config.cache_dir  # folder for data sets that are generated or extracted
@@ -35,12 +36,14 @@ class Flags:
     def __post_init__(self):
         if self.dataset is None:
             raise ValueError("no data set given: run python dataset.py my_photos/")
+        Config(limit=self.limit)  # raises ValueError
         if self.out is not None and self.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
             raise ValueError(f"--out must end in .png, .jpg, .pdf or .svg, got {self.out}")
 
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
+    from data.limit import limit_data
     from data.loading import open_dataset
     from data.records import ColumnNames
 
@@ -53,6 +56,7 @@ def main() -> None:
         allow_bad_rows=True,
         columns=ColumnNames(flags.image_column, flags.caption_column, flags.split_column),
     )
+    data = limit_data(data, flags.limit, seed=flags.split_seed)
     print(summary(data), flush=True)
     tokenizer, tokens = tokenize_captions(data, flags.text_encoder)
     print(f"longest caption: {longest_caption(data, flags.text_encoder, tokens)}", flush=True)

@@ -30,6 +30,11 @@ from runtime.mmap_store import reserve_file, write_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+NO_ROOM = {  # the message if the disk is too full
+    "purpose": "the cached features",
+    "advice": "lower --cached-views, or choose another disk with --cache-dir",
+}
+
 
 @dataclass(frozen=True)
 class CachedImageFeatures:
@@ -60,17 +65,57 @@ def cache_image_features(
     crop = min_crop if views > 2 else None
     settings = f"({encoder.preprocess.cache_key()}, {encoder.precision}, {tower.pooling!r}, {views}, {crop})"
     tensors = [*_tensors(nn.ModuleList([tower.trunk_parts[0]])), ("mean", tower.mean), ("std", tower.std)]
-    stamps = [f"{path.resolve()}\0{file_stamp(path)}" for path in split.paths]
-    path = Path(cache_dir) / "features" / f"{_key(structure, settings, tensors, stamps)}.images"
+
+    def file_of(photos):
+        stamps = [f"{path.resolve()}\0{file_stamp(path)}" for path in photos]
+        return Path(cache_dir) / "features" / f"{_key(structure, settings, tensors, stamps)}.images"
+
+    path = file_of(split.paths)
     if cached := _open_everywhere(path, len(split.paths), views, report=False):
         return cached
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")) if rank() == 0 else nullcontext():
         if cached := _open_everywhere(path, len(split.paths), views):  # another run computed them meanwhile
             return cached
+        whole = split.unlimited_paths and file_of(split.unlimited_paths)  # of a run without --limit
+        if whole and _copy_rows(whole, split, views, path):
+            return _open(path, len(split.paths), views)
         images = AugmentedViews(split.paths, preprocess=encoder.preprocess, views=views, min_crop=min_crop)
         _compute(encoder, tower, images, f"{name}: photos", path)
     return _open(path, len(split.paths), views)
+
+
+def _copy_rows(whole, split, views, path):
+    """Copy the rows of the images that --limit has drawn from the cached features of the whole split.
+
+    Returns False, in all processes, if the whole split is not cached. The first process copies, the others wait.
+    """
+    cached = _open_everywhere(whole, len(split.unlimited_paths), views, report=False)
+    if cached is None:
+        return False
+    if rank() == 0:
+        row_of = {image: row for row, image in enumerate(split.unlimited_paths)}
+        rows = [row_of[image] for image in split.paths]
+        images = cached.rows.view(torch.uint8).reshape(len(split.unlimited_paths), -1)
+        temporary = path.with_name(f".{path.name}")
+        _delete_temporary(temporary)
+        reserve_file(temporary, images.shape[1] * len(rows), **NO_ROOM)
+        with temporary.open("r+b") as file:
+            for position, row in enumerate(rows):
+                write_at(file, position * images.shape[1], images[row].numpy())
+            os.fsync(file.fileno())
+        _finish(temporary, path, cached.rows[0], np.flatnonzero(~cached.readable[rows]).tolist())
+    all_gather_list([])  # barrier: the file and its metadata are complete
+    return True
+
+
+def _finish(temporary, path, example, unreadable):
+    """Rename a complete file of features, and write its metadata. example: one row."""
+    os.replace(temporary, path)
+    dtype = str(example.dtype).removeprefix("torch.")
+    metadata = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
+    write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")
+    _delete_temporary(temporary)
 
 
 def cache_text_features(
@@ -152,17 +197,12 @@ def _compute(encoder, tower, images, desc, path):
             reserve_file(
                 temporary,
                 row_bytes * len(images),
-                purpose="the cached features",
-                advice="lower --cached-views, or choose another disk with --cache-dir",
+                **NO_ROOM,
             )
         all_gather_list([])  # barrier: the file exists now
         unreadable = all_gather_list(_write_shard(encoder, tower, images, desc, temporary, row_bytes))
         if rank() == 0:
-            os.replace(temporary, path)
-            dtype = str(example.dtype).removeprefix("torch.")
-            metadata = {"dtype": dtype, "shape": list(example.shape), "unreadable": unreadable}
-            write_text(path.with_suffix(".json"), json.dumps(metadata) + "\n")
-            _delete_temporary(temporary)
+            _finish(temporary, path, example, unreadable)
         all_gather_list([])  # barrier: the metadata is complete
     except KeyboardInterrupt:
         raise KeyboardInterrupt(

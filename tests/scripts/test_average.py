@@ -153,3 +153,17 @@ def test_finished_average_is_not_discarded(working_folder):
 def test_next_command_quotes_the_folder(working_folder):
     done = run_in_process("average.py", "runs/a", "runs/b", "--name", "two words")
     assert "  python evaluate.py 'runs/two words' --split test\n" in done.stdout
+
+
+def test_average_opens_the_version_of_the_data_set_that_its_runs_recorded(monkeypatch):
+    from data import loading
+
+    opened, original = [], loading.open_run_data
+
+    def record(run, config, data_dir, needed):
+        opened.append((run, needed))
+        return original(run, config, data_dir, needed)
+
+    monkeypatch.setattr(loading, "open_run_data", record)
+    assert run_in_process("average.py", "runs/a", "runs/b", "--name", "recorded").returncode == 0
+    assert opened == [(Path("runs/a"), "val")]

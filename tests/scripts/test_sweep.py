@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 
 import pandas as pd
 import pytest
 from helpers import one_line_error, run_script
 
 from reporting.sweep_table import METRICS, markdown_table, result_row
-from sweep import read_sweep
+from sweep import describe_pool, read_sweep
 
 SWEEP = """
 # two configurations
@@ -160,3 +161,33 @@ def test_run_with_other_flags_is_an_error(finished_sweep):
 def test_unknown_training_flag_stops_the_sweep(finished_sweep):
     done = run_script("sweep.py", "alpha.txt", "--seeds", 7, "--alhpa", 1, cwd=finished_sweep[0], check=False)
     assert "--alhpa" in one_line_error(done)
+
+
+def test_photos_are_counted_in_the_version_of_the_data_set_that_the_run_recorded(tmp_path, photos):
+    """Two runs whose settings are equal: for one, test was drawn from the photos that were there."""
+    from config import Config
+    from data.loading import open_data
+    from runtime.run_dir import write_config
+
+    (tmp_path / "set").mkdir()
+    rows = [row.split(",", 1) for row in (photos / "captions.txt").read_text("utf-8").splitlines()[1:]]
+    parts = ["train"] * 40 + ["test"] * 20
+    lines = [f"{name},{text},{part}" for (name, text), part in zip(rows, parts, strict=True)]
+    (tmp_path / "set" / "captions.csv").write_text("\n".join(["image,caption,split", *lines]) + "\n", "utf-8")
+    for name in {name for name, _ in rows[40:]}:  # of the test split only
+        shutil.copy(photos / "Images" / name, tmp_path / "set" / name)
+    config = Config(dataset=str(tmp_path / "set"), cache_dir=str(tmp_path / "cache"))
+    drawn = open_data(config)
+    for run, recorded in (("elsewhere", "all photos"), ("here", drawn.fingerprint())):
+        (tmp_path / run).mkdir()
+        write_config(tmp_path / run, config, {"data": recorded})
+    counts = [describe_pool(tmp_path / run, "test")["photos"] for run in ("elsewhere", "here")]
+    assert counts == [10, len(drawn.split("test").paths)] and counts[1] < 10
+
+
+def test_limited_runs_are_named_as_such(tmp_path, photos):
+    from config import Config
+    from runtime.run_dir import write_config
+
+    write_config(tmp_path, Config(dataset=str(photos), cache_dir=str(tmp_path / "cache"), limit=15))
+    assert describe_pool(tmp_path, "test") == {"data": "photos (--limit 15)", "photos": 3}
