@@ -110,7 +110,7 @@ def run_script(*arguments, cwd, check=True, **environment):
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done

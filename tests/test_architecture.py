@@ -60,3 +60,11 @@ def test_no_line_contains_an_informal_idiom():
     files = subprocess.run(["git", "ls-files", "*.py", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     lines = [(name, line) for name in files for line in (ROOT / name).read_text("utf-8").splitlines()]
     assert [(name, line) for name, line in lines if idiom.search(line) and name != "tests/test_architecture.py"] == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_architecture_page_lists_every_file_of_a_package(package):
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    _, _, section = page.partition(f"**`{package}/`**")
+    listed = re.findall(r"^- `(\w+)`: ", section.partition("\n**`")[0], re.MULTILINE)
+    assert listed == sorted(path.stem for path in (ROOT / package).glob("*.py") if path.stem != "__init__")
