@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,12 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from config import ARCHITECTURE, Config
+from config import Config
 from data.loading import CaptionData
-from data.unknown_words import require_known_words
-from models.checkpoint import load_run, save_state, split_frozen
-from models.encoders import save_towers
-from models.factory import apply_config, build_model, describe_model
+from models.checkpoint import save_state, split_frozen
+from models.factory import describe_model
 from modules import CLIPModel
 from reporting.plots import plot_curves
 from reporting.terminal import describe_floor, format_epoch
@@ -26,27 +23,14 @@ from runtime import distributed
 from runtime.atomic_io import write_text
 from runtime.device import memory_advice, pick_device
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
-from runtime.run_dir import (
-    BAD_BATCH,
-    BEST,
-    CURVES,
-    FROZEN,
-    LAST,
-    LOG,
-    TOWERS,
-    create_run,
-    lock_run,
-    read_config,
-    read_launches,
-    remove_partial_files,
-    write_config,
-)
+from runtime.run_dir import BAD_BATCH, BEST, CURVES, LAST, LOG
 from runtime.signals import Stopped, StopSignals
 from runtime.text import display_text, format_examples, format_skipped
-from training.dataloader import MicroBatchPasses, check_images_per_step
+from training.dataloader import MicroBatchPasses
 from training.dataloader_factory import build_batches
 from training.objectives import OBJECTIVES, Objective
-from training.run_metadata import describe_changes, describe_launch
+from training.run_metadata import describe_launch
+from training.run_start import check_batch_size, open_run, record_launch
 from training.train_state import TrainState
 from training.train_step import AVERAGED, TERMS, StepMetrics, TrainStep
 
@@ -66,15 +50,10 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
 def _train(config, data, resume, locks):
     distributed.init(pick_device(config.device))
     images = len(data.split("train").paths)
-    _check_batch_size(config, images)  # before anything is written
+    check_batch_size(config, images)  # before anything is written
     Objective(config.objective)  # so is an unknown name
     torch.manual_seed(config.seed)
-    if resume is None:
-        (folder, model, tokenizer), state = _new_run(config, data, locks), None
-    else:
-        if rank() == 0:
-            locks.enter_context(lock_run(resume))
-        folder, (model, tokenizer, state) = resume, _load_checkpoint(config, resume, LAST)
+    folder, model, tokenizer, state = open_run(config, data, resume, locks)
     encoder = build_training_encoder(config, model, tokenizer)
     distributed.broadcast_parameters(model)  # after the move to the device: NCCL has no CPU tensors
     if images < config.batch_size:
@@ -88,68 +67,10 @@ def _train(config, data, resume, locks):
         print(f"only the heads train: --freeze-epochs {config.freeze_epochs} freezes the towers in all epochs")
     trainer = Trainer(config, folder, model, encoder, data, state)
     if rank() == 0:  # only once all settings have been checked against the run
-        _record_launch(folder, config, describe_launch(data, pick_device(config.device)))
+        record_launch(folder, config, describe_launch(data, pick_device(config.device)))
     folder = trainer.fit()
     distributed.cleanup()
     return folder
-
-
-def _check_batch_size(config, images):
-    size, processes = config.batch_size, world_size()
-    if images < (least := max(2, processes)):  # one per process, and at least one negative
-        raise ValueError(f"training needs at least {least} photos, but the training split has {images}")
-    if size % processes:
-        nearest = f"{size // processes * processes} or {(size // processes + 1) * processes}"
-        nearest = nearest if size > processes else f"{processes}"
-        raise ValueError(f"--batch-size {size} cannot be divided among {processes} processes: use {nearest}")
-    check_images_per_step(images, size, processes)
-
-
-def _new_run(config, data, locks):
-    """Create the run's folder, and write the towers' specifications and the weights of frozen towers."""
-    if config.start_from is None:
-        model, tokenizer, specification = build_model(config, data)
-    else:
-        model, tokenizer, _ = _load_checkpoint(config, Path(config.start_from), BEST)
-    if not config.allow_unknown_words:  # before the run's folder exists
-        captions, dual_encoder = data.split("train").captions, config.model is not None
-        require_known_words(tokenizer, captions, max_tokens=config.max_tokens, dual_encoder=dual_encoder)
-    folder = None
-    if rank() == 0:
-        folder = create_run(config)
-        locks.enter_context(lock_run(folder))
-        if config.start_from is None:
-            save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
-        else:
-            shutil.copytree(Path(config.start_from) / TOWERS, folder / TOWERS, dirs_exist_ok=True)
-        _, frozen = split_frozen(model)
-        if frozen:
-            save_state(folder / FROZEN, frozen)
-    return broadcast_object(folder), model, tokenizer
-
-
-def _load_checkpoint(config, folder, checkpoint):
-    """Load a checkpoint of the run in `folder`, and apply the freezing and dropout of `config` to its model."""
-    trained = read_config(folder)
-    for name in ARCHITECTURE:
-        if (value := getattr(config, name)) != (trained_value := getattr(trained, name)):
-            flag, trained_flag = _as_flag(name, value), _as_flag(name, trained_value)
-            raise ValueError(f"{flag}: the weights of {folder} were trained with {trained_flag}; leave the flag out")
-    run = load_run(folder, checkpoint)
-    apply_config(config, run.model)
-    return run.model, run.tokenizer, run.state
-
-
-def _as_flag(name, value):
-    flag = name.replace("_", "-")
-    return f"--{'' if value else 'no-'}{flag}" if isinstance(value, bool) else f"--{flag} {value}"
-
-
-def _record_launch(folder, config, launch):
-    remove_partial_files(folder)
-    if changed := describe_changes(read_launches(folder), launch):
-        print(f"changed since this run was last started: {changed}; results may not be identical bit for bit")
-    write_config(folder, config, launch)
 
 
 class Trainer:

@@ -94,7 +94,7 @@ def test_process_without_a_readable_photo_takes_part_in_every_step(flags, tmp_pa
 
 
 def test_indivisible_batch_size_is_an_error_with_the_nearest_divisible_ones(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr("training.trainer.world_size", lambda: 4)
+    monkeypatch.setattr("training.run_start.world_size", lambda: 4)
     monkeypatch.chdir(tmp_path)
     line = one_line_error(run_in_process("train.py", *flags, "--batch-size", 18))
     assert "--batch-size 18 cannot be divided among 4 processes" in line and "16 or 20" in line
