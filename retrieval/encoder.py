@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from config import Config
@@ -24,7 +23,8 @@ from models.pretrained import load_dual_encoder
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
 from runtime.device import autocast, pick_device, pick_precision, pick_workers
-from runtime.distributed import gather_rows, gather_tensors, rank, shard_slice
+from runtime.distributed import gather_rows, gather_tensors, rank, shard_slice, world_size
+from runtime.progress import Progress
 from runtime.run_dir import BEST
 from runtime.signals import leave_signals_to_parent
 from runtime.text import format_examples, format_skipped
@@ -74,12 +74,12 @@ class Encoder:
 
     def encode_split(self, split: Split, name: str) -> EncodedSplit:
         """Encode a split, sharded over the processes; report unreadable images and skip them and their captions."""
-        image_emb, readable = self.encode_images(split.paths, f"{name}: photos")
+        image_emb, readable = self.encode_images(split.paths, name)
         report_unreadable(split, readable.numpy(), name)
         caption_image_ids = torch.from_numpy(split.caption_image_ids)
         captions = readable[caption_image_ids].nonzero().squeeze(1)
         new_row = readable.cumsum(0) - 1
-        text_emb = self.encode_captions([split.captions[m] for m in captions], f"{name}: captions")
+        text_emb = self.encode_captions([split.captions[m] for m in captions], name)
         return EncodedSplit(
             image_emb, text_emb, new_row[caption_image_ids[captions]], readable.nonzero().squeeze(1), captions
         )
@@ -87,7 +87,7 @@ class Encoder:
     def encode_images(self, paths: Sequence[Path], desc: str) -> tuple[Tensor, Tensor]:
         """Encode images -> rows (N, F) of the readable ones in order, float32 on the CPU; readable (len(paths),) bool.
 
-        Each process encodes its shard, and all of them return all rows. desc labels the progress bar.
+        Each process encodes its shard, and all of them return all rows. desc names them for the progress.
         """
         batches = list(self.encode_image_batches(paths[shard_slice(len(paths))], desc))
         rows = [batch for batch, _ in batches if len(batch)]
@@ -114,10 +114,10 @@ class Encoder:
         return F.normalize(rows + self.run(self.encode_image, pixels.flip(-1)).float(), dim=-1)
 
     def pixel_batches(
-        self, files: ImageFiles | AugmentedViews, desc: str, batch_size: int = IMAGE_BATCH
+        self, files: ImageFiles | AugmentedViews, desc: str, batch_size: int = IMAGE_BATCH, *, done: int = 0
     ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
         """Yield batches of decoded images: the pixels of the readable ones, or None if there are none, and for each
-        image None or the reason why it cannot be read."""
+        image None or the reason why it cannot be read. done: images before these, which the progress counts too."""
         loader = DataLoader(
             files,
             batch_size=batch_size,
@@ -125,7 +125,7 @@ class Encoder:
             collate_fn=_stack_readable,
             worker_init_fn=leave_signals_to_parent,
         )
-        yield from _progress_bar(loader, len(files), desc, lambda batch: len(batch[1]))
+        yield from _show_progress(loader, len(files), desc, "photos", lambda batch: len(batch[1]), done)
 
     @torch.inference_mode()
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Encoder:
     def encode_captions(self, captions: Sequence[str], desc: str) -> Tensor:
         """Encode captions -> rows (M, H) in order, float32 on the CPU. Captions of similar length share a batch.
 
-        Each process encodes its shard, and all of them return all rows. desc labels the progress bar.
+        Each process encodes its shard, and all of them return all rows. desc names them for the progress.
         """
         token_ids = tokenize(
             self.tokenizer, captions[shard_slice(len(captions))], max_tokens=self.max_tokens, cache_dir=self.cache_dir
@@ -145,7 +145,7 @@ class Encoder:
         order = np.argsort([-len(ids) for ids in token_ids], kind="stable")
         batches = [order[start : start + CAPTION_BATCH] for start in range(0, len(order), CAPTION_BATCH)]
         rows = []
-        for batch in _progress_bar(batches, len(token_ids), desc, len):
+        for batch in _show_progress(batches, len(token_ids), desc, "captions", len):
             input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
             rows.append(self.run(self.encode_text, input_ids, attention_mask).float())
         local_rows = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
@@ -244,12 +244,13 @@ def _stack_readable(items):
     return torch.from_numpy(np.stack(pixels)) if pixels else None, reasons
 
 
-def _progress_bar(batches, total, desc, size):
-    """Yield the batches, with a progress bar in items per second on a terminal that disappears at the end."""
-    with tqdm(total=total, desc=desc, unit=" items", leave=False, disable=rank() > 0 or None) as bar:
+def _show_progress(batches, total, desc, unit, size, done=0):
+    """Yield the batches, and show the progress of rank 0; done: items of an earlier, interrupted computation."""
+    process = f" (process 1 of {world_size()})" if world_size() > 1 else ""
+    with Progress(done + total, f"encoding {desc}{process}", unit=unit, initial=done, enabled=rank() == 0) as progress:
         for batch in batches:
             yield batch
-            bar.update(size(batch))
+            progress.update(size(batch))
 
 
 def load_pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: str) -> tuple[Encoder, CLIPModel]:

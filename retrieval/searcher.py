@@ -95,7 +95,7 @@ class Searcher:
             emb, csls = self.onnx_text_encoder.encode(sentences), self.onnx_text_encoder.csls
         else:
             emb, csls = (
-                self.encoder.encode_captions(sentences, "sentences").numpy(),
+                self.encoder.encode_captions(sentences, "queries").numpy(),
                 self.encoder.query_bank is not None,
             )
         return _to_query(emb, csls, target != "captions")
@@ -129,7 +129,7 @@ class Searcher:
 
         # Starting a worker process takes longer than decoding a photo.
         rows, encoder = [], replace(self.encoder, num_workers=0)
-        for batch, reasons in encoder.encode_image_batches(paths, "photos"):
+        for batch, reasons in encoder.encode_image_batches(paths, "queries"):
             if any(reasons):
                 raise OSError(next(filter(None, reasons)))
             rows.append(batch)
@@ -162,7 +162,7 @@ class Searcher:
         path = self.store / f"{self._name('captions', *captions)}.npy"
         cached = load_cached(path, lambda path: _open_rows(path, len(captions)))
         if cached is None:
-            rows, query_bank = self.encoder.encode_captions(captions, "captions"), self.encoder.query_bank
+            rows, query_bank = self.encoder.encode_captions(captions, "gallery"), self.encoder.query_bank
             rows = (rows if query_bank is None else query_bank.csls_captions(rows)).numpy()
             with writable(self.store):
                 replace_file(path, lambda tmp: write_embeddings(tmp, [rows], rows.shape[1]))
@@ -174,7 +174,7 @@ class Searcher:
         # Decoding a camera's photo takes as long as encoding it.
         workers = max(self.encoder.num_workers, (os.cpu_count() or 1) // 2)
         encoder, query_bank = replace(self.encoder, num_workers=workers), self.encoder.query_bank
-        for rows, reasons in encoder.encode_image_batches([root / name for name in names], "photos"):
+        for rows, reasons in encoder.encode_image_batches([root / name for name in names], "gallery, once"):
             batch = zip(reasons, remaining, strict=False)
             rows = rows if query_bank is None or not len(rows) else query_bank.csls_images(rows)
             yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in batch]

@@ -27,6 +27,7 @@ from runtime.atomic_io import replace_file, write_text
 from runtime.cache import load_cached, require
 from runtime.distributed import all_gather_list, rank, shard_slice, world_size
 from runtime.mmap_store import reserve_file, write_at
+from runtime.text import display_text
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -81,7 +82,7 @@ def cache_image_features(
         if whole and _copy_rows(whole, split, views, path):
             return _open(path, len(split.paths), views)
         images = AugmentedViews(split.paths, preprocess=encoder.preprocess, views=views, min_crop=min_crop)
-        _compute(encoder, tower, images, f"{name}: photos", path)
+        _compute(encoder, tower, images, name, path)
     return _open(path, len(split.paths), views)
 
 
@@ -131,7 +132,9 @@ def cache_text_features(
     rows = load_cached(path, lambda path: _load_texts(path, len(captions), tower.dim))
     if all(all_gather_list([rows is not None])):
         return rows
-    rows = encoder.encode_captions(captions, f"{name}: captions")
+    if rank() == 0:
+        _report_once(f"{len(captions):,} captions", name, path)
+    rows = encoder.encode_captions(captions, f"{name}, once")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, lambda temporary: _save_texts(rows, temporary))
@@ -181,8 +184,8 @@ def _is_list_of_ints(value, minimum, stop=math.inf):
     return isinstance(value, list) and all(type(item) is int and minimum <= item < stop for item in value)
 
 
-def _compute(encoder, tower, images, desc, path):
-    """Compute the features into a temporary file, then rename it and write its metadata.
+def _compute(encoder, tower, images, name, path):
+    """Compute the features of the split `name` into a temporary file, then rename it and write its metadata.
 
     Continues an interrupted computation after the images that its journals list.
     """
@@ -199,8 +202,10 @@ def _compute(encoder, tower, images, desc, path):
                 row_bytes * len(images),
                 **NO_ROOM,
             )
+            views = f" in {images.views} views each" if images.views > 1 else ""
+            _report_once(f"{len(images):,} photos{views}", name, path, row_bytes * len(images))
         all_gather_list([])  # barrier: the file exists now
-        unreadable = all_gather_list(_write_shard(encoder, tower, images, desc, temporary, row_bytes))
+        unreadable = all_gather_list(_write_shard(encoder, tower, images, f"{name}, once", temporary, row_bytes))
         if rank() == 0:
             _finish(temporary, path, example, unreadable)
         all_gather_list([])  # barrier: the metadata is complete
@@ -214,6 +219,14 @@ def _compute(encoder, tower, images, desc, path):
         raise
 
 
+def _report_once(items, name, path, size=0):
+    """Print that features are computed now, and never again while the cache exists."""
+    gigabytes = f" ({size / 1e9:.1f} GB)" if size >= 5e7 else ""
+    print(
+        f"{name}: encoding {items}, once: later runs read them from {display_text(path.parent)}{gigabytes}", flush=True
+    )
+
+
 def _write_shard(encoder, tower, images, desc, path, row_bytes):
     """Write the rows of this process's images; return the indices of those that cannot be read.
 
@@ -225,7 +238,8 @@ def _write_shard(encoder, tower, images, desc, path, row_bytes):
     remaining.paths = images.paths[shard][finished:]
     index = shard.start + finished
     with path.open("r+b") as file:
-        for pixels, reasons in encoder.pixel_batches(remaining, desc, batch_size=max(1, IMAGE_BATCH // images.views)):
+        batch_size = max(1, IMAGE_BATCH // images.views)
+        for pixels, reasons in encoder.pixel_batches(remaining, desc, batch_size=batch_size, done=finished):
             rows = None if pixels is None else encoder.run(tower.forward_frozen, pixels.flatten(0, 1)).contiguous()
             rows = iter(() if rows is None else rows.view(torch.uint8).numpy().reshape(len(pixels), -1))
             for reason in reasons:

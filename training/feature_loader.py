@@ -135,7 +135,7 @@ def embed_cached_split(model: CLIPModel, encoder: Encoder, cached: CachedSplit) 
     if cached.texts is not None and model.text_encoder.is_frozen:
         text_emb = _embed(encoder, model.project_text, cached.texts, captions)
     else:
-        text_emb = encoder.encode_captions([cached.split.captions[m] for m in captions], "val: captions")
+        text_emb = encoder.encode_captions([cached.split.captions[m] for m in captions], "val")
     new_row = np.cumsum(readable) - 1
     return image_emb, text_emb, torch.from_numpy(new_row[caption_image_ids[captions]])
 

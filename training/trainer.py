@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from config import Config
 from data.loading import CaptionData
@@ -23,6 +22,7 @@ from runtime import distributed
 from runtime.atomic_io import write_text
 from runtime.device import memory_advice, pick_device
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
+from runtime.progress import Progress
 from runtime.run_dir import BAD_BATCH, BEST, CURVES, LAST, LOG
 from runtime.signals import Stopped, StopSignals
 from runtime.text import display_text, format_examples, format_skipped
@@ -32,7 +32,7 @@ from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_launch
 from training.run_start import check_batch_size, open_run, record_launch
 from training.train_state import TrainState
-from training.train_step import AVERAGED, TERMS, StepMetrics, TrainStep
+from training.train_step import AVERAGED, StepMetrics, TrainStep
 
 PLOT_EVERY = 30  # seconds; with short epochs, plotting would take longer than training
 
@@ -135,20 +135,16 @@ class Trainer:
         self.model.freeze_towers_temporarily(epoch < self.config.freeze_epochs)
         self.model.train()
         every = self.config.save_every_steps
-        with tqdm(
-            total=steps, initial=meters.steps, desc=f"epoch {epoch + 1}", leave=False, disable=rank() > 0 or None
-        ) as bar:
+        desc = f"epoch {epoch + 1}/{self.config.epochs}"
+        with Progress(steps, desc, unit="steps", initial=meters.steps, enabled=rank() == 0) as progress:
             meters.start_clock()
             for number, passes in enumerate(self.batches.epoch(epoch, meters.steps), epoch * steps + meters.steps):
                 metrics = self.step(self._drop_unreadable(passes), number, stop=self.signals.received)
                 meters.steps += 1
                 self.pending += [metrics] if metrics else []
                 values = self._read_metrics(self.lag)
-                bar.set_postfix(
-                    {key: f"{values[key]:.3f}" for key in TERMS if values}
-                    | {"images/s": f"{meters.images / meters.elapsed():.1f}"}
-                )
-                bar.update()
+                shown = {"loss": f"{values['loss']:.3f}"} if values else {}
+                progress.update(**shown, images=f"{meters.images / meters.elapsed():.0f}/s")
                 if meters.steps == steps:
                     break  # the checkpoint at the end of the epoch follows
                 if values.get("stop"):
