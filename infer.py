@@ -287,8 +287,10 @@ def save_picture(flags: Flags, folder: Path, queries: list[Query], results: list
     """Save a picture of the matches with --out, and by default for a single query without --json."""
     if flags.out is None and (flags.json or len(queries) > 1):
         return
-    if searches_captions(flags):
-        from reporting.plots import plot_captions as plot
+    if flags.labels:
+        from reporting.list_picture import plot_labels as plot
+    elif searches_captions(flags):
+        from reporting.list_picture import plot_captions as plot
     else:
         from reporting.match_picture import plot_photos as plot
 

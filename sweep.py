@@ -191,8 +191,12 @@ def write_results(folder: Path, runs: dict[str, dict[int, Path]], *, test: bool 
     results = pd.DataFrame(rows)
     write_text(folder / "results.csv", results.to_csv(index=False))
     write_text(folder / "results.md", markdown_table(results))
-    logs = {name: [log for other, _, _, log in finished if other == name] for name in runs}
-    plot_sweep({name: run_logs for name, run_logs in logs.items() if run_logs}, folder / "results.png")
+    logs = {name: {seed: log for other, seed, _, log in finished if other == name} for name in runs}
+    val = results[results.split == "val"]
+    pools = val.groupby("configuration", sort=False)[["data", "photos"]].agg(lambda values: tuple(sorted(set(values))))
+    other_data = [name for name, pool in pools.iterrows() if tuple(pool) != tuple(pools.iloc[0])]
+    logs = {name: run_logs for name, run_logs in logs.items() if run_logs}
+    plot_sweep(logs, folder / "results.png", other_data=other_data)
 
 
 def describe_pool(run: Path, split: str) -> dict:

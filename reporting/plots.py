@@ -1,9 +1,10 @@
-"""Figures: training curves, metrics, sweeps, captions found, examples of a data set, confusion matrices."""
+"""Figures: training curves, metrics, sweeps, examples of a data set, confusion matrices."""
 
+import statistics
 import sys
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,9 @@ if TYPE_CHECKING:
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
+MAX_CURVES = 24  # panels of rsum over the epochs, in the figure of a sweep
 LINE_HEIGHT = 0.14  # inches, of a caption below its photo
 MAX_CLASS_LABELS = 30  # with more classes, the labels and counts of a confusion matrix would be unreadable
-MAX_QUERIES = 20  # in one figure
-MAX_TITLE = 240  # characters of a query
-TEXT_LINE = 0.24  # inches, of a caption in a list
 
 
 def plot_curves(history: Sequence[dict], path: Path, *, main_term: tuple[str, str]) -> None:
@@ -81,50 +80,97 @@ def plot_metrics(metrics: dict, title: str, path: Path) -> None:
     _save(figure, path)
 
 
-def plot_sweep(logs: dict[str, Sequence[Sequence[dict]]], path: Path) -> None:
-    """Plot each configuration's best rsum, one dot per run and a bar at the mean, and the mean rsum over the epochs.
+def plot_sweep(
+    logs: Mapping[str, Mapping[int, Sequence[dict]]], path: Path, *, other_data: Collection[str] = ()
+) -> None:
+    """Plot each configuration's best rsum and its difference to the first one, and small panels of rsum over epochs.
 
-    logs: configuration -> the logs of its runs, each with one dict per epoch.
+    logs: configuration -> seed -> the log of its run, one dict per epoch. A dot is a run; bars are mean ± standard
+    deviation. other_data: configurations without a difference, because their validation photos are others.
     """
-    figure, ((best_axes, epoch_axes),) = _figure(11, max(3.5, 0.4 * len(logs) + 1.2), columns=2)
-    for row, runs in enumerate(logs.values()):
-        best = [max(record["rsum"] for record in log) for log in runs]
-        (line,) = best_axes.plot(best, [row] * len(best), "o", alpha=0.6)
-        best_axes.plot(sum(best) / len(best), row, "|", markersize=16, markeredgewidth=2.5, color=line.get_color())
-        length = min(map(len, runs))
-        mean = [sum(log[epoch]["rsum"] for log in runs) / len(runs) for epoch in range(length)]
-        epoch_axes.plot([record["epoch"] for record in runs[0][:length]], mean, color=line.get_color())
-    best_axes.set_yticks(range(len(logs)), list(map(display_text, logs)))
-    best_axes.invert_yaxis()
-    best_axes.set(xlabel="rsum of the best epoch, validation split", title="one dot per seed, bar at the mean")
-    epoch_axes.set(xlabel="epoch", ylabel="rsum, validation split", title="mean of the seeds, same colours")
-    epoch_axes.xaxis.get_major_locator().set_params(integer=True)
-    for axes in (best_axes, epoch_axes):
+    best = {name: {seed: max(r["rsum"] for r in log) for seed, log in runs.items()} for name, runs in logs.items()}
+    differences = _paired_differences(best, other_data)
+    has_epochs = any(len(log) > 1 for runs in logs.values() for log in runs.values())
+    curves = list(logs)[: MAX_CURVES if has_epochs else 0]
+    figure, axes = _sweep_axes(len(logs), len(curves), has_differences=any(differences.values()))
+    _plot_dots(axes["best"], best, "rsum of the best epoch, validation split")
+    if "difference" in axes:
+        first = _shorten(next(iter(best)), 24)
+        _plot_dots(axes["difference"], differences, f"rsum minus that of {first}, same seed")
+        axes["difference"].axvline(0, color="grey", linewidth=1, zorder=0)
+        axes["difference"].set_yticklabels([])
+    _plot_epochs([axes[number] for number in range(len(curves))], {name: logs[name] for name in curves})
+    if has_epochs and len(curves) < len(logs):
+        figure.suptitle(f"rsum over the epochs: the first {len(curves)} of {len(logs)} configurations", fontsize=10)
+    _save(figure, path)
+
+
+def _paired_differences(best, other_data):
+    """Return {configuration: {seed: rsum minus that of the first configuration}}, without runs that have none."""
+    first = next(iter(best))
+    return {
+        name: {}
+        if name in {first, *other_data}
+        else {seed: value - best[first][seed] for seed, value in runs.items() if seed in best[first]}
+        for name, runs in best.items()
+    }
+
+
+def _sweep_axes(configurations, curves, *, has_differences):
+    """Return the figure of a sweep and its axes: "best", "difference", and 0, 1, ... for the curves."""
+    rows = -(-curves // GRID_COLUMNS)
+    right = "difference" if has_differences else "best"
+    cells = [number if number < curves else "." for number in range(rows * GRID_COLUMNS)]
+    panels = [[cell for cell in cells[row * GRID_COLUMNS :][:GRID_COLUMNS] for _ in range(2)] for row in range(rows)]
+    top = max(2.4, 0.36 * configurations + 1.2)
+    return _mosaic(12, [["best"] * GRID_COLUMNS + [right] * GRID_COLUMNS, *panels], [top] + [1.9] * rows)
+
+
+def _plot_dots(axes, values, label):
+    """Plot a row for each configuration: a dot for each seed, a bar at mean ± standard deviation."""
+    for row, runs in enumerate(values.values()):
+        numbers = list(runs.values())
+        if not numbers:
+            continue
+        axes.plot(numbers, [row] * len(numbers), "o", color=COLOURS["i2t"], alpha=0.45, markersize=5, linewidth=0)
+        spread = statistics.stdev(numbers) if len(numbers) > 1 else 0
+        axes.errorbar(
+            statistics.mean(numbers),
+            row,
+            xerr=spread,
+            fmt="|",
+            color=COLOURS["t2i"],
+            markersize=13,
+            markeredgewidth=2.5,
+            capsize=4,
+        )
+    axes.set_yticks(range(len(values)), [_shorten(name, 40) for name in values], fontsize=9)
+    axes.set_ylim(len(values) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.set_title("a dot per seed, mean ± standard deviation", fontsize=10)
+    axes.grid(alpha=0.3)
+
+
+def _plot_epochs(panels, logs):
+    """Plot the mean rsum of each configuration in a panel of its own, in front of all others in grey."""
+    curves = {}
+    for name, runs in logs.items():
+        length = min(map(len, runs.values()))
+        points = [[log[epoch]["rsum"] for log in runs.values()] for epoch in range(length)]
+        curves[name] = [record["epoch"] for record in next(iter(runs.values()))[:length]], points
+    for axes, (name, (epochs, points)) in zip(panels, curves.items(), strict=True):
+        for other_epochs, other in curves.values():
+            axes.plot(other_epochs, list(map(statistics.mean, other)), color="0.8", linewidth=1)
+        axes.fill_between(epochs, list(map(min, points)), list(map(max, points)), color=COLOURS["i2t"], alpha=0.25)
+        axes.plot(epochs, list(map(statistics.mean, points)), color=COLOURS["i2t"], linewidth=1.8)
+        axes.set_title(_shorten(name, 34), fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def plot_captions(answers: Sequence[tuple], path: Path) -> None:
-    """Plot the captions that match each query, a sentence or an image, best first.
-
-    answers: for each query its text, its image or None, and its matches (score, caption).
-    """
-    answers = answers[:MAX_QUERIES]
-    lists = []
-    for _, _, matches in answers:
-        lines = [f"{match.score:.3f}  {_shorten(match.item, 130)}" for match in matches]
-        lists.append("\n\n".join(_wrap(line, 62, subsequent_indent=" " * 12) for line in lines))
-    heights = [max(2.5, TEXT_LINE * (text.count("\n") + 2)) for text in lists]
-    figure, grid = _figure(11, sum(heights), rows=len(answers), columns=2, heights=heights)
-    for (left, right), (text, query_image, _), captions in zip(grid, answers, lists, strict=True):
-        if query_image is None:
-            left.text(0.5, 0.5, _wrap(_shorten(text, MAX_TITLE), 36), ha="center", va="center", fontsize=13)
-        else:
-            left.imshow(_thumbnail(query_image))
-        right.text(0, 1, captions, va="top", fontsize=12, transform=right.transAxes)
-        left.axis("off")
-        right.axis("off")
-    _save(figure, path)
+        if axes is not panels[0]:
+            axes.sharey(panels[0])
+    for axes in panels[::GRID_COLUMNS]:
+        axes.set_ylabel("rsum", fontsize=8)
 
 
 def _show_images(grid, cells):
@@ -182,6 +228,18 @@ def _thumbnail(image_path):
 
 
 def _figure(width, height, *, rows=1, columns=1, heights=None):
+    return _pyplot().subplots(
+        rows, columns, figsize=(width, height), height_ratios=heights, layout="constrained", squeeze=False
+    )
+
+
+def _mosaic(width, rows, heights):
+    """Return a figure and its axes by name; a row of `rows` lists the names of its columns."""
+    plt = _pyplot()
+    return plt.subplot_mosaic(rows, figsize=(width, sum(heights)), height_ratios=heights, layout="constrained")
+
+
+def _pyplot():
     import matplotlib
 
     matplotlib.use("Agg")  # works without a display
@@ -190,9 +248,7 @@ def _figure(width, height, *, rows=1, columns=1, heights=None):
     # Captions and file names may contain dollar signs, which would start a formula.
     plt.rcParams["text.parse_math"] = False
     plt.rcParams["font.family"] = families()
-    return plt.subplots(
-        rows, columns, figsize=(width, height), height_ratios=heights, layout="constrained", squeeze=False
-    )
+    return plt
 
 
 def _save(figure, path):

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from reporting import match_picture
-from reporting.match_picture import TILE, plot_photos
+from reporting import match_picture, picture
+from reporting.match_picture import plot_photos
+from reporting.picture import TILE
 
 
 class Match(NamedTuple):
@@ -44,7 +45,7 @@ def test_every_match_is_in_the_picture(matches, tmp_path):
 def test_query_photo_has_a_frame(matches, tmp_path):
     plot_photos([("nearest", matches[0].item, matches[1:])], tmp_path / "found.png")
 
-    assert has_colour(tmp_path / "found.png", match_picture.QUERY)
+    assert has_colour(tmp_path / "found.png", picture.QUERY)
 
 
 def test_several_queries_have_one_row_each(matches, tmp_path):
@@ -70,7 +71,7 @@ def test_long_and_odd_queries_fit_the_width(matches, tmp_path, text):
     plot_photos([(text, None, [Match(0.5, odd), *matches[1:]])], tmp_path / "found.png")
 
     width = Image.open(tmp_path / "found.png").width
-    assert width == pytest.approx(4 * TILE + 5 * match_picture.GAP, abs=2)
+    assert width == pytest.approx(4 * TILE + 5 * picture.GAP, abs=2)
 
 
 def test_missing_glyphs_are_reported(matches, tmp_path, capsys):

@@ -354,3 +354,16 @@ def test_sentence_without_a_known_word_is_refused_and_unknown_words_are_named(wo
     assert "does not know" not in infer("red on the left", "--gallery", "holiday").stderr
     line = one_line_error(run_in_process("infer.py", "--image", QUERY_PHOTO, "--labels", "red", "犬"))
     assert "no word of the label '犬'" in line
+
+
+def test_labels_are_drawn_as_bars_and_captions_as_a_list(workdir, monkeypatch):
+    from reporting import list_picture
+
+    drawn = []
+    monkeypatch.setattr(list_picture, "plot_labels", lambda rows, path: drawn.append(("labels", rows)))
+    monkeypatch.setattr(list_picture, "plot_captions", lambda rows, path: drawn.append(("captions", rows)))
+    for flags in (["--labels", "red", "white"], ["--find", "captions"]):
+        done = run_in_process("infer.py", "--image", QUERY_PHOTO, *flags, "--out", "list.png")
+        assert done.returncode == 0, done.stderr
+    assert [kind for kind, _ in drawn] == ["labels", "captions"]
+    assert {match.item for match in drawn[0][1][0][2]} == {"red", "white"}

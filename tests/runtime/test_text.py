@@ -196,7 +196,7 @@ def test_errors_about_a_hostile_name_are_one_clean_line(name, tmp_path, monkeypa
 
 
 def test_plots_escape_names_and_captions(tmp_path):
-    from reporting import match_picture, plots
+    from reporting import list_picture, match_picture, plots
     from retrieval.searcher import Match
 
     path = tmp_path / "a\x1b[2J\n\u202eb.png"
@@ -221,7 +221,8 @@ def test_plots_escape_names_and_captions(tmp_path):
         evil = EVIL["clear screen"] + EVIL["C1"] + EVIL["right to left"]
         match_picture.plot_photos([(evil, path, [Match(0.5, path)])], tmp_path / "a.png")
         match_picture.plot_photos([(evil, None, [Match(0.5, path)])] * 2, tmp_path / "b.png")
-        plots.plot_captions([(evil, path, [Match(0.5, evil)])], tmp_path / "c.png")
+        list_picture.plot_captions([(evil, path, [Match(0.5, evil)]), (evil, None, [])], tmp_path / "c.png")
+        list_picture.plot_labels([(evil, path, [Match(0.5, evil)])], tmp_path / "g.png")
         plots.plot_examples(evil, [(path, evil, [evil])], tmp_path / "d.png")
         plots.plot_metrics({"i2t_R@1": 1.0, "t2i_R@1": 1.0}, evil, tmp_path / "e.png")
         import torch
