@@ -97,7 +97,7 @@ def load(
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     cache_dir: str | Path | None = None,
 ) -> Retriever:
-    """Load a run's best checkpoint (its folder), or a pretrained dual encoder (its folder or hub name).
+    """Load a run's best checkpoint or a shared run (a folder, or OWNER/NAME on the hub), or a pretrained dual encoder.
 
     cache_dir: folder for embeddings of galleries; default: that of the run, else "cache".
     """
@@ -105,12 +105,23 @@ def load(
     from runtime.run_dir import CONFIG, read_shared_config
 
     options = {"device": device, "precision": precision, "cache_dir": None if cache_dir is None else Path(cache_dir)}
-    folder = Path(source).expanduser()
+    folder = _find_run(source)
     if (folder / "log.jsonl").is_file() or (folder / "towers").is_dir():
         return Retriever(searcher_for_run(folder, **options), read_shared_config(folder))
     if folder.is_dir() and not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} is neither a run nor a pretrained model: it has no {CONFIG}")
     return Retriever(searcher_for_pretrained(str(source), **options), Config(model=str(source)))
+
+
+def _find_run(source):
+    """Return the folder of a run or of a shared run on the hub, and the path of any other source."""
+    from models.hub_run import find_hub_run, report_local_folder
+
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        report_local_folder(folder)
+        return folder
+    return find_hub_run(str(source)) or folder
 
 
 def train(config: Config) -> Path:

@@ -28,7 +28,7 @@ class Flags:
     """Serve a web page that searches photos by sentence or photo. Visitors receive only thumbnails of the matches."""
 
     gallery: tuple[Path, ...] = ()  # folders of photos to search, besides the run's data set
-    run: Path | None = None  # the run's folder to start with; default: the newest finished run
+    run: Path | None = None  # the run (a folder, or OWNER/NAME on the hub) to start with; default: the newest finished
     model: str | None = None  # a pretrained model (CLIP, SigLIP ...) to start with: a folder or hub name
     split: Literal["train", "val", "test", "all"] = "test"  # the split of the run's data set to search in
     index: str | None = None  # for large galleries: faiss, milvus, a file FILE.db, or a cluster's http(s) address

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 import tyro
 
 from config import Config
+from data.download import NOT_SHARED
+from models.hub_run import find_run, hub_name, output_folder
 from runtime import cli
 from runtime.atomic_io import write_text
 from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metrics, read_shared_config
@@ -31,7 +33,7 @@ class Flags:
     in percent on a data set of class folders, where a photo is classified by the class names.
     """
 
-    run: Annotated[Path | None, tyro.conf.Positional] = None  # the run's folder; default: the newest finished run
+    run: Annotated[Path | None, tyro.conf.Positional] = None  # a folder, or OWNER/NAME on the hub; default: newest
     model: str | None = None  # evaluate a pretrained model (CLIP, SigLIP ...) instead of a run: a name or a folder
     split: Literal["train", "val", "test"] = "test"  # the split to evaluate on
     report: bool = False  # also write report.html: what the run finds and misses, and pairs that look wrong
@@ -50,7 +52,8 @@ def main() -> None:
     if flags.report and flags.zero_shot is not None:
         raise ValueError("--report describes retrieval: leave out --zero-shot")
     folder, config = resolve_run(flags)
-    read_metrics(folder)  # report a damaged file before minutes of encoding
+    output = output_folder(folder, flags.runs_dir)
+    read_metrics(output)  # report a damaged file before minutes of encoding
     if flags.zero_shot is not None:
         return evaluate_zero_shot(folder, flags)
     from data.loading import open_run_data
@@ -61,26 +64,26 @@ def main() -> None:
     name = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
     name += ", as trained" if flags.as_trained else ""
     pool = f"{flags.split} split of {data.name}, {len(split.paths):,} images, {len(split.captions):,} captions"
-    print(display_text(f"{folder}: {pool}"), flush=True)
+    print(display_text(f"{hub_name(folder) or folder}: {pool}"), flush=True)
     for line in (data.limit, describe_small_pool(flags.split, len(split.paths), len(split.captions))):
         if line:
             print(display_text(line), flush=True)
     for scoring, metrics in evaluate_retrieval(split, folder, flags, data.photo_classes()).items():
         print(f"{scoring}\n{table(metrics)}" if scoring else table(metrics))
-        save_metrics(folder, f"{name}, {scoring}" if scoring else name, metrics)
+        save_metrics(output, f"{name}, {scoring}" if scoring else name, metrics)
     if flags.report:
         from data.loading import open_data
         from reporting.run_report import write_report
 
         everything = open_data(config, flags.data_dir)  # all splits, while an evaluation needs one
         encoder, _ = load_model(folder, flags)
-        print(f"report: {display_text(write_report(folder, everything, encoder, flags.split))}")
+        print(f"report: {display_text(write_report(folder, everything, encoder, flags.split, output))}")
 
 
 def resolve_run(flags: Flags) -> tuple[Path, Config]:
     """Return the folder that metrics are written to, and the configuration that names the data set."""
     if flags.model is None:
-        folder = cli.existing_folder(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
+        folder = find_run(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
         config = read_shared_config(folder)
     elif flags.run is not None:
         raise ValueError("a run and --model exclude each other: give one of them")
@@ -178,6 +181,8 @@ def class_accuracy(encoder, image_emb, photos, classes: dict[Path, str], tempera
 def _is_training_data(dataset, folder):
     """Return whether `dataset` is the one that the run was trained on; its validation split is the query bank."""
     config = read_config(folder)
+    if config.dataset.startswith(NOT_SHARED):  # any data set may be the one that the shared run was trained on
+        return True
     trained_on = {Path(path).expanduser().resolve() for path in (config.dataset, config.data_dir) if path is not None}
     return dataset is None or Path(dataset).expanduser().resolve() in trained_on
 
@@ -225,6 +230,7 @@ def evaluate_zero_shot(folder: Path, flags: Flags) -> None:
         print(format_skipped(int((~readable).sum())))
     metrics = accuracy(probability, truth)
     print(format_accuracy(metrics))
+    folder = output_folder(folder, flags.runs_dir)
     update_metrics(folder, f"zero-shot {name}", metrics)
     plot, title = folder / f"zero-shot-{name}.png", f"{folder.name} on {name}, top-1 {metrics['top1']:.1f} %"
     plot_confusion(confusion(probability, truth), labels, title, plot)

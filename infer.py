@@ -13,6 +13,7 @@ import tyro
 from config import Config
 from data.download import refuse_address
 from data.records import UNDECODED, decode_text
+from models.hub_run import find_run, hub_name, output_folder
 from retrieval.embedding_store import list_images, list_split_images
 from retrieval.onnx_text import export_in_background
 from retrieval.searcher import (
@@ -47,7 +48,7 @@ class Flags:
     queries: Path | None = None  # a text file with one sentence per line
     gallery: Path | None = None  # search the photos of this folder and its subfolders instead of the run's data set
     find: Target | None = None  # default: captions for --image alone (no sentence, no --gallery), otherwise photos
-    run: Path | None = None  # the run's folder; default: the newest finished run
+    run: Path | None = None  # the run's folder, or OWNER/NAME on the hub; default: the newest finished run
     model: str | None = None  # search with a pretrained model (CLIP, SigLIP ...) instead of a run: a folder or hub name
     split: Literal["train", "val", "test", "all"] | None = None  # part of the run's data set; default: test
     duplicates: bool = False  # with --gallery: list the photos that are the same picture; nothing is deleted
@@ -125,7 +126,7 @@ def main() -> None:
         return ask_for_queries(flags, run, searcher)
     if flags.labels:
         labels = read_labels(flags.labels)
-        report(flags, f"choosing one of {len(labels)} labels with {run or flags.model}")
+        report(flags, f"choosing one of {len(labels)} labels with {model_name(flags, run)}")
         results = [searcher.classify(flags.image, labels)]
     elif searches_captions(flags):
         search = caption_search(flags, run, searcher)
@@ -135,7 +136,7 @@ def main() -> None:
         results = search(encode_queries(searcher, queries, "photos"))
     for query, matches in zip(queries, results, strict=True):
         print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
-    save_picture(flags, run or searcher.store.parent, queries, results)
+    save_picture(flags, pictures_folder(flags, run, searcher), queries, results)
     pays = is_terminal() or searcher.gallery_size >= EXPORT_FROM  # where someone waits for the next search
     if pays and any(query.sentence for query in queries) and searcher.use_onnx:
         export_in_background(run or flags.model, searcher.store.parent, searcher.text_encoder_folder)
@@ -151,7 +152,7 @@ def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
         query = Query(sentence, photo)
         (matches,) = search(encode_queries(searcher, [query], "photos"))
         print(format_table(query, matches).partition("\n")[2])
-        save_picture(flags, run or searcher.store.parent, [query], [matches])
+        save_picture(flags, pictures_folder(flags, run, searcher), [query], [matches])
         return [match.item for match in matches]
 
     ask(answer, terminal_lines())
@@ -162,7 +163,7 @@ def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
     from retrieval.duplicates import duplicate_groups
 
     photos = list_images(flags.gallery.expanduser())
-    report(flags, f"comparing the {len(photos.stamps):,} photos of {flags.gallery} with {run or flags.model}")
+    report(flags, f"comparing the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
     gallery = searcher.gallery(photos)
     dims = gallery.embeddings.shape[1] - (searcher.encoder.query_bank is not None)
     groups = duplicate_groups(gallery, dims, flags.duplicate_cosine)
@@ -200,7 +201,17 @@ def read_queries(flags: Flags) -> list[Query]:
 
 def select_run(flags: Flags) -> Path:
     """Return the folder given with --run, or that of the newest finished run."""
-    return cli.existing_folder(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
+    return find_run(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
+
+
+def model_name(flags: Flags, run: Path | None) -> str | Path:
+    """Return the name of the model for messages: the run's folder or its name on the hub, or that of --model."""
+    return flags.model if run is None else hub_name(run) or run
+
+
+def pictures_folder(flags: Flags, run: Path | None, searcher: Searcher) -> Path:
+    """Return the folder that contains matches/: that of the run, or the cache for a pretrained model."""
+    return output_folder(run, flags.runs_dir) if run else searcher.store.parent
 
 
 def read_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -220,6 +231,7 @@ def report(flags: Flags, line: str) -> None:
 
 def describe_split(split: str, kind: str, count: int, total: int, run: Path, others: str) -> str:
     """Describe how many of the photos or captions of a run's data set are searched, and how to search others."""
+    run = hub_name(run) or run
     if split == "all":
         return f"searching all {total:,} {kind} of {run}"
     return f"searching the {count:,} {split} {kind} of {total:,} of {run}; {others} for others"
@@ -235,7 +247,7 @@ def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
     """List the photos to search, and return a function from queries (Q, F) to their matches."""
     if flags.gallery is not None:
         photos = list_images(flags.gallery.expanduser())
-        report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {run or flags.model}")
+        report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
     else:
         from data.loading import open_run_data
 

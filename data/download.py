@@ -15,6 +15,7 @@ KAGGLE = {
     "coco": "awsaf49/coco-2017-dataset",
 }
 NAMES = ("sample", *KAGGLE)
+NOT_SHARED = "not-shared:"  # before the name of a data set that a shared run came without (models/shared_settings.py)
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/{1,3}(?=[^/\\])")  # pathlib turns https:// into https:/
 HUB_ADDRESS = re.compile(r"(?:hf://|https?://[\w.-]*(?:huggingface|hf-mirror)[\w.-]*/)datasets/([\w-][\w.-]*/[\w.-]+)")
@@ -39,6 +40,11 @@ def find_source(dataset: str, data_dir: str | Path | None, cache_dir: str | Path
     refuse_address(data_dir, "--data-dir")
     if data_dir is not None:
         return Source(_existing_path(data_dir, dataset))
+    if dataset.startswith(NOT_SHARED):
+        raise FileNotFoundError(
+            f"this shared run was trained on {dataset.removeprefix(NOT_SHARED)!r}, which is not part of it: pass your "
+            "copy with --data-dir FOLDER (evaluate.py can measure on other data too: --dataset NAME_OR_FOLDER)"
+        )
     _say_which(dataset)
     if dataset == "sample":
         return Source(_draw_sample(cache_dir))
@@ -92,7 +98,8 @@ def _existing_path(data_dir, dataset):
         raise FileNotFoundError(f"no such folder: {data_dir} (--data-dir)")
     if path.is_file() and is_folder(path):
         return single_folder(path)
-    caption_file = path / Path(dataset).name  # --dataset was a caption file, whose folder has moved to --data-dir
+    name = Path(dataset.removeprefix(NOT_SHARED)).name
+    caption_file = path / name  # --dataset was a caption file, whose folder has moved to --data-dir
     return caption_file if Path(dataset).suffix and caption_file.is_file() else path
 
 

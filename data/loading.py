@@ -91,6 +91,15 @@ class CaptionData:
             digest.update("\0".join(map(str, self.table[column])).encode("utf-8", "surrogatepass") + b"\1")
         return digest.hexdigest()[:16]
 
+    def split_sizes(self) -> dict[str, dict[str, int]]:
+        """Return {split: {"photos": number, "captions": number}} of the splits that have photos."""
+        counts = self.table.groupby("split").agg(photos=("image", "nunique"), captions=("caption", "size"))
+        return {
+            split: {name: int(counts.loc[split, name]) for name in ("photos", "captions")}
+            for split in SPLITS
+            if split in counts.index
+        }
+
     def photo_classes(self) -> dict[Path, str]:
         """Return {path of a photo, as in `split`: its class name} for class folders, else {}."""
         return {self.image_root / image: label for image, label in self.classes.items()}
@@ -105,9 +114,9 @@ class CaptionData:
 
     def description_lines(self) -> list[str]:
         """Return the lines of `describe` before control characters are escaped: a line may contain a file name."""
-        counts = self.table.groupby("split").agg(images=("image", "nunique"), captions=("caption", "size"))
         sizes = [
-            f"{s} {counts.images[s]:,} images / {counts.captions[s]:,} captions" for s in SPLITS if s in counts.index
+            f"{split} {size['photos']:,} images / {size['captions']:,} captions"
+            for split, size in self.split_sizes().items()
         ]
         lines = [f"{self.name}: {', '.join(sizes)} ({self.split_source})"]
         lines += [self.limit, *self.notes] if self.limit else self.notes

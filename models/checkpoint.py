@@ -16,10 +16,11 @@ from models.allocation import LimitAllocation
 from models.encoders import load_towers
 from models.factory import assemble_model
 from models.run_check import check_run, is_library_error
+from models.shared_run import read_weights
 from modules import CLIPModel
 from runtime.atomic_io import replace_file
 from runtime.checksums import HashingFile, add_checksum, keep_checksum, verify_checksum
-from runtime.run_dir import BEST, CONFIG, FROZEN, LAST, TOWERS, read_config
+from runtime.run_dir import BEST, CONFIG, FROZEN, LAST, TOWERS, is_shared_run, read_config
 
 SHOWN_KEYS = 3
 RENAMED_STATE = {"tally": "meters", "bank": "query_bank"}  # keys of version 1 -> keys
@@ -195,19 +196,16 @@ def _is_compatible(tensor, expected):
 def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     """Load a trained model from its run folder, in eval mode on the CPU, without network access.
 
-    Raises FileNotFoundError if the folder or the checkpoint does not exist, and ValueError if the checkpoint or the
-    towers' specifications cannot be used.
+    The folder may be that of a shared run (shared_run.py). Raises FileNotFoundError if the folder or the checkpoint
+    does not exist, and ValueError if the checkpoint or the towers' specifications cannot be used.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run: {folder}")
     config = read_config(folder)
-    _require_checkpoint(folder, checkpoint)
-    state = load_state(folder / checkpoint)
-    state = {RENAMED_STATE.get(key, key): value for key, value in state.items()}
-    weights = state.pop("model", None)
-    if not isinstance(weights, dict):
-        raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it contains no model weights")
-    weights = _with_frozen(folder, weights)
+    if checkpoint == BEST and is_shared_run(folder):
+        weights, state = read_weights(folder)
+    else:
+        weights, state = _read_checkpoint(folder, checkpoint)
     if config.heads == ("residual", "residual"):
         _require_dimensions(folder, config.embed_dim, weights)
     model, tokenizer = _build_model(folder, config, weights)
@@ -215,6 +213,17 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     run = Run(folder, config, model.eval(), tokenizer, state)
     check_run(run)
     return run
+
+
+def _read_checkpoint(folder, checkpoint):
+    """Return all weights of a checkpoint, those of frozen towers included, and its other entries."""
+    _require_checkpoint(folder, checkpoint)
+    state = load_state(folder / checkpoint)
+    state = {RENAMED_STATE.get(key, key): value for key, value in state.items()}
+    weights = state.pop("model", None)
+    if not isinstance(weights, dict):
+        raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it contains no model weights")
+    return _with_frozen(folder, weights), state
 
 
 def _build_model(folder, config, weights):
@@ -247,7 +256,7 @@ def _require_checkpoint(folder, checkpoint):
         raise FileNotFoundError(
             f"{folder} has no {checkpoint}: no epoch is finished yet; continue with: python train.py --resume {folder}"
         )
-    if (folder / BEST).is_file():
+    if (folder / BEST).is_file() or is_shared_run(folder):
         raise FileNotFoundError(
             f"{folder} has no {checkpoint} to resume from: start a new run with --start-from {folder}"
         )

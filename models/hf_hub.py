@@ -46,7 +46,7 @@ def dual_encoder_source(name: str) -> str:
     return hub_name
 
 
-def offline_if_unreachable() -> None:
+def offline_if_unreachable(timeout: float = HUB_TIMEOUT) -> None:
     """Make the hub's libraries use only their local cache, and so fail immediately, if the hub does not respond.
 
     `local_files_only=True` is not enough: timm does not accept it, and transformers still retries the connection.
@@ -56,7 +56,7 @@ def offline_if_unreachable() -> None:
     if constants.HF_HUB_OFFLINE:
         return
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT).close()
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=timeout).close()
     except urllib.error.HTTPError:
         pass  # the hub responded
     except OSError:

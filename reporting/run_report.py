@@ -14,6 +14,7 @@ from data.image_io import load_image
 from data.loading import CaptionData
 from data.splits import SPLITS
 from data.tokenizer import tokenize
+from models.hub_run import hub_name
 from reporting import report_analysis as analysis
 from reporting.pair_quality import mismatch_scores
 from reporting.report_findings import findings
@@ -68,21 +69,28 @@ class Pool:
         }
 
 
-def write_report(folder: Path, data: CaptionData, encoder: Encoder, split: str = "test") -> Path:
-    """Write the run's report.html about a split, with what the other splits explain. Return its path."""
+def write_report(
+    folder: Path, data: CaptionData, encoder: Encoder, split: str = "test", output: Path | None = None
+) -> Path:
+    """Write report.html about a split, with what the other splits explain, into `output`, by default the run's folder.
+
+    Return its path.
+    """
     from jinja2 import Environment, FileSystemLoader
 
     pool = encode_pool(data, encoder)
     content = build_report(pool, split) | {
-        "run": folder.name,
+        "run": hub_name(folder) or folder.name,
         "dataset": Path(data.name).name,
         "sizes": [(name, *(len(rows) for rows in pool.rows(name))) for name in SPLITS],
         "curves": _file_url(folder / CURVES),
     }
     content["findings"] = findings(content, read_log(folder))
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
-    write_text(folder / REPORT, template.get_template("report.html.j2").render(content))
-    return folder / REPORT
+    report = (output or folder) / REPORT
+    report.parent.mkdir(parents=True, exist_ok=True)
+    write_text(report, template.get_template("report.html.j2").render(content))
+    return report
 
 
 def encode_pool(data: CaptionData, encoder: Encoder) -> Pool:

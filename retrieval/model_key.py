@@ -6,22 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import MODEL_FIELDS
-from runtime.run_dir import BEST, FROZEN, TOWERS, read_config
+from runtime.run_dir import BEST, FROZEN, QUERY_BANK, TOWERS, WEIGHTS, is_shared_run, read_config
 
 HASHED_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configuration, vocabulary
 
 
 def dual_encoder_key(folder: Path) -> str:
     """Return a hash of a pretrained dual encoder's folder, over the names and contents of its files."""
-    import mmap
-
     digest = hashlib.sha256()
     for path in sorted(
         path for path in folder.iterdir() if path.suffix in HASHED_SUFFIXES and path.is_file() and path.stat().st_size
     ):
-        digest.update(path.name.encode("utf-8", "surrogateescape"))
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            digest.update(content)
+        _add_file(digest, path)
     return digest.hexdigest()
 
 
@@ -33,7 +29,11 @@ def weights_key(folder: Path) -> str:
     """
     config, digest = read_config(folder), hashlib.sha256()
     digest.update(repr([getattr(config, field) for field in (*MODEL_FIELDS, "max_tokens")]).encode())
-    if not (folder / BEST).is_file():
+    if is_shared_run(folder):
+        for path in (folder / WEIGHTS, folder / QUERY_BANK):
+            if path.is_file() and path.stat().st_size:
+                _add_file(digest, path)
+    elif not (folder / BEST).is_file():
         raise FileNotFoundError(f"{folder} has no {BEST}: its training did not finish an epoch; train it again")
     for path in (folder / BEST, folder / FROZEN):
         if path.is_file():
@@ -45,6 +45,15 @@ def weights_key(folder: Path) -> str:
                 while chunk := file.read(2**20):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def _add_file(digest, path):
+    """Add a file's name and content, which must not be empty, to the digest."""
+    import mmap
+
+    digest.update(path.name.encode("utf-8", "surrogateescape"))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        digest.update(content)
 
 
 def digest(parts: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from retrieval.searcher import Searcher, searcher_for_pretrained, searcher_for_r
 from runtime import cli
 from runtime.atomic_io import new_folder
 from runtime.cache import load_cached
-from runtime.run_dir import BEST
+from runtime.run_dir import BEST, TOWERS, is_shared_run
 
 PROBES = ("a dog in snow", "two people", "a red car parks beside a very old house with a green door and flowers")
 
@@ -91,7 +91,8 @@ def main() -> None:
     """Prepare a run or a pretrained model: `python -m retrieval.onnx_text_export RUN_OR_MODEL CACHE_DIR`."""
     source, cache_dir = sys.argv[1:]
     options = {"device": "cpu", "precision": "float32", "cache_dir": Path(cache_dir)}
-    is_run = (Path(source) / BEST).is_file()
+    folder = Path(source)
+    is_run = (folder / BEST).is_file() or (is_shared_run(folder) and (folder / TOWERS).is_dir())
     prepare(searcher_for_run(Path(source), **options) if is_run else searcher_for_pretrained(source, **options))
 
 

@@ -53,14 +53,15 @@ def verify_checksum(path: Path) -> None:
     if not expected:
         return
     # The checksums are read again, because a training process may have replaced the file in the meantime.
-    if _compute_checksum(path) not in expected | _read_checksums(path):
+    if file_checksum(path) not in expected | _read_checksums(path):
         raise ValueError(
             f"{path} was changed or truncated after it was written: its SHA-256 does not match {CHECKSUMS}. If you "
             f"replaced the file on purpose, delete its line in {CHECKSUMS}"
         )
 
 
-def _compute_checksum(path):
+def file_checksum(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
     sha256 = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(BLOCK_SIZE):

@@ -17,12 +17,14 @@ LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
 CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
+WEIGHTS, QUERY_BANK = "model.safetensors", "query_bank.safetensors"  # of a shared run (models/shared_run.py)
 WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # besides TOWERS
 LOCK = "lock"
 MAX_SETTINGS, MAX_LOG = 64 * 2**20, 256 * 2**20  # bytes of config.json and of log.jsonl; a million epochs are less
 # Subfolders that only this program creates in a cache.
 IN_CACHE = ("tokens", "features", "galleries", "tables", "text_encoders", "hf_photos", "sample")
 LAUNCHES = "starts"  # key of the launch records, beside the settings in config.json
+SHARED = "shared"  # ... and in a shared run, of the version of its format
 
 # Values for fields that the config.json of an older run lacks: the defaults of that version.
 DEFAULTS_OF_OLD_RUNS = {name: value for name, (_, value) in OWN_PHOTOS.items()}
@@ -89,7 +91,7 @@ def read_config(folder: Path) -> Config:
         raise FileNotFoundError(f"{folder} is not a run folder: it has no {CONFIG}")
     try:
         settings = json.loads(_read_bounded(path, MAX_SETTINGS))
-        settings.pop(LAUNCHES, None)
+        settings.pop(LAUNCHES, None), settings.pop(SHARED, None)
         settings = DEFAULTS_OF_OLD_RUNS | {RENAMED.get(name, name): value for name, value in settings.items()}
         for name, value in settings.items():
             _check_type(name, value)
@@ -210,6 +212,11 @@ def finished_runs(runs_dir: str | Path) -> list[Path]:
             f"or continue it: python train.py --resume {logs[0].parent}"
         )
     raise FileNotFoundError(f"no runs in {runs_dir}/ yet; train one: python train.py")
+
+
+def is_shared_run(folder: Path) -> bool:
+    """Return whether a folder contains a shared run: weights in safetensors instead of checkpoints."""
+    return (folder / WEIGHTS).is_file()
 
 
 def newest_finished_run(runs_dir: str | Path) -> Path:

@@ -24,6 +24,8 @@ def describe_launch(data: CaptionData, device: torch.device) -> dict:
         "command": shlex.join(["python", *sys.argv]),
         "commit": git_commit(Path(__file__).parents[1]),
         "data": data.fingerprint(),
+        "splits": data.split_sizes(),
+        "split_source": data.split_source,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": world_size(),
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ from functools import cache
 from itertools import chain, count
 from pathlib import Path
 
+from models.hub_run import find_run, hub_name
 from retrieval.embedding_store import Gallery, list_images, list_split_images
 from retrieval.searcher import Searcher, searcher_for_pretrained, searcher_for_run
 from runtime import cli
@@ -42,7 +43,7 @@ class Catalog:
         options: dict,
     ):
         self.split, self.data_dir, self.options, self.model = split, data_dir, options, model
-        first = [] if run is None else [cli.existing_folder(run, "--run")]
+        first = [] if run is None else [find_run(run, "--run")]
         try:
             others = finished_runs(runs_dir)
         except FileNotFoundError:
@@ -111,8 +112,13 @@ class Catalog:
 
 
 def display_name(path: str | Path) -> str:
-    """Return a path or a model's name as visitors see it: of an absolute path only the last part."""
+    """Return a path or a model's name as visitors see it: of an absolute path only the last part.
+
+    A run in the hub's cache has its name on the hub.
+    """
     path = Path(path).expanduser()
+    if name := hub_name(path):
+        return name
     return path.name if path.is_absolute() else str(path)
 
 
