@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 
@@ -75,6 +76,21 @@ def test_search_equals_the_script(workdir, monkeypatch):
     matches = variables["model"].search("cache/sample/Images", "a red circle", k=3)
 
     assert [match["photo"] for match in json.loads(done.stdout)["matches"]] == [str(match.item) for match in matches]
+
+
+def test_commands_and_snippets_of_the_page_about_sharing_run(workdir, monkeypatch):
+    folder, _ = workdir
+    monkeypatch.chdir(folder)
+    page = (ROOT / "docs" / "sharing.md").read_text("utf-8")
+    commands = re.findall(r"^python (?!.*OWNER).*$", page, re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = run_in_process(*shlex.split(command, comments=True)[1:])
+        assert done.returncode == 0, done.stderr
+    variables = {}
+    for _, code in BLOCK.findall(page):
+        exec(compile(code, "docs/sharing.md", "exec"), variables)
+    assert variables["cosines"].shape == (1, 1)
 
 
 def test_pretrained_dual_encoder_is_loaded_by_its_folder(tmp_path, monkeypatch):
