@@ -285,7 +285,8 @@ def test_each_different_launch_is_recorded_once_with_its_metadata(tiny_config, m
     folder = train(config, open_data_of(config), None)
     (launch,) = read_launches(folder)
     assert launch["versions"]["torch"].startswith(torch.__version__.partition("+")[0])
-    assert launch.keys() == {"command", "commit", "data", "device", "processes", "threads", "versions"}
+    recorded = ("command", "commit", "data", "splits", "split_source", "device", "processes", "threads", "versions")
+    assert launch.keys() == set(recorded) and launch["splits"]["train"] == {"photos": 22, "captions": 44}
     assert len(launch["data"]) == 16 and launch["device"] == "cpu" and launch["processes"] == 1
     train(dataclasses.replace(config, epochs=2), open_data_of(config), folder)
     assert read_launches(folder) == [launch] and "changed since" not in capsys.readouterr().out
