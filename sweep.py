@@ -4,6 +4,8 @@ A sweep is a text file with one configuration per line: its name, a colon, and i
 contain flags that all configurations share; "#" begins a comment. The runs are RUNS_DIR/SWEEP/NAME-sSEED. Finished runs
 are not trained again, interrupted ones are resumed. The same folder contains results.csv, results.md (mean ± standard
 deviation over the seeds, and the difference to the first configuration) and results.png.
+
+`python sweep.py --search alpha=0:2 lr_heads=1e-4:1e-2:log batch_size=32,64 --trials 20` searches settings with Optuna.
 """
 
 import json
@@ -19,7 +21,7 @@ import tyro
 from config import Config
 from runtime import cli
 from runtime.atomic_io import write_text
-from runtime.run_dir import BEST, LAST, LOG, read_config, read_launches, read_log, read_metrics
+from runtime.run_dir import BEST, LAST, LOG, lock_run, read_config, read_launches, read_log, read_metrics
 from runtime.run_dir import METRICS as METRICS_FILE
 from runtime.signals import Stopped, run_until_end
 from runtime.text import display_text, shell_argument, slug
@@ -32,7 +34,10 @@ DATA_FIELDS += ("image_column", "caption_column", "split_column")
 
 @dataclass(frozen=True)
 class Flags:
-    """Train each configuration of a sweep with each seed, and write one table; pass other flags to train.py."""
+    """Train each configuration of a sweep with each seed, and write one table; pass other flags to train.py.
+
+    `--search` searches settings instead of reading a file: `python sweep.py --search --help`.
+    """
 
     sweep: Annotated[Path, tyro.conf.Positional]  # the file with the configurations
     seeds: tuple[int, ...] = (0, 1, 2)  # each configuration is trained once per seed
@@ -40,7 +45,30 @@ class Flags:
     test: bool = False  # also measure the test split of each run, once all are trained
 
 
+@dataclass(frozen=True)
+class SearchFlags:
+    """Search settings with Optuna for the highest rsum on the validation split; pass other flags to train.py.
+
+    The same command continues a search that was stopped, and more --trials extend it.
+    """
+
+    search: tuple[str, ...]  # ranges of settings: NAME=LOW:HIGH, NAME=LOW:HIGH:log (logarithmic), NAME=A,B,C
+    trials: int = 20  # besides the run with unchanged settings
+    name: str | None = None  # of the folder in runs_dir; default: made of the data set and the settings
+    seeds: tuple[int, ...] = (0, 1, 2)  # the first is that of the trials; the best settings are trained with all
+    runs_dir: Path = Path(Config.runs_dir)  # contains a folder with the name, which contains the runs
+
+    def __post_init__(self):
+        if not self.seeds:
+            raise ValueError("--seeds needs at least one number")
+        if self.trials < 1:
+            raise ValueError(f"--trials must be at least 1, got {self.trials}")
+        Config(name=self.name)  # raises ValueError
+
+
 def main() -> None:
+    if cli.has_flag("--search"):
+        return search_settings(*cli.parse_known_flags(SearchFlags))
     flags, common_arguments = cli.parse_known_flags(Flags)
     configurations = read_sweep(flags.sweep)
     folder = flags.runs_dir / flags.sweep.stem
@@ -56,6 +84,85 @@ def main() -> None:
         write_results(folder, runs, test=True)
     print((folder / "results.md").read_text("utf-8"))
     print(display_text(f"saved {folder / 'results.csv'}, {folder / 'results.md'} and {folder / 'results.png'}"))
+
+
+def search_settings(flags: SearchFlags, arguments: list[str]) -> None:
+    """Run a search, train the best settings and the unchanged ones with all seeds, and write tables and pictures."""
+    from training.search_space import parse_search
+    from training.sweep_search import UNCHANGED, Search
+
+    space, seed = parse_search(flags.search), flags.seeds[0]
+    names = [setting.name for setting in space]
+    check_search_arguments(names, arguments)
+    data = Path(cli.peek_flag("--dataset") or Config.dataset).name
+    folder = flags.runs_dir / (flags.name or slug(f"search-{data}-{'-'.join(names)}", keep=".", max_length=80))
+
+    def train_named(name, named_arguments):
+        run = run_folder(folder, name, seed)
+        return run, start_training(run, [*named_arguments, "--seed", str(seed)])
+
+    search = Search(folder, space, arguments, seed=seed, train=train_named)
+    unchanged, trials = search.run(flags.trials)
+    write_search_results(folder, run_folder(folder, UNCHANGED, seed), space, unchanged, trials)
+    best = max((trial for trial in trials if trial.rsum is not None), key=lambda trial: trial.rsum, default=None)
+    if best is None or best.rsum <= unchanged:
+        print(f"no trial is better than the unchanged settings, rsum {unchanged:.1f}")
+    elif len(set(flags.seeds)) > 1:
+        confirm(folder, arguments, best, flags.seeds)
+    print_best(folder, arguments, best if best is not None and best.rsum > unchanged else None)
+
+
+def check_search_arguments(names: Sequence[str], arguments: Sequence[str]) -> None:
+    """Raise ValueError for arguments of train.py that contradict a search of the settings `names`."""
+    if not sys.argv[1].startswith("-"):
+        raise ValueError(f"a sweep file ({sys.argv[1]}) and --search exclude each other: leave out one of them")
+    if not names:
+        raise ValueError("--search has no range: write --search alpha=0:2 batch_size=32,64")
+    reasons = dict.fromkeys(names, "it is searched") | {
+        "seed": "--seeds gives the seeds",
+        "resume": "the same command continues a search",
+        "test": "a search selects on the validation split; run evaluate.py on the best run, once",
+    }
+    for name, reason in reasons.items():
+        flags = (f"--{name.replace('_', '-')}", f"--no-{name.replace('_', '-')}")
+        if any(argument.partition("=")[0].replace("_", "-") in flags for argument in arguments):
+            raise ValueError(f"{flags[0]} beside --search: {reason}; leave the flag out")
+
+
+def confirm(folder: Path, arguments: Sequence[str], best, seeds: Sequence[int]) -> None:
+    """Train the unchanged settings and those of the best Trial with all seeds, and write and print the results."""
+    from training.sweep_search import UNCHANGED
+
+    runs = {f"{UNCHANGED} settings": {}, f"best, {best.name}": {}}
+    for seed in dict.fromkeys(seeds):
+        for (name, more), folders in zip(((UNCHANGED, []), (best.name, best.flags)), runs.values(), strict=True):
+            folders[seed] = run_folder(folder, name, seed)
+            train(folders[seed], [*arguments, *more, "--seed", str(seed)])
+    write_results(folder, runs)
+    print((folder / "results.md").read_text("utf-8"))
+
+
+def write_search_results(folder: Path, unchanged_run: Path, space, unchanged: float, trials) -> None:
+    """Write trials.csv, search.md and search.png, and print the table. Trials with equal flags count once."""
+    from reporting.plots import plot_search
+    from reporting.search_table import search_table, trials_csv
+
+    names = [setting.name for setting in space]
+    distinct = list({trial.name: trial for trial in trials}.values())
+    write_text(folder / "trials.csv", trials_csv(names, distinct))
+    table = search_table(names, unchanged, distinct, **describe_pool(unchanged_run, "val"))
+    write_text(folder / "search.md", table)
+    if scored := [(trial.values, trial.rsum) for trial in distinct if trial.rsum is not None]:
+        log = [setting.name for setting in space if setting.log]
+        plot_search(scored, folder / "search.png", unchanged=unchanged, log=log)
+    print("", *map(display_text, table.splitlines()), sep="\n")
+
+
+def print_best(folder: Path, arguments: Sequence[str], best) -> None:
+    """Print the command that trains the best settings, and the files of the search. best: a Trial, or None."""
+    words = ["python", "train.py", *arguments, *(best.flags if best else [])]
+    print(f"{'best settings' if best else 'unchanged settings'}: {' '.join(map(shell_argument, words))}")
+    print(display_text(f"saved {folder / 'search.md'}, {folder / 'trials.csv'} and {folder / 'search.png'}"))
 
 
 def read_sweep(path: Path) -> dict[str, list[str]]:
@@ -102,12 +209,29 @@ def train(folder: Path, arguments: Sequence[str]) -> None:
 
     Raises ValueError if the run was started with other flags. Exits if the user stopped training or a flag is wrong.
     """
+    exit_code = start_training(folder, arguments)
+    if exit_code in (2, 130, 143):  # a user's mistake, SIGINT, SIGTERM: train.py has printed the reason
+        sys.exit(exit_code)
+    if exit_code:
+        name = display_text(folder)
+        print(f"{name} failed with exit code {exit_code} and is not in the table", file=sys.stderr)
+
+
+def start_training(folder: Path, arguments: Sequence[str]) -> int:
+    """Train or resume one run with train.py; returns its exit code, or 128 + the signal that ended it.
+
+    A finished run is not trained again: 0. Raises ValueError if it was started with other flags, or if another process
+    trains in its folder.
+    """
     flags_file = folder.with_name(f"{folder.name}.{FLAGS}")
     started = (folder / LOG).is_file() or (folder / LAST).is_file()
     if started and _read_flags(flags_file) != list(arguments):
         raise ValueError(f"{folder} was trained with other flags: delete it, or give the configuration another name")
     if is_finished(folder):
-        return
+        return 0
+    if folder.is_dir():
+        with lock_run(folder):  # raises ValueError if a process that outlived a killed sweep still trains in it
+            pass
     folder.parent.mkdir(parents=True, exist_ok=True)
     write_text(flags_file, json.dumps(list(arguments)))
     target = ["--resume", folder] if (folder / LAST).is_file() else ["--name", folder.name, "--runs-dir", folder.parent]
@@ -117,12 +241,7 @@ def train(folder: Path, arguments: Sequence[str]) -> None:
         exit_code = run_until_end([sys.executable, script, *arguments, *target])
     except Stopped as stop:
         raise Stopped(stop.signum, "Run the same command again to continue the sweep.") from None
-    exit_code = 128 - exit_code if exit_code < 0 else exit_code  # killed by a signal
-    if exit_code in (2, 130, 143):  # a user's mistake, SIGINT, SIGTERM: train.py has printed the reason
-        sys.exit(exit_code)
-    if exit_code:
-        name = display_text(folder)
-        print(f"{name} failed with exit code {exit_code} and is not in the table", file=sys.stderr)
+    return 128 - exit_code if exit_code < 0 else exit_code
 
 
 def _read_flags(path):

@@ -173,6 +173,50 @@ def _plot_epochs(panels, logs):
         axes.set_ylabel("rsum", fontsize=8)
 
 
+def plot_search(
+    trials: Sequence[tuple[Mapping[str, object], float]], path: Path, *, unchanged: float, log: Collection[str] = ()
+) -> None:
+    """Plot the rsum of each trial over its value of each searched setting, one panel per setting.
+
+    trials: (values, rsum) each. unchanged: rsum without a searched flag, a line. log: settings with a logarithmic axis.
+    """
+    names = list(trials[0][0])
+    columns = min(GRID_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = _figure(3.2 * columns + 0.6, 2.9 * rows, rows=rows, columns=columns)
+    best = max(rsum for _, rsum in trials)
+    for axes in grid.flat[len(names) :]:
+        axes.axis("off")
+    for axes, name in zip(grid.flat, names, strict=False):
+        positions = _positions(axes, [values[name] for values, _ in trials], name in log)
+        for position, (_, rsum) in zip(positions, trials, strict=True):
+            style = {"marker": "*", "s": 130, "color": COLOURS["t2i"], "zorder": 3} if rsum == best else {"s": 22}
+            axes.scatter(position, rsum, **{"color": COLOURS["i2t"], "alpha": 0.8} | style)
+        axes.axhline(unchanged, color="grey", linewidth=1, linestyle="--", zorder=0)
+        axes.set_xlabel(_shorten(name, 34), fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("rsum, validation split", fontsize=9)
+    figure.suptitle("a dot per trial; ★ best; dashed line: unchanged settings", fontsize=10)
+    _save(figure, path)
+
+
+def _positions(axes, values, log):
+    """Return the x position of each value: the number, or for other values one of equally spaced, labelled ticks."""
+    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.get_major_locator().set_params(subs=(1, 3))
+            axes.xaxis.set_major_formatter("{x:g}")  # the default one is a formula
+            axes.xaxis.set_minor_formatter("")
+        return values
+    names = sorted({str(value) for value in values})
+    axes.set_xticks(range(len(names)), [_shorten(name, 24) for name in names], rotation=30, ha="right")
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    return [names.index(str(value)) for value in values]
+
+
 def _show_images(grid, cells):
     """Show one (title, image path) in each of the axes; surplus axes stay empty."""
     for axes in grid.flat:

@@ -6,7 +6,7 @@ import pytest
 matplotlib.use("Agg")
 import matplotlib.figure
 
-from reporting.plots import MAX_CURVES, plot_sweep
+from reporting.plots import MAX_CURVES, plot_search, plot_sweep
 
 
 def log(*rsums):
@@ -69,3 +69,15 @@ def test_curves_that_are_not_shown_are_counted(figures, tmp_path):
     assert (
         figures[0].get_suptitle() == f"rsum over the epochs: the first {MAX_CURVES} of {MAX_CURVES + 2} configurations"
     )
+
+
+def test_search_has_a_panel_per_setting_with_a_dot_per_trial(figures, tmp_path):
+    values = [{"lr_heads": 10.0**-k, "negatives": name} for k, name in ((2, "all"), (3, "hardest"), (4, "all"))]
+    trials = list(zip(values, (200.0, 230.0, 210.0), strict=True))
+    plot_search(trials, tmp_path / "search.png", unchanged=205.0, log=["lr_heads"])
+    rate, negatives = figures[0].axes
+    assert (rate.get_xscale(), negatives.get_xscale()) == ("log", "linear")
+    assert [tuple(dot.get_offsets()[0]) for dot in rate.collections] == [(1e-2, 200), (1e-3, 230), (1e-4, 210)]
+    assert [tuple(dot.get_offsets()[0]) for dot in negatives.collections] == [(0, 200), (1, 230), (0, 210)]
+    assert [label.get_text() for label in negatives.get_xticklabels()] == ["all", "hardest"]
+    assert not [label.get_text() for label in rate.get_xticklabels() if "$" in label.get_text()]
