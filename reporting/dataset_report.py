@@ -147,7 +147,7 @@ def plot_random_examples(data, figure_path: Path) -> None:
     Raises ValueError if no image can be read.
     """
     from data.image_io import load_image
-    from reporting.plots import plot_examples
+    from reporting.list_picture import plot_examples
 
     examples, n_unreadable = [], 0
     for path, split, captions in _shuffled(data):

@@ -1,9 +1,9 @@
-"""Pictures of ranked texts: the captions that match a query, and the probabilities of labels as bars."""
+"""Pictures with lists of texts: captions that match a query, labels as bars, examples of a data set."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from reporting.match_picture import MAX_QUERIES
+from reporting.match_picture import COLUMNS, MAX_QUERIES
 from reporting.picture import (
     BAR,
     GAP,
@@ -22,6 +22,7 @@ from runtime.text import display_filename, display_text
 SIZE = LABEL_SIZE + 1  # of captions and labels
 MAX_TITLE_LINES, MAX_QUERY_LINES = 10, 6  # of a sentence alone, or below a photo, in a column of TILE pixels
 MAX_CAPTIONS, MAX_CAPTION_LINES, CAPTION_WIDTH, SCORE_WIDTH = 40, 4, 700, 100  # the widths in pixels
+MAX_EXAMPLE_LINES, BULLET = 3, 10  # of a caption below its photo; pixels before it
 MAX_LABELS, MAX_LABEL_LINES, LABEL_WIDTH, BAR_WIDTH = 50, 2, 300, 320
 
 
@@ -40,6 +41,30 @@ def plot_labels(answers: Sequence[tuple], path: Path) -> None:
     answers: as in plot_captions, the matches being (probability, label).
     """
     _plot(answers, path, _draw_labels)
+
+
+def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]], path: Path) -> None:
+    """Draw images of a data set with their captions. examples: (image path, heading, captions) each."""
+    picture, columns = Picture(), min(COLUMNS, len(examples))
+    lines = wrap(picture, display_text(title), TITLE_SIZE, max(2, columns) * (TILE + GAP) - GAP, 2)
+    top = 2 * GAP + picture.lines((GAP, GAP), lines, TITLE_SIZE)
+    for start in range(0, len(examples), columns):
+        for column, example in enumerate(examples[start : start + columns]):
+            _draw_example(picture, (GAP + column * (TILE + GAP), int(top)), *example)
+        top = picture.height + GAP
+    picture.save(path)
+
+
+def _draw_example(picture, position, image_path, heading, captions):
+    left, top = position
+    lines = wrap(picture, display_text(heading), LABEL_SIZE, TILE, 1)
+    top += int(picture.lines(position, lines, LABEL_SIZE, SOFT)) + 4
+    picture.photo((left, top), image_path)
+    top += TILE + 6
+    for caption in captions:
+        lines = wrap(picture, display_text(caption), LABEL_SIZE, TILE - BULLET, MAX_EXAMPLE_LINES)
+        picture.text((left, top), "·", LABEL_SIZE)
+        top += picture.lines((left + BULLET, top), lines, LABEL_SIZE) + 3
 
 
 def _plot(answers, path, draw_matches):

@@ -1,4 +1,4 @@
-"""Figures: training curves, metrics, sweeps, examples of a data set, confusion matrices."""
+"""Figures: training curves, metrics, sweeps, searches, confusion matrices."""
 
 import statistics
 import sys
@@ -19,7 +19,6 @@ DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 COLOURS = {"i2t": "#3b6fb6", "t2i": "#e07b39"}
 GRID_COLUMNS = 4
 MAX_CURVES = 24  # panels of rsum over the epochs, in the figure of a sweep
-LINE_HEIGHT = 0.14  # inches, of a caption below its photo
 MAX_CLASS_LABELS = 30  # with more classes, the labels and counts of a confusion matrix would be unreadable
 
 
@@ -73,7 +72,7 @@ def plot_metrics(metrics: dict, title: str, path: Path) -> None:
         bars = axes.bar(positions, values, width=0.38, color=COLOURS[direction], label=label)
         axes.bar_label(bars, fmt="%.1f", fontsize=9, padding=2)
     axes.set_xticks(range(len(names)), names)
-    axes.set(ylabel="%", ylim=(0, 110), title=display_text(title))
+    axes.set(ylabel="%", ylim=(0, 110), title=_two_lines(title, 54))
     axes.set_yticks(range(0, 101, 20))
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -217,34 +216,6 @@ def _positions(axes, values, log):
     return [names.index(str(value)) for value in values]
 
 
-def _show_images(grid, cells):
-    """Show one (title, image path) in each of the axes; surplus axes stay empty."""
-    for axes in grid.flat:
-        axes.axis("off")
-    for axes, (title, image_path) in zip(grid.flat, cells, strict=False):
-        axes.imshow(_thumbnail(image_path))
-        axes.set_title(title, fontsize=9)
-
-
-def plot_examples(title: str, examples: Sequence[tuple[Path, str, Sequence[str]]], path: Path) -> None:
-    """Plot images of a data set. examples: (image path, title, captions) each."""
-    texts = [
-        "\n".join(_wrap(f"· {_shorten(caption, 120)}", 46, subsequent_indent="  ") for caption in captions)
-        for _, _, captions in examples
-    ]
-    columns = min(GRID_COLUMNS, len(examples))
-    rows = -(-len(examples) // columns)
-    heights = [3.4, LINE_HEIGHT * max(text.count("\n") + 1 for text in texts)] * rows  # images and captions alternate
-    figure, grid = _figure(3.4 * columns, sum(heights) + 0.3 * rows, rows=2 * rows, columns=columns, heights=heights)
-    _show_images(grid[::2], [(display_text(heading), image_path) for image_path, heading, _ in examples])
-    for axes in grid[1::2].flat:
-        axes.axis("off")
-    for axes, text in zip(grid[1::2].flat, texts, strict=False):
-        axes.text(0, 1, text, va="top", fontsize=8, transform=axes.transAxes)
-    figure.suptitle(display_text(title), fontsize=12)
-    _save(figure, path)
-
-
 def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Path) -> None:
     """Plot a confusion matrix, counts (K, K): true classes in rows, predicted classes in columns.
 
@@ -253,7 +224,7 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
     show_labels, shares = len(labels) <= MAX_CLASS_LABELS, counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure, ((axes,),) = _figure(*[max(4.5, 2.5 + 0.42 * min(len(labels), MAX_CLASS_LABELS))] * 2)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_title(display_text(title), fontsize=11)
+    axes.set_title(_two_lines(title, 48), fontsize=11)
     axes.set(xlabel="predicted class", ylabel="true class")
     if show_labels:
         names = [_shorten(label, 24) for label in labels]
@@ -263,12 +234,6 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, f"{counts[row, column]}", ha="center", va="center", fontsize=8, color=colour)
     _save(figure, path)
-
-
-def _thumbnail(image_path):
-    from data.image_io import load_image
-
-    return load_image(image_path, 256)
 
 
 def _figure(width, height, *, rows=1, columns=1, heights=None):
@@ -308,17 +273,17 @@ def _save(figure, path):
         print(f"{boxes}; {INSTALL_HINT}", file=sys.stderr)
 
 
-def _wrap(text, width, **options):
-    """Wrap text to lines of `width` characters, or half as many if it contains East Asian ones, which are wider."""
-    text = display_text(text)
-    return textwrap.fill(text, _max_characters(text, width), **options)
-
-
 def _shorten(text, width):
     """Truncate text to `width` characters; textwrap.shorten would need spaces, which Chinese text does not have."""
     text = display_text(" ".join(text.split()))
     width = _max_characters(text, width)
     return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
+
+
+def _two_lines(text, width):
+    """Break text into at most two lines of `width` characters; more of it is cut off."""
+    lines = textwrap.wrap(_shorten(text, 2 * width), _max_characters(text, width))
+    return "\n".join([*lines[:1], _shorten(" ".join(lines[1:]), width)] if len(lines) > 1 else lines)
 
 
 def _max_characters(text, width):

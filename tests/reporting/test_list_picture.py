@@ -12,12 +12,14 @@ from PIL import Image
 from reporting import list_picture
 from reporting.list_picture import (
     BAR_WIDTH,
+    BULLET,
     CAPTION_WIDTH,
     LABEL_WIDTH,
     MAX_CAPTIONS,
     MAX_LABELS,
     SCORE_WIDTH,
     plot_captions,
+    plot_examples,
     plot_labels,
 )
 from reporting.picture import BAR, GAP, QUERY, TILE, Picture
@@ -120,3 +122,16 @@ def test_drawing_imports_neither_matplotlib_nor_torch(photo, tmp_path):
         f"pathlib.Path({str(tmp_path / 'o.png')!r})); assert not {{'matplotlib', 'torch'}} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(list_picture.__file__).parents[1])
+
+
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_captions_of_examples_stay_below_their_photo(text, count, photo, texts, tmp_path):
+    plot_examples(text, [(photo, text, [text, "a dog", text])] * count, tmp_path / "examples.png")
+    columns = [GAP + column * (TILE + GAP) for column in range(min(4, count))]
+    assert {left for left, _, _ in texts} <= {*columns, *(left + BULLET for left in columns)}
+    title = [line for line in texts if line[1] - line[0] > TILE]
+    assert all(right <= GAP + max(2, len(columns)) * (TILE + GAP) for _, right, _ in title) and len(title) <= 2
+    assert sum(line == "a dog" for _, _, line in texts) == count
+    pixels = np.asarray(Image.open(tmp_path / "examples.png")).astype(int)
+    assert (np.abs(pixels - (250, 0, 0)).max(-1) < 3).sum() > 0.9 * count * TILE * TILE * 40 / 60

@@ -2,11 +2,12 @@
 
 import matplotlib
 import pytest
+import torch
 
 matplotlib.use("Agg")
 import matplotlib.figure
 
-from reporting.plots import MAX_CURVES, plot_search, plot_sweep
+from reporting.plots import MAX_CURVES, plot_confusion, plot_metrics, plot_search, plot_sweep
 
 
 def log(*rsums):
@@ -81,3 +82,15 @@ def test_search_has_a_panel_per_setting_with_a_dot_per_trial(figures, tmp_path):
     assert [tuple(dot.get_offsets()[0]) for dot in negatives.collections] == [(0, 200), (1, 230), (0, 210)]
     assert [label.get_text() for label in negatives.get_xticklabels()] == ["all", "hardest"]
     assert not [label.get_text() for label in rate.get_xticklabels() if "$" in label.get_text()]
+
+
+@pytest.mark.parametrize(
+    "title", ["flickr8k-20250101-101010-a-b on my_classes, top-1 61.2 %", "很长的名字" * 30, "x" * 300]
+)
+def test_long_titles_stay_in_their_figure_and_keep_their_figures(title, figures, tmp_path):
+    counts = torch.eye(2, dtype=torch.int64)
+    plot_confusion(counts, ["a", "b"], title, tmp_path / "confusion.png")
+    plot_metrics({"i2t_R@1": 1.0, "t2i_R@1": 2.0}, title, tmp_path / "metrics.png")
+    for figure in figures:
+        assert ("61.2" in figure.axes[0].get_title()) == ("61.2" in title)
+        assert figure.get_tightbbox().x0 >= -0.1 and figure.get_tightbbox().x1 <= figure.get_size_inches()[0] + 0.1

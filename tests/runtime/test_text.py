@@ -223,7 +223,7 @@ def test_plots_escape_names_and_captions(tmp_path):
         match_picture.plot_photos([(evil, None, [Match(0.5, path)])] * 2, tmp_path / "b.png")
         list_picture.plot_captions([(evil, path, [Match(0.5, evil)]), (evil, None, [])], tmp_path / "c.png")
         list_picture.plot_labels([(evil, path, [Match(0.5, evil)])], tmp_path / "g.png")
-        plots.plot_examples(evil, [(path, evil, [evil])], tmp_path / "d.png")
+        list_picture.plot_examples(evil, [(path, evil, [evil])], tmp_path / "d.png")
         plots.plot_metrics({"i2t_R@1": 1.0, "t2i_R@1": 1.0}, evil, tmp_path / "e.png")
         import torch
 
