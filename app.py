@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +17,8 @@ from runtime.text import display_text
 from webui import login
 from webui.catalog import Catalog
 from webui.limits import MAX_UPLOAD, RequestGuard
-from webui.page import build_page, import_gradio
+from webui.originals import Originals, may_have_originals
+from webui.page import STYLE, build_page, import_gradio, theme
 from webui.temp_folder import page_folder, start_sweeper
 
 MAX_SESSIONS = 1_000  # visitors whose last inputs Gradio keeps in memory
@@ -36,6 +39,7 @@ class Flags:
     port: int = 7860  # the port to listen on
     auth: str | None = None  # NAME:PASSWORD that visitors must enter; safer: --auth-file, or the variable PAGE_AUTH
     auth_file: Path | None = None  # a file with the line NAME:PASSWORD
+    originals: bool = False  # give all visitors the photos in full size; default: only those on this machine
     data_dir: Path | None = None  # where the data set is stored, if it has moved since training
     runs_dir: Path = Path(Config.runs_dir)  # the folder that contains the runs
     cache_dir: Path | None = None  # where embeddings are cached; default: the run's cache
@@ -71,20 +75,27 @@ def main() -> None:
     with page_folder() as folder:
         # Gradio serves only files of this folder: uploads and thumbnails. It is deleted when the page is closed.
         os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_NUM_WORKERS": "0"}
-        page = build_page(catalog, flags.index, folder)
+        allowed = partial(may_have_originals, local=flags.host in LOCAL_HOSTS, everyone=flags.originals)
+        page = build_page(catalog, flags.index, folder, may_have_originals=allowed)
         catalog.warm_up()
-        serve(page, flags, auth, folder)
-    end_process()
+        middleware = [(RequestGuard, (folder,), {}), (Originals, (catalog, allowed), {})]
+        error = serve(page, flags, auth, folder, catalog, middleware)
+    end_process(error)
 
 
-def serve(page, flags: Flags, auth: tuple[str, str] | None, folder: Path) -> None:
-    """Serve the page until Ctrl-C, SIGTERM or SIGHUP."""
+def serve(page, flags: Flags, auth, folder: Path, catalog: Catalog, middleware: list) -> Exception | None:
+    """Serve the page until Ctrl-C, SIGTERM or SIGHUP, and encode the first gallery meanwhile.
+
+    Returns the error of the encoding, which ends the page, or None.
+    """
     if flags.host not in LOCAL_HOSTS and auth is None:
-        print("anyone who can reach this machine can search these photos: require a password with --auth-file FILE")
+        photos = "get these photos in full size" if flags.originals else "search these photos"
+        print(f"anyone who can reach this machine can {photos}: require a password with --auth-file FILE")
     for line in login.warnings(flags.auth, flags.auth_file):
         print(display_text(line), file=sys.stderr)
     page.launch(
-        theme=import_gradio().themes.Default(font=["system-ui"], font_mono=["monospace"]),  # no fonts from the internet
+        css_paths=STYLE,
+        theme=theme(import_gradio()),
         server_name=flags.host,
         server_port=flags.port,
         auth=login.Password(*auth) if auth else None,
@@ -92,7 +103,7 @@ def serve(page, flags: Flags, auth: tuple[str, str] | None, folder: Path) -> Non
         prevent_thread_lock=True,
         quiet=True,
         share=False,
-        app_kwargs={"middleware": [(RequestGuard, (folder,), {})]},
+        app_kwargs={"middleware": middleware},
         ssr_mode=False,
         run_history=False,
         footer_links=["api"],
@@ -100,23 +111,40 @@ def serve(page, flags: Flags, auth: tuple[str, str] | None, folder: Path) -> Non
     )
     sweeper = start_sweeper(folder)
     print(f"open http://{flags.host}:{flags.port} (Ctrl-C stops the server)", flush=True)
+    errors, failed = [], threading.Event()
+    threading.Thread(target=encode_first, args=(catalog, errors, failed), name="encoder", daemon=True).start()
     try:
-        while not sweeper.wait(60):
+        while not failed.wait(60):
             pass
     except KeyboardInterrupt:
-        sweeper.set()
-        page.server.force_exit = True  # clients that keep their connection open are not waited for
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stderr: a traceback for each request that is cut off
-        page.close(verbose=False)
+        done, total = catalog.encoding.counts()
+        if total:
+            print(f"{done:,} of {total:,} photos encoded and saved; run the same command again to continue")
+    for error in errors:
+        print(f"error: {display_text(' '.join(str(error).split()))}", file=sys.stderr, flush=True)
+    sweeper.set()
+    page.server.force_exit = True  # clients that keep their connection open are not waited for
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # stderr: a traceback for each request that is cut off
+    page.close(verbose=False)
+    return errors[0] if errors else None
 
 
-def end_process() -> None:
-    """End at once: Python would wait for the threads of searches that still run."""
+def encode_first(catalog: Catalog, errors: list, failed: threading.Event) -> None:
+    """Open the first gallery; an error is appended to `errors`, and the event is set."""
+    try:
+        catalog.gallery(*catalog.first)
+    except Exception as error:
+        errors.append(error)
+        failed.set()
+
+
+def end_process(error: Exception | None) -> None:
+    """End at once, with code 2 after an error: Python would wait for the threads of searches that still run."""
     for child in multiprocessing.active_children():
         child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(0 if error is None else 2)
 
 
 if __name__ == "__main__":

@@ -143,10 +143,13 @@ class Searcher:
         (probs,) = probabilities(photo_emb, class_embeddings(self.encoder, labels), temperature).tolist()
         return sorted(map(Match, probs, labels), key=lambda match: -match.score)
 
-    def gallery(self, photos: ImageList) -> Gallery:
-        """Open the gallery of these photos and encode the new ones. Prints the speed and the unreadable photos."""
+    def gallery(self, photos: ImageList, on_progress: Callable[[int, int], None] | None = None) -> Gallery:
+        """Open the gallery of these photos and encode the new ones. Prints the speed and the unreadable photos.
+
+        on_progress: called with the number of new photos that are encoded and saved, and the number of all new ones.
+        """
         store, messages = self.store / self._name(photos.name, str(photos.root.resolve())), []
-        gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, messages))
+        gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, messages, on_progress))
         self.gallery_size = len(gallery.names)
         if messages:
             print(*messages, file=sys.stderr)
@@ -169,8 +172,10 @@ class Searcher:
             cached = open_embeddings(path)
         return cached
 
-    def _encode(self, root, names, messages) -> Iterator[tuple[np.ndarray, list[str | None]]]:
-        remaining, started = iter(names), time.perf_counter()
+    def _encode(self, root, names, messages, on_progress) -> Iterator[tuple[np.ndarray, list[str | None]]]:
+        remaining, started, done = iter(names), time.perf_counter(), 0
+        report = on_progress or (lambda done, total: None)
+        report(done, len(names))
         # Decoding a camera's photo takes as long as encoding it.
         workers = max(self.encoder.num_workers, (os.cpu_count() or 1) // 2)
         encoder, query_bank = replace(self.encoder, num_workers=workers), self.encoder.query_bank
@@ -178,6 +183,8 @@ class Searcher:
             batch = zip(reasons, remaining, strict=False)
             rows = rows if query_bank is None or not len(rows) else query_bank.csls_images(rows)
             yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in batch]
+            done += len(reasons)
+            report(done, len(names))
         seconds = time.perf_counter() - started
         messages.append(f"{len(names):,} photos encoded in {seconds:.0f} s ({len(names) / seconds:.0f} photos/s)")
 

@@ -40,6 +40,8 @@ def _check_input(gr, component, value, folder):
     if isinstance(component, gr.Image):
         path = check.check_file(value, folder)
         return path and {"path": path, "meta": {"_type": "gradio.FileData"}}
+    if isinstance(component, gr.State):
+        return None  # Gradio reads the server's own copy
     if isinstance(component, gr.Textbox):
         (check.check_labels if component.elem_id == "labels" else check.check_sentence)(value)
         return value

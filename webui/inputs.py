@@ -58,6 +58,13 @@ def check_count(count: object) -> int:
     return int(count)
 
 
+def check_position(position: object, names: list[str]) -> str:
+    """Return the name at a position among the photos found. Raises VisitorError if there is none."""
+    if type(position) is not int or not 0 <= position < len(names):
+        raise VisitorError("there is no such photo among those found: search again")
+    return names[position]
+
+
 def check_choice(value: object, choices: list[str], name: str) -> str:
     """Return the chosen name. Raises VisitorError for any other one."""
     if not isinstance(value, str):
@@ -95,15 +102,19 @@ def check_upload(photo: str | None) -> Path:
     return Path(photo)
 
 
-def check_pixels(photo: Path) -> None:
-    """Raise VisitorError if a file is not a photo or has more than MAX_PIXELS; nothing is decoded."""
+def check_pixels(photo: Path, name: str | None = None) -> None:
+    """Raise VisitorError if a file is not a photo or has more than MAX_PIXELS; nothing is decoded.
+
+    name: what the message calls it; default: its file name.
+    """
+    name = name or photo.name
     try:
         with open_image(photo) as image:
             pixels = image.width * image.height
     except Exception:  # decoders raise errors of many types
-        raise VisitorError(f"{photo.name} is not a photo that can be read") from None
+        raise VisitorError(f"{name} is not a photo that can be read") from None
     if pixels > MAX_PIXELS:
-        raise VisitorError(f"{photo.name} has {pixels / 1e6:.0f} million pixels; the maximum is {MAX_PIXELS / 1e6:.0f}")
+        raise VisitorError(f"{name} has {pixels / 1e6:.0f} million pixels; the maximum is {MAX_PIXELS / 1e6:.0f}")
 
 
 def load_picture(path: Path, size: int):

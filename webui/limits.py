@@ -18,6 +18,7 @@ from webui.login import Pauses
 from webui.multipart import form_checker
 from webui.request_body import Disconnected, Refused, drain, receive_body, replay, respond
 from webui.temp_folder import MAX_STORED, stored_bytes, uploaded_file
+from webui.uploads import check_photos
 
 MAX_UPLOAD = 20_000_000  # bytes of all files of a request
 MAX_BYTES = {"upload": MAX_UPLOAD + 20_000, "json": 4_000_000, "login": 8_000}  # of a request; JSON may escape letters
@@ -47,6 +48,7 @@ class RequestGuard:
 
     def __init__(self, app, folder: Path, pauses: Pauses | None = None):
         self.app, self.folder, self.pauses = app, folder, pauses or Pauses()
+        self.decoding = asyncio.Semaphore(1)  # of uploads: one photo at a time is decoded
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "lifespan":
@@ -105,6 +107,9 @@ class RequestGuard:
         check = form_checker(headers, MAX_UPLOAD) if kind == "upload" else None
         with tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.folder) as body:  # has no name: nothing remains of it
             await receive_body(receive, headers, body, MAX_BYTES[kind], check)
+            if kind == "upload":
+                async with self.decoding:
+                    await asyncio.to_thread(check_photos, body, headers, self.folder)
             if kind == "json":
                 checked = check_json(body.read(), self.folder)
                 body.seek(0)

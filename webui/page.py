@@ -2,81 +2,82 @@
 
 import importlib
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from html import escape
 from pathlib import Path
 
-from data.image_io import load_image
-from runtime.run_dir import CURVES, read_config, read_metrics
-from runtime.text import display_filename, display_text
-from webui.catalog import RUN_PHOTOS, Catalog, display_name
+from webui.catalog import RUN_PHOTOS, Catalog
 from webui.checks import install_checks
-from webui.inputs import MAX_MATCHES, VisitorError, check_labels, check_sentence, check_upload, load_picture
+from webui.inputs import check_labels, check_upload
+from webui.model_tab import model_tab
+from webui.search_tab import photo_input, search_tab
 
 MAX_CAPTIONS = 10
-THUMBNAIL_SIZE, CURVES_SIZE = 512, 3000  # pixels
 MAX_WAITING = 1_000  # searches that wait for the model; further ones are refused
+STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
+POLL = 1  # seconds between two looks at the encoding of a gallery
 
 
-def build_page(catalog: Catalog, index: str | None, folder: Path):
+def build_page(catalog: Catalog, index: str | None, folder: Path, *, may_have_originals: Callable | None = None):
     """Build the page. index: the name of an index (ann_index.py), or None for exact search.
 
-    folder: where Gradio stores uploads.
+    folder: where Gradio stores uploads. may_have_originals: takes the headers and the address of a request, and returns
+    whether the photos found are linked to their originals (webui/originals.py); default: they never are.
     """
     gr = import_gradio()
     # What Gradio and Pillow warn about are visitors' inputs: nothing for the terminal.
     warnings.filterwarnings("ignore", module=r"gradio\.helpers|PIL\.")
     with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False) as page:
-        gr.Markdown("# Photo search")
-        with gr.Row():
+        gr.Markdown("# Photo search", elem_id="title")
+        timer = _encoding_bar(gr, catalog, page)
+        with gr.Row(elem_id="choice"):
             run = gr.Dropdown(list(catalog.runs), label="Run", value=next(iter(catalog.runs)))
             gallery = gr.Dropdown(catalog.galleries, label="Photos", value=catalog.galleries[0])
-        _search_tab(gr, catalog, run, gallery, index)
+        links = may_have_originals or (lambda headers, address: False)
+        search_tab(gr, catalog, page, run, gallery, index=index, may_have_originals=links, timer=timer)
         _captions_tab(gr, catalog, run)
         _labels_tab(gr, catalog, run)
-        _model_tab(gr, catalog, run, page)
+        model_tab(gr, catalog, run, page)
         page.load(catalog.refresh, api_name=False)
+        page.load(None, js=SCRIPT.read_text("utf-8"))
     page.queue(max_size=MAX_WAITING)
     install_checks(gr, page, catalog, folder)
     return page
 
 
-def _search_tab(gr, catalog, run, gallery, index):
-    with gr.Tab("Photos"):
-        with gr.Row():
-            with gr.Column():
-                sentence = gr.Textbox(label="A sentence", placeholder="a dog in snow", elem_id="sentence")
-                photo = _photo_input(gr, "and/or a photo", "search-photo")
-                count = gr.Slider(1, MAX_MATCHES, value=12, step=1, label="How many")
-                button = gr.Button("Search", variant="primary", elem_id="search")
-            with gr.Column(scale=3):
-                found = gr.Gallery(label="Found", columns=4, height="max-content", format="jpeg", elem_id="found")
+def _encoding_bar(gr, catalog, page):
+    """Add the bar that shows how far a gallery is encoded; returns the timer that updates it during a search."""
+    bar = gr.HTML(visible=False, elem_id="encoding", padding=False)
+    while_encoding, while_searching = gr.Timer(POLL), gr.Timer(POLL, active=False)
 
-        def search_photos(sentence: str, photo: str | None, run: str, gallery: str, count: int):
-            """Return the photos that match a sentence, a photo, or both: (thumbnail, score and name), best first."""
-            from retrieval.searcher import combine_queries, search_images
+    def show_encoding():
+        status = catalog.encoding.status()
+        html = "".join(map(_bar_html, status))
+        return gr.HTML(value=html, visible=bool(status)), gr.Timer(active=bool(status) or not catalog.is_ready)
 
-            searcher, sentence = catalog.searcher(run), check_sentence(sentence)
-            if not sentence and photo is None:
-                raise VisitorError("write a sentence or choose a photo")
-            for warning in searcher.warnings(sentence) if sentence else ():
-                gr.Warning(display_text(warning))
-            photo_emb = searcher.embed_images([check_upload(photo)]) if photo else None
-            query = combine_queries(searcher.embed_sentences([sentence]) if sentence else None, photo_emb)
-            (matches,) = search_images(query, catalog.gallery(run, gallery), count, index)
-            return make_thumbnails(matches)
+    options = {"queue": False, "api_name": False, "show_progress": "hidden"}
+    gr.on([page.load, while_encoding.tick], show_encoding, None, [bar, while_encoding], **options)
+    while_searching.tick(lambda: show_encoding()[0], None, bar, **options)
+    return while_searching
 
-        inputs = [sentence, photo, run, gallery, count]
-        triggers = [button.click, sentence.submit]
-        gr.on(triggers, search_photos, inputs, found, concurrency_id="model", api_name="search_photos")
+
+def _bar_html(status):
+    text = escape(status.text)
+    value = f'<progress aria-label="{text}" max="1" value="{status.share:.4f}"></progress>'
+    return f'<div class="encoding"><p>{text}</p>{value}</div>'
 
 
 def _captions_tab(gr, catalog, run):
     with gr.Tab("Captions"), gr.Row():
         with gr.Column():
-            photo = _photo_input(gr, "A photo", "captions-photo")
+            photo = photo_input(gr, "A photo", "captions-photo")
             button = gr.Button("Find captions", variant="primary", elem_id="find-captions")
         found = gr.Dataframe(
-            headers=["score", "caption"], label=f"Captions of {RUN_PHOTOS[catalog.split]}", scale=3, elem_id="captions"
+            headers=["score", "caption"],
+            label=f"Captions of {RUN_PHOTOS[catalog.split]}",
+            scale=3,
+            elem_id="captions",
+            buttons=[],
         )
 
     def find_captions(photo: str | None, run: str):
@@ -94,7 +95,7 @@ def _captions_tab(gr, catalog, run):
 def _labels_tab(gr, catalog, run):
     with gr.Tab("Labels"), gr.Row():
         with gr.Column():
-            photo = _photo_input(gr, "A photo", "labels-photo")
+            photo = photo_input(gr, "A photo", "labels-photo")
             labels = gr.Textbox(label="Labels, one per line", lines=4, placeholder="a dog\na cat", elem_id="labels")
             button = gr.Button("Choose", variant="primary", elem_id="choose")
         chosen = gr.Label(label="Probabilities", num_top_classes=10, scale=2, elem_id="chosen")
@@ -107,67 +108,12 @@ def _labels_tab(gr, catalog, run):
     button.click(choose_label, [photo, labels, run], chosen, concurrency_id="model", api_name="choose_label")
 
 
-def _model_tab(gr, catalog, run, page):
-    with gr.Tab("Model"):
-        metrics = gr.Dataframe(label="Recall and mAP in percent, and median ranks, from `python evaluate.py`")
-        curves = gr.Image(label="Curves", format="png", interactive=False, buttons=["fullscreen"], elem_id="curves")
-        settings = gr.JSON(label="Settings", elem_id="settings")
-
-    def about(run: str):
-        """Return a run's metrics by split, its training curves and its settings."""
-        folder = catalog.runs[run]
-        if folder is None:
-            return {"headers": ["split"], "data": []}, None, {"model": run}
-        config = vars(read_config(folder))
-        metrics_by_split = read_metrics(folder)
-        names = list(dict.fromkeys(name for values in metrics_by_split.values() for name in values))
-        rows = [
-            [split, *(round(values[name], 1) if name in values else "" for name in names)]
-            for split, values in metrics_by_split.items()
-        ]
-        try:
-            curves_image = load_picture(folder / CURVES, CURVES_SIZE) if (folder / CURVES).exists() else None
-        except VisitorError as error:
-            gr.Warning(str(error))
-            curves_image = None
-        public_settings = {
-            name: display_name(value) if isinstance(value, str) else value
-            for name, value in config.items()
-            if not name.endswith("_dir")
-        }
-        return {"headers": ["split", *names], "data": rows}, curves_image, public_settings
-
-    gr.on([page.load, run.change], about, run, [metrics, curves, settings], api_name="about")
-
-
-def _photo_input(gr, label, elem_id):
-    photo = gr.Image(label=label, type="filepath", sources=["upload", "clipboard"], height=260, elem_id=elem_id)
-    # Gradio would decode any file here. Pass on the path instead, so that `check_upload` sees the file first.
-    photo.preprocess = lambda payload: payload and payload.path
-    return photo
-
-
-def make_thumbnails(matches: list) -> list:
-    """Return a thumbnail of each photo found, with its score and name; photos that no longer exist are skipped."""
-    with ThreadPoolExecutor() as pool:
-        images = list(pool.map(_thumbnail, [match.item for match in matches]))
-    return [
-        (image, f"{match.score:.3f}  {display_filename(match.item)}")
-        for image, match in zip(images, matches, strict=True)
-        if image is not None
-    ]
-
-
-def _thumbnail(path: Path):
-    """Return the photo, at most THUMBNAIL_SIZE pixels wide and high, or None if it cannot be read."""
-    from PIL import Image
-
-    try:
-        image = Image.fromarray(load_image(path, THUMBNAIL_SIZE))
-    except OSError:
-        return None
-    image.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    return image
+def theme(gr):
+    """Return the theme of the page: fonts of the system, none from the internet, and buttons with enough contrast."""
+    dark_orange = {f"button_primary_background_fill{mode}": "*primary_700" for mode in ("", "_dark")}
+    dark_orange |= {f"button_primary_background_fill_hover{mode}": "*primary_800" for mode in ("", "_dark")}
+    fonts = {"font": ["system-ui"], "font_mono": ["monospace"]}
+    return gr.themes.Default(**fonts).set(**dark_orange, block_label_text_color="*neutral_600")
 
 
 def import_gradio():

@@ -84,8 +84,8 @@ def replay(file: BinaryIO, receive: Callable) -> Callable:
 
 
 async def respond(send: Callable, refused: Refused) -> None:
-    """Answer a refused request: as text where a file or a page was asked for, else as JSON like Gradio's errors."""
-    text, plain = str(refused), refused.status in (403, 404)
+    """Answer a refused request: as text where people read it as it is, else as JSON like Gradio's errors."""
+    text, plain = str(refused), refused.status in (403, 404, 415)
     body = text.encode() if plain else json.dumps({"detail": text, "error": text}).encode()
     headers = {"content-type": "text/plain; charset=utf-8" if plain else "application/json", **refused.headers}
     headers["content-length"] = str(len(body))

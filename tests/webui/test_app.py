@@ -27,7 +27,8 @@ from PIL import Image
 from retrieval.searcher import Match
 from webui.catalog import RUN_PHOTOS, Catalog
 from webui.inputs import MAX_PIXELS, check_upload
-from webui.page import import_gradio, make_thumbnails
+from webui.page import import_gradio
+from webui.search_tab import make_thumbnails
 
 SENTENCE, MATCH = "a yellow circle left of a red cross", "scene_164.png"
 QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
@@ -44,23 +45,32 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("page")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        done = run_in_process("train.py", *QUICK, "--epochs", 9, "--name", "sample")
+        done = run_in_process("train.py", *QUICK, "--epochs", 6, "--name", "sample")
     assert done.returncode == 0, done.stderr
     (root / "pictures").mkdir()
-    for picture in sorted((root / "cache" / "sample" / "Images").iterdir())[150:180]:
+    for picture in sorted((root / "cache" / "sample" / "Images").iterdir())[156:186]:
         shutil.copy(picture, root / "pictures")
+    (root / "pictures" / "older").mkdir()
+    (root / "pictures" / "scene_170.png").rename(root / "pictures" / "older" / "scene_170.png")
     (root / "pictures" / "secret.txt").write_text("confidential")
     (root / "invalid.jpg").write_bytes(b"this is no photo")
     return root
 
 
 @pytest.fixture(scope="module")
-def page(root):
-    """The address of the page, served by `python app.py` in a process of its own.
+def pages(root):
+    """Two pages that share a cache, each served by `python app.py` in a process of its own: the second asks for a
+    password. They start at the same time."""
+    (root / "auth").write_text("ann:of:green")
+    (root / "auth").chmod(0o600)
+    with start_page(root, "visitors") as first, start_page(root, "others", "--auth-file", "auth") as second:
+        yield first, second
 
-    At the end it gets SIGINT while it is busy and clients hang.
-    """
-    with run_page(root, "visitors") as (process, address, lines):
+
+@pytest.fixture(scope="module")
+def page(pages, root):
+    """The address of the page without a password. At the end it gets SIGINT while it is busy and clients hang."""
+    with opened(pages[0]) as (process, address, lines):
         yield address
         port = int(address.rpartition(":")[2])
         hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
@@ -78,8 +88,8 @@ def page(root):
 
 
 @contextlib.contextmanager
-def run_page(root, temporary, *arguments):
-    """Run `python app.py`; yields the process, its address and the list of lines that it prints."""
+def start_page(root, temporary, *arguments):
+    """Start `python app.py`; yields the process and its address."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
@@ -88,18 +98,25 @@ def run_page(root, temporary, *arguments):
     environment = os.environ | {"TMPDIR": str(root / temporary)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(list(map(str, command)), cwd=root, env=environment, text=True, **pipes)
-    lines = []
     try:
-        while not lines or "open http" not in lines[-1]:
-            lines.append(process.stdout.readline())
-            assert lines[-1], lines
-        reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
-        reader.start()
-        yield process, f"http://127.0.0.1:{port}", lines
-        reader.join(TIMEOUT)
+        yield process, f"http://127.0.0.1:{port}"
     finally:
         process.kill()
         process.wait()
+
+
+@contextlib.contextmanager
+def opened(started):
+    """Wait until a page is open; yields the process, its address and the list of lines that it prints."""
+    process, address = started
+    lines = []
+    while not lines or "open http" not in lines[-1]:
+        lines.append(process.stdout.readline())
+        assert lines[-1], lines
+    reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
+    reader.start()
+    yield process, address, lines
+    reader.join(TIMEOUT)
 
 
 def end_page(process, number):
@@ -169,13 +186,18 @@ class Visit:
         self.element(f"#{elem_id} input[type=file]", displayed=False).send_keys(str(path))
         if path.suffix == ".png":
             self.element(f"#{elem_id} img")
-        else:
-            self.until(lambda: not self.elements(f"#{elem_id} .uploading, #{elem_id} [data-testid=upload-progress]"))
-            time.sleep(1)
 
     def matches(self):
         """Return the scores and names of the photos found, in their order."""
         return self.until(lambda: re.findall(r"^(-?\d\.\d{3})\s+(\S+)$", self.element("#found").text, re.MULTILINE))
+
+    def search(self, sentence):
+        """Search for a sentence; returns the scores and names of the photos found."""
+        box = self.element("#sentence textarea, #sentence input")
+        box.clear()
+        box.send_keys(sentence)
+        self.element("#search").click()
+        return self.matches()
 
     def message(self):
         return self.until(lambda: self.element(".toast-body, .toast-wrap").text)
@@ -214,10 +236,10 @@ def test_labels_are_shown_with_their_probabilities(visit, root):
     assert visit.element("#chosen").text.index("a yellow circle") < visit.element("#chosen").text.index("a green star")
 
 
-def test_invalid_upload_shows_an_error_message(visit, root):
+def test_invalid_upload_is_refused_when_it_arrives(visit, root):
     visit.upload("search-photo", root / "invalid.jpg")
-    visit.element("#search").click()
     assert "invalid.jpg is not a photo" in visit.message()
+    visit.element("#search-photo input[type=file]", displayed=False)  # the next photo can be chosen
 
 
 def test_empty_query_shows_an_error_message(visit):
@@ -235,6 +257,61 @@ def test_model_tab_shows_training_curves_and_settings(visit):
     visit.tab("Model")
     visit.until(lambda: int(visit.element("#curves img").get_property("naturalWidth")) > 500)
     assert "test_resnet" in visit.until(lambda: visit.element("#settings").text)
+    words = visit.element("#about").text
+    assert "R@1" in words and "of 100 sentences" in words and "python evaluate.py runs/sample --split test" in words
+
+
+def test_photo_that_was_clicked_has_its_folder_original_and_similar_photos(visit, page):
+    visit.search(SENTENCE)
+    photos = len(visit.elements("#found .thumbnail-lg"))
+    assert "best 12 of 30 photos searched" in visit.element("#searched").text
+    visit.elements("#found .thumbnail-lg")[1].click()
+    details = visit.until(lambda: visit.element("#details").text)
+    name = details.split()[0]
+    assert name.startswith("scene_") and "pictures" in details
+    assert not visit.browser.find_elements("css selector", "[aria-label*=hare], [title*=hare]")  # no Share button
+    original = visit.element("#details a").get_attribute("href")
+    assert original.startswith(f"{page}/original?") and fetch(original)[1][1:4] == b"PNG"
+    visit.element("#more-like-this").click()
+    visit.until(lambda: f"photos like {name} of 30" in visit.element("#searched").text)
+    matches = visit.matches()
+    assert len(matches) == photos and name not in [match for _, match in matches]
+    visit.until(lambda: len(visit.elements("#found .thumbnail-lg")) == photos and not visit.elements("#details"))
+
+
+def test_next_search_leaves_the_view_of_a_single_photo(visit):
+    visit.search(SENTENCE)
+    visit.elements("#found .thumbnail-lg")[2].click()
+    visit.element("#found .preview")
+    visit.search("a green star")
+    visit.until(lambda: len(visit.elements("#found .thumbnail-lg")) == 12)
+    assert not visit.elements("#found .preview") and not visit.elements("#more-like-this")
+
+
+def test_three_captions_are_examples_that_search(visit):
+    examples = visit.until(lambda: len(found := visit.elements("#examples button")) == 3 and found)
+    text = examples[1].text
+    examples[1].click()
+    assert len(visit.matches()) == 12
+    assert visit.element("#sentence textarea, #sentence input").get_attribute("value") == text
+
+
+def test_phone_shows_two_columns_and_folds_the_upload_away(chromium, page):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        chromium.get(page)
+        visit = Visit(chromium)
+        visit.search(SENTENCE)
+        boxes = [photo.rect for photo in visit.elements("#found .thumbnail-lg")]
+        assert len({round(box["x"]) for box in boxes}) == 2 and max(box["x"] + box["width"] for box in boxes) <= 390
+        assert min(box["y"] for box in boxes) < 500
+        assert not visit.elements("#search-photo, #count")
+        assert chromium.execute_script("return document.documentElement.scrollWidth") <= 390
+        visit.element("#more button").click()
+        visit.element("#search-photo")
+    finally:
+        chromium.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def fetch(address):
@@ -287,7 +364,7 @@ def call_api(page, name, *args):
 def test_api_returns_matches_with_thumbnails_instead_of_files(page):
     event, data = call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)
     matches = json.loads(data)[0]
-    assert event == "complete" and len(matches) == 3 and matches[0]["caption"].endswith(MATCH)
+    assert event == "complete" and len(matches) == 3 and matches[0]["caption"].endswith(f"{MATCH}\npictures")
     assert fetch(matches[0]["image"]["url"])[0] == 200
     assert "pictures" not in matches[0]["image"]["path"]
 
@@ -310,6 +387,40 @@ def test_remote_address_is_not_downloaded(page):
     photo = {"path": "http://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
     event, data = call_api(page, "search_photos", SENTENCE, photo, *RUN_AND_GALLERY, 3)
     assert event == "error" and "upload the photo itself" in data
+
+
+def test_photo_and_all_but_the_sentence_are_optional_in_the_api(page):
+    _, body = fetch(f"{page}/gradio_api/info")
+    parameters = json.loads(body)["named_endpoints"]["/search_photos"]["parameters"]
+    assert [item["parameter_name"] for item in parameters] == ["sentence", "photo", "run", "gallery", "count"]
+    assert all(item["parameter_has_default"] for item in parameters)
+    _, body = post(f"{page}/gradio_api/call/v2/search_photos", {"sentence": SENTENCE, "count": 2})
+    _, body = fetch(f"{page}/gradio_api/call/search_photos/{json.loads(body)['event_id']}")
+    assert b"event: complete" in body and body.count(b'"caption"') == 2 and b"The best 2 of 30 photos" in body
+
+
+def test_original_is_for_this_machine_and_for_photos_of_opened_galleries(page, root):
+    call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)
+
+    def original(name, headers=None, photos="pictures", run="runs/sample"):
+        query = urllib.parse.urlencode({"run": run, "photos": photos, "name": name})
+        return fetch(urllib.request.Request(f"{page}/original?{query}", headers=headers or {}))
+
+    assert original(MATCH) == (200, (root / "pictures" / MATCH).read_bytes())
+    assert original("older/scene_170.png")[0] == 200
+    for headers in ({"X-Forwarded-For": "192.0.2.7"}, {"Host": "photos.example.com"}, {"Referer": "http://a.example/"}):
+        assert original(MATCH, headers) == (404, b"not served")
+    names = [
+        "secret.txt",
+        "../invalid.jpg",
+        f"./{MATCH}",
+        f"{root}/pictures/{MATCH}",
+        f"older/../{MATCH}",
+        "",
+        "/etc/passwd",
+    ]
+    assert {original(name)[0] for name in names} == {404}
+    assert original(MATCH, photos=RUN_PHOTOS["train"])[0] == original(MATCH, run="runs/other")[0] == 404
 
 
 def test_upload_above_20_mb_is_refused(page):
@@ -395,19 +506,21 @@ def test_mistakes_of_many_kinds_are_answered_in_one_line(page):
 def test_uploaded_photo_is_searched_by_its_path_and_many_labels_take_seconds(page, root):
     photo = {"path": upload(page, (root / "pictures" / MATCH).read_bytes()), "url": "http://192.0.2.1/x"}
     event, data = call_api(page, "search_photos", "", photo, *RUN_AND_GALLERY, 1)
-    assert event == "complete" and json.loads(data)[0][0]["caption"].endswith(MATCH)
+    assert event == "complete" and json.loads(data)[0][0]["caption"].endswith(f"{MATCH}\npictures")
     start = time.monotonic()
     labels = "\n".join(f"a blue {number}" for number in range(1_000))
     assert call_api(page, "choose_label", photo, labels, "runs/sample")[0] == "complete"
     assert time.monotonic() - start < 10
 
 
-def test_second_page_with_a_password_shares_the_cache_and_ends_at_sigterm(page, root):
-    (root / "auth").write_text("ann:of:green")
-    (root / "auth").chmod(0o600)
-    with run_page(root, "others", "--auth-file", "auth") as (process, second, lines):
+def test_second_page_with_a_password_shares_the_cache_and_ends_at_sigterm(page, pages, root):
+    with opened(pages[1]) as (process, second, lines):
         matches = json.loads(call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[1])[0]
         assert call_api(second, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[0] == "error"
+        original = f"{second}/original?" + urllib.parse.urlencode(
+            {"run": RUN_AND_GALLERY[0], "photos": RUN_AND_GALLERY[1], "name": MATCH}
+        )
+        assert fetch(original)[0] == 403
         form, statuses = "application/x-www-form-urlencoded", []
         cookies = urllib.request.build_opener(urllib.request.HTTPCookieProcessor())
         for password in (b"wrong", b"of", b"of:green"):
@@ -421,6 +534,7 @@ def test_second_page_with_a_password_shares_the_cache_and_ends_at_sigterm(page, 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(urllib.request, "urlopen", cookies.open)
             found = json.loads(call_api(second, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[1])[0]
+            assert fetch(original)[0] == 200
         assert [item["caption"] for item in found] == [item["caption"] for item in matches]
         end_page(process, signal.SIGTERM)
     assert "Traceback" not in "".join(lines) and not list((root / "others").iterdir())

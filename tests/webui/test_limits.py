@@ -1,9 +1,12 @@
 """The middleware in front of Gradio, around an application that notes what reaches it."""
 
 import asyncio
+import io
 import json
+import random
 
 import pytest
+from PIL import Image
 
 from webui import limits, request_body
 from webui.limits import API, RequestGuard
@@ -57,6 +60,13 @@ def form(*parts):
     """A form of (disposition, content) pairs."""
     body = b"".join(b"--zz\r\nContent-Disposition: form-data; %s\r\n\r\n%s\r\n" % part for part in parts)
     return body + b"--zz--\r\n"
+
+
+def photo_bytes(side, kind="PNG"):
+    """The bytes of a photo with random pixels, which do not compress."""
+    file = io.BytesIO()
+    Image.frombytes("RGB", (side, side), random.Random(side).randbytes(3 * side * side)).save(file, kind)
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -160,10 +170,29 @@ def test_form_that_is_not_a_few_files_is_refused(folder, body, status, message):
 
 
 def test_ordinary_upload_passes_unchanged(folder):
-    body = form((b'name=files; filename="a.jpg"', bytes(range(256)) * 8_000))
+    body = form((b'name=files; filename="a.jpg"', photo_bytes(700)))
     chunks = [body[start : start + 65_536] for start in range(0, len(body), 65_536)]
     status, _, reached, _ = request(folder, "POST", f"{API}/upload", chunks, kind=FORM, length=len(body))
     assert status == 200 and reached == [(f"{API}/upload", body)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jpg", b"this is no photo", "a.jpg is not a photo that can be read"),
+        ("b.jpg", photo_bytes(64, "JPEG")[:2_000], "b.jpg is not a photo that can be read"),
+        ("c.png", photo_bytes(64)[:-3_000], "c.png is not a photo that can be read"),
+        ("d.png", b"", "d.png is not a photo that can be read"),
+        ("../../e.svg", b"<svg/>", "e.svg is not a photo that can be read"),
+    ],
+)
+@pytest.mark.parametrize("others", [0, 2])
+def test_broken_upload_is_refused_when_it_arrives(folder, name, content, message, others):
+    good = [(b"name=files; filename=good.png", photo_bytes(8))] * others
+    body = form(*good, (b'name=files; filename="%s"' % name.encode(), content))
+    status, answer, reached, _ = request(folder, "POST", f"{API}/upload", [body], kind=FORM)
+    assert status == 415 and answer.startswith(message) and "\n" not in answer and str(folder) not in answer
+    assert not reached and [path.name for path in folder.iterdir()] == ["photo.jpg"]
 
 
 def test_upload_into_a_full_folder_is_refused(folder, monkeypatch):
