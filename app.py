@@ -130,8 +130,9 @@ def serve(page, flags: Flags, auth, folder: Path, catalog: Catalog, middleware: 
 
 
 def encode_first(catalog: Catalog, errors: list, failed: threading.Event) -> None:
-    """Open the first gallery; an error is appended to `errors`, and the event is set."""
+    """Read the example queries and open the first gallery; an error is appended to `errors`, and the event is set."""
     try:
+        catalog.examples(catalog.first[0])
         catalog.gallery(*catalog.first)
     except Exception as error:
         errors.append(error)

@@ -91,10 +91,9 @@ class Catalog:
         """Forget the open galleries, so that the next search finds photos that were added, changed or deleted."""
         self._galleries.clear()
 
-    @property
-    def is_ready(self) -> bool:
-        """Return whether the first gallery is encoded."""
-        return self.first in self._photos
+    def is_open(self, run: str, gallery: str) -> bool:
+        """Return whether a gallery is encoded and open since the last `refresh`."""
+        return (run, gallery) in self._galleries
 
     @property
     def first(self) -> tuple[str, str]:

@@ -18,6 +18,7 @@ class EncodingStatus(NamedTuple):
 class _Encoding:
     name: str
     started: float
+    reported: float = 0.0  # when `done` was counted
     done: int = 0
     total: int = 0
 
@@ -34,7 +35,7 @@ class EncodingProgress:
         def report(done: int, total: int) -> None:
             with self._lock:
                 encoding = self._running.setdefault(key, _Encoding(name, self._clock()))
-                encoding.done, encoding.total = done, total
+                encoding.done, encoding.total, encoding.reported = done, total, self._clock()
 
         return report
 
@@ -52,20 +53,21 @@ class EncodingProgress:
         """Return the galleries that are being encoded, the oldest first; [] if there is none."""
         with self._lock:
             running, now = list(self._running.values()), self._clock()
-            return [_status(item, now - item.started, named=len(running) > 1) for item in running if item.total]
+            return [_status(item, now, named=len(running) > 1) for item in running if item.total]
 
 
-def _status(item, elapsed, named):
+def _status(item, now, named):
     share = item.done / item.total
     of = f" of {item.name}" if named else ""
     text = f"encoding {item.total:,} photo{'s' * (item.total != 1)}{of}, once: {int(100 * share)} %"
     if item.done:
-        text += f", {format_time_left(elapsed * (1 - share) / share)} left"
+        seconds = (item.reported - item.started) * (1 - share) / share - (now - item.reported)
+        text += f", {format_time_left(seconds)} left"
     return EncodingStatus(text, share)
 
 
 def format_time_left(seconds: float) -> str:
-    """Format a duration as people say it: 40 s, 2 min, 1 h 5 min."""
+    """Format a duration as people say it, one second at least: 40 s, 2 min, 1 h 5 min."""
     if round(seconds) < 60:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

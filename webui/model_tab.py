@@ -29,7 +29,7 @@ def model_tab(gr, catalog: Catalog, run, page) -> None:
         """Return a run's metrics by split, its training curves, its settings, and its recall in words (HTML)."""
         folder = catalog.runs[run]
         if folder is None:
-            return _table({}), None, {"model": run}, describe_pretrained(run)
+            return _table({}), None, {"model": run}, describe_pretrained(catalog.model)
         metrics_by_split = read_metrics(folder)
         try:
             curves_image = load_picture(folder / CURVES, CURVES_SIZE) if (folder / CURVES).exists() else None
@@ -64,9 +64,10 @@ def _public_settings(folder):
     }
 
 
-def describe_pretrained(name: str) -> str:
+def describe_pretrained(model: str) -> str:
     """Return the words about a pretrained model, which has no measurements, as HTML."""
-    command = f"python evaluate.py --model {shell_argument(name)} --dataset YOUR_DATA_SET"
+    name = display_name(model)
+    command = f"python evaluate.py --model {_argument(model, 'MODEL')} --dataset YOUR_DATA_SET"
     return (
         f'<div class="about"><p>{escape(display_text(name, 120))} is a pretrained model, not a run of this program: how'
         " well it finds photos is not measured.</p>"
@@ -85,13 +86,18 @@ def describe_run(folder: Path, metrics_by_split: dict) -> str:
     parts = [_recall_table(split, values) for split, values in tables.items()]
     if tables:
         parts.append(_meaning(next(iter(tables.values()))))
-    command = f"python evaluate.py {shell_argument(Path(display_name(folder)))} --split test"
+    command = f"python evaluate.py {_argument(folder, 'RUN')} --split test"
     if not tables:
         parts.append("<p>Nothing is measured yet: the log of the run has no recall.</p>")
     if not any(split.split(",")[0] == "test" for split in measured):
         missing = "The test split, whose photos were used neither to train nor to choose the epoch, is not measured yet"
         parts.append(f"<p>{missing}: <code>{escape(command)}</code></p>")
     return f'<div class="about">{"".join(parts)}</div>'
+
+
+def _argument(path, placeholder):
+    """Return a path for a command; a placeholder for an absolute one, which visitors are not shown."""
+    return placeholder if Path(path).expanduser().is_absolute() else shell_argument(path)
 
 
 def best_epoch(folder: Path) -> dict | None:

@@ -15,7 +15,7 @@ from webui.search_tab import photo_input, search_tab
 MAX_CAPTIONS = 10
 MAX_WAITING = 1_000  # searches that wait for the model; further ones are refused
 STYLE, SCRIPT = (Path(__file__).with_name(name) for name in ("page.css", "page.js"))
-POLL = 1  # seconds between two looks at the encoding of a gallery
+POLL = 2  # seconds between two looks at the encoding of a gallery
 
 
 def build_page(catalog: Catalog, index: str | None, folder: Path, *, may_have_originals: Callable | None = None):
@@ -29,36 +29,35 @@ def build_page(catalog: Catalog, index: str | None, folder: Path, *, may_have_or
     warnings.filterwarnings("ignore", module=r"gradio\.helpers|PIL\.")
     with gr.Blocks(title="Photo search", fill_width=True, analytics_enabled=False) as page:
         gr.Markdown("# Photo search", elem_id="title")
-        timer = _encoding_bar(gr, catalog, page)
+        bar = gr.HTML(visible=False, elem_id="encoding", padding=False)
         with gr.Row(elem_id="choice"):
             run = gr.Dropdown(list(catalog.runs), label="Run", value=next(iter(catalog.runs)))
             gallery = gr.Dropdown(catalog.galleries, label="Photos", value=catalog.galleries[0])
         links = may_have_originals or (lambda headers, address: False)
-        search_tab(gr, catalog, page, run, gallery, index=index, may_have_originals=links, timer=timer)
+        search_tab(gr, catalog, page, run, gallery, index=index, may_have_originals=links)
         _captions_tab(gr, catalog, run)
         _labels_tab(gr, catalog, run)
         model_tab(gr, catalog, run, page)
         page.load(catalog.refresh, api_name=False)
+        _encoding_bar(gr, catalog, page, bar, run, gallery)
         page.load(None, js=SCRIPT.read_text("utf-8"))
     page.queue(max_size=MAX_WAITING)
     install_checks(gr, page, catalog, folder)
     return page
 
 
-def _encoding_bar(gr, catalog, page):
-    """Add the bar that shows how far a gallery is encoded; returns the timer that updates it during a search."""
-    bar = gr.HTML(visible=False, elem_id="encoding", padding=False)
-    while_encoding, while_searching = gr.Timer(POLL), gr.Timer(POLL, active=False)
+def _encoding_bar(gr, catalog, page, bar, run, gallery):
+    """Show how far photos are encoded, until the gallery that the visitor has chosen is open."""
+    timer = gr.Timer(POLL)
 
-    def show_encoding():
+    def show_encoding(run: str, gallery: str):
         status = catalog.encoding.status()
-        html = "".join(map(_bar_html, status))
-        return gr.HTML(value=html, visible=bool(status)), gr.Timer(active=bool(status) or not catalog.is_ready)
+        html = gr.HTML(value="".join(map(_bar_html, status)), visible=bool(status))
+        return html, gr.Timer(active=bool(status) or not catalog.is_open(run, gallery))
 
+    triggers = [page.load, timer.tick, run.change, gallery.change]
     options = {"queue": False, "api_name": False, "show_progress": "hidden"}
-    gr.on([page.load, while_encoding.tick], show_encoding, None, [bar, while_encoding], **options)
-    while_searching.tick(lambda: show_encoding()[0], None, bar, **options)
-    return while_searching
+    gr.on(triggers, show_encoding, [run, gallery], [bar, timer], **options)
 
 
 def _bar_html(status):

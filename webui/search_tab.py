@@ -12,6 +12,11 @@ from webui.inputs import MAX_MATCHES, VisitorError, check_position, check_senten
 from webui.originals import original_link
 
 THUMBNAIL_SIZE = 512  # pixels
+# Gradio would show the first photo of the next search alone. The last button above a photo closes it.
+LEAVE_SINGLE_VIEW = """() => {
+    const buttons = document.querySelectorAll("#found .preview .icon-button-wrapper button");
+    if (buttons.length) buttons[buttons.length - 1].click();
+}"""
 BOTH = "With both, the query is the normalised sum of the two embeddings: this photo, but as the sentence says."
 
 
@@ -39,8 +44,8 @@ class _Tab(NamedTuple):
     chosen: object  # State: (run, gallery, name) of the photo that was clicked
 
 
-def search_tab(gr, catalog: Catalog, page, run, gallery, *, index: str | None, may_have_originals, timer) -> None:
-    """Add the tab to a page. run, gallery: the components by which visitors choose; timer: runs during a search.
+def search_tab(gr, catalog: Catalog, page, run, gallery, *, index: str | None, may_have_originals) -> None:
+    """Add the tab to a page. run, gallery: the components by which visitors choose.
 
     may_have_originals: as for build_page.
     """
@@ -49,23 +54,15 @@ def search_tab(gr, catalog: Catalog, page, run, gallery, *, index: str | None, m
     inputs, outputs = [tab.sentence, tab.photo, run, gallery, tab.count], [tab.found, tab.searched, tab.shown]
     options = {"concurrency_id": "model"}
     triggers = [tab.button.click, tab.sentence.submit]
-    done = [gr.on(triggers, searches["search_photos"], inputs, outputs, api_name="search_photos", **options)]
+    gr.on(triggers, searches["search_photos"], inputs, outputs, api_name="search_photos", **options)
     for example in tab.examples:
         filled = example.click(None, example, tab.sentence, js="text => text")
-        done.append(filled.then(searches["search_photos"], inputs, outputs, api_name=False, **options))
+        filled.then(searches["search_photos"], inputs, outputs, api_name=False, **options)
         triggers.append(example.click)
     more = [tab.chosen, tab.count]
-    done.append(tab.more.click(searches["more_like_this"], more, outputs, api_name=False, **options))
-    triggers.append(tab.more.click)
-
-    def leave_single_view():
-        return gr.Gallery(selected_index=None), gr.HTML(visible=False), gr.Button(visible=False), gr.Timer(active=True)
-
-    hidden = {"queue": False, "api_name": False, "show_progress": "hidden"}
-    gr.on(triggers, leave_single_view, None, [tab.found, tab.details, tab.more, timer], **hidden)
-    for search in done:
-        search.then(lambda: gr.Timer(active=False), None, timer, **hidden)
-    _details(gr, catalog, tab, may_have_originals, hidden)
+    tab.more.click(searches["more_like_this"], more, outputs, api_name=False, **options)
+    gr.on([*triggers, tab.more.click], None, js=LEAVE_SINGLE_VIEW)
+    _details(gr, catalog, tab, may_have_originals)
 
     def show_examples(run: str):
         captions = catalog.examples(run)
@@ -164,7 +161,7 @@ def describe_search(shown: int, photos, like: Path | None = None) -> str:
     return f'<p role="status">{escape(text)}.</p>'
 
 
-def _details(gr, catalog, tab, may_have_originals, hidden):
+def _details(gr, catalog, tab, may_have_originals):
     """Show name and folder of the photo that is clicked, and what can be done with it."""
 
     def show_photo(shown: Found | None, event: gr.SelectData, request: gr.Request):
@@ -176,11 +173,11 @@ def _details(gr, catalog, tab, may_have_originals, hidden):
         return gr.HTML(value=html, visible=True), gr.Button(visible=True), (shown.run, shown.gallery, name)
 
     def hide():
-        return gr.HTML(visible=False), gr.Button(visible=False), None
+        return gr.HTML(visible=False), gr.Button(visible=False)
 
-    outputs = [tab.details, tab.more, tab.chosen]
-    tab.found.select(show_photo, tab.shown, outputs, **hidden)
-    tab.found.preview_close(hide, None, outputs, **hidden)
+    options = {"queue": False, "api_name": False, "show_progress": "hidden"}
+    tab.found.select(show_photo, tab.shown, [tab.details, tab.more, tab.chosen], **options)
+    tab.found.preview_close(hide, None, [tab.details, tab.more], **options)
 
 
 def describe_photo(name: str, folder: str, link: str) -> str:

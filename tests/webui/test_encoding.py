@@ -21,6 +21,8 @@ def test_line_names_the_share_and_the_time_left():
     report(360, 3_000)
     ((text, share),) = progress.status()
     assert text == "encoding 3,000 photos, once: 12 %, 2 min left" and share == pytest.approx(0.12)
+    now[0] += 60  # between two batches the time left falls
+    assert progress.status()[0].text == "encoding 3,000 photos, once: 12 %, 1 min left"
     progress.reporter("other", "holiday")(1, 1)
     assert [status.text.partition(",")[0] for status in progress.status()] == [
         "encoding 3",
@@ -71,12 +73,12 @@ def test_searches_wait_for_the_encoding_and_it_happens_once(catalog):
     threads = [threading.Thread(target=lambda: found.append(catalog.gallery(*catalog.first))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert started.wait(10) and not catalog.is_ready and not found
+    assert started.wait(10) and not catalog.is_open(*catalog.first) and not found
     assert catalog.encoding.status()[0].text == "encoding 2 photos, once: 0 %"
     release.set()
     for thread in threads:
         thread.join(10)
-    assert len(found) == 3 and len(calls) == 1 and catalog.is_ready and catalog.encoding.status() == []
+    assert len(found) == 3 and len(calls) == 1 and catalog.is_open(*catalog.first) and catalog.encoding.status() == []
     root, name = catalog.photo(*catalog.first, "a/2.jpg")
     assert catalog.folder_of("pictures", root, name) == "pictures/a"
     assert catalog.folder_of("pictures", root, "1.jpg") == "pictures"
