@@ -59,28 +59,33 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(root):
-    """Two pages that share a cache, each served by `python app.py` in a process of its own: the second asks for a
-    password. They start at the same time."""
+    """Two pages that share a cache, each served by `python app.py` in a process of its own: the first one is open, the
+    second one, which asks for a password, starts while the first one is tested."""
     (root / "auth").write_text("ann:of:green")
     (root / "auth").chmod(0o600)
-    with start_page(root, "visitors") as first, start_page(root, "others", "--auth-file", "auth") as second:
-        yield first, second
+    with (
+        start_page(root, "visitors") as first,
+        opened(first) as opened_first,
+        start_page(root, "others", "--auth-file", "auth") as second,
+    ):
+        yield opened_first, second
 
 
 @pytest.fixture(scope="module")
 def page(pages, root):
     """The address of the page without a password. At the end it gets SIGINT while it is busy and clients hang."""
-    with opened(pages[0]) as (process, address, lines):
-        yield address
-        port = int(address.rpartition(":")[2])
-        hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
-        hanging[0].sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: x\r\n\r\n")
-        hanging[1].sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n" + FORM_HEADER)
-        path = upload(address, (root / "pictures" / MATCH).read_bytes())
-        labels = "\n".join(f"a red {number}" for number in range(1_000))
-        for _ in range(8):
-            post(f"{address}/gradio_api/call/choose_label", {"data": [{"path": path}, labels, "runs/sample"]})
-        end_page(process, signal.SIGINT)
+    process, address, lines, reader = pages[0]
+    yield address
+    port = int(address.rpartition(":")[2])
+    hanging = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    hanging[0].sendall(b"GET /gradio_api/heartbeat/abc HTTP/1.1\r\nHost: x\r\n\r\n")
+    hanging[1].sendall(b"POST /gradio_api/upload HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n" + FORM_HEADER)
+    path = upload(address, (root / "pictures" / MATCH).read_bytes())
+    labels = "\n".join(f"a red {number}" for number in range(1_000))
+    for _ in range(8):
+        post(f"{address}/gradio_api/call/choose_label", {"data": [{"path": path}, labels, "runs/sample"]})
+    end_page(process, signal.SIGINT)
+    reader.join(TIMEOUT)
     assert not list((root / "visitors").iterdir())  # the temporary folder is deleted
     output = "".join(lines)
     assert "Traceback" not in output and "search-page" not in output and str(root) not in output, output
@@ -107,7 +112,7 @@ def start_page(root, temporary, *arguments):
 
 @contextlib.contextmanager
 def opened(started):
-    """Wait until a page is open; yields the process, its address and the list of lines that it prints."""
+    """Wait until a page is open; yields the process, its address, the lines that it prints, and their reader."""
     process, address = started
     lines = []
     while not lines or "open http" not in lines[-1]:
@@ -115,7 +120,7 @@ def opened(started):
         assert lines[-1], lines
     reader = threading.Thread(target=lambda: lines.extend(process.stdout), daemon=True)
     reader.start()
-    yield process, address, lines
+    yield process, address, lines, reader
     reader.join(TIMEOUT)
 
 
@@ -431,7 +436,7 @@ def test_upload_above_20_mb_is_refused(page):
     assert status == 413
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def elsewhere():
     """A web server that counts its requests: its address and their paths."""
     paths = []
@@ -514,7 +519,7 @@ def test_uploaded_photo_is_searched_by_its_path_and_many_labels_take_seconds(pag
 
 
 def test_second_page_with_a_password_shares_the_cache_and_ends_at_sigterm(page, pages, root):
-    with opened(pages[1]) as (process, second, lines):
+    with opened(pages[1]) as (process, second, lines, _):
         matches = json.loads(call_api(page, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[1])[0]
         assert call_api(second, "search_photos", SENTENCE, None, *RUN_AND_GALLERY, 3)[0] == "error"
         original = f"{second}/original?" + urllib.parse.urlencode(
