@@ -33,16 +33,22 @@ def local_or_name(name: str) -> str:
 
 
 def dual_encoder_source(name: str) -> str:
-    """Return what `local_or_name` returns, and for a name of OpenAI's clip package the same model's name on the hub.
+    """Return what `local_or_name` returns, and the name on the hub for "hf-hub:OWNER/NAME" and OpenAI's names.
 
-    Raises ValueError for such a name if a local folder has it too.
+    Raises ValueError if a local folder has the name too, and for a model in the format of open_clip.
     """
-    if (hub_name := OPENAI_NAMES.get(name)) is None:
-        return local_or_name(name)
-    if Path(name).is_dir():
+    if name.startswith("open_clip:"):
         raise ValueError(
-            f"--model {name} is a local folder and OpenAI's name of {hub_name}: pass ./{name} or {hub_name}"
+            f"--model {name}: the format of open_clip is not supported; pass the same weights in the format of "
+            "transformers, for example laion/CLIP-ViT-B-32-laion2B-s34B-b79K, or a name of OpenAI's: "
+            f"{', '.join(OPENAI_NAMES)}"
         )
+    local, hub_name = name.removeprefix("hf-hub:"), OPENAI_NAMES.get(name)
+    hub_name = local if local != name else hub_name
+    if hub_name is None:
+        return local_or_name(name)
+    if Path(local).is_dir():
+        raise ValueError(f"--model {name} is {hub_name} on the hub and a local folder: pass ./{local}, or rename it")
     return hub_name
 
 

@@ -29,6 +29,7 @@ from models.hf_hub import (
 from models.image_size import require_image_size
 from models.untrusted import check_folder, check_regular_files
 from modules import ImageEncoder, TextEncoder
+from runtime.run_dir import TOWERS
 
 KNOWN_DUAL_ENCODERS = (  # for suggestions in error messages; other names work too
     "openai/clip-vit-base-patch32",
@@ -151,6 +152,7 @@ def _load(source, image_size):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if Path(source).is_dir():
+        _check_format(Path(source))
         check_regular_files(Path(source))
     kind = type(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__.removesuffix("Config")
     if Path(source).is_dir():
@@ -163,6 +165,14 @@ def _load(source, image_size):
     processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     preprocess = _preprocess_of(processor, getattr(model.config, "vision_config", None))
     return model, _specification(processor, preprocess.resized(image_size)), preprocess.size
+
+
+def _check_format(folder):
+    """Raise ValueError for a run, and for a folder in the format of open_clip only."""
+    if (folder / TOWERS).is_dir():
+        raise ValueError("it is a trained run, not a pretrained model: pass it with --run")
+    if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError("it is in the format of open_clip, not in that of transformers, which is needed here")
 
 
 def _specification(processor, preprocess):

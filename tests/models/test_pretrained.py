@@ -180,8 +180,8 @@ def test_names_of_openai_load_the_weights_of_the_hub(dual_encoders, tmp_path, mo
     expected = load_encoder_of(dual_encoders / "clip")[0].encode_captions(CAPTIONS, "")
     assert torch.equal(encoder.encode_captions(CAPTIONS, ""), expected)
     shutil.copytree(dual_encoders / "clip", tmp_path / alias)
-    line = one_line(lambda: load_encoder_of(alias))
-    assert f"./{alias}" in line and name in line
+    assert f"./{alias}" in one_line(lambda: load_encoder_of(alias))
+    assert torch.equal(load_encoder_of(f"hf-hub:{name}")[0].encode_captions(CAPTIONS, ""), expected)
     done = run_in_process("train.py", "--dataset", "sample", "--model", alias)
     assert f"./{alias}" in one_line_error(done)
 
@@ -189,6 +189,15 @@ def test_names_of_openai_load_the_weights_of_the_hub(dual_encoders, tmp_path, mo
 def test_dual_encoder_that_is_not_cached_is_a_one_line_error(tmp_path, monkeypatch):
     line = one_line(lambda: load_dual_encoder("openai/clip-vit-base-patch3", image_size=None), ConnectionError)
     assert "--model" in line and "openai/clip-vit-base-patch32" in line and "--no-pretrained" not in line
+
+
+def test_other_formats_are_an_error_that_names_what_to_do(dual_encoders, tmp_path):
+    assert "laion/CLIP" in one_line(lambda: load_dual_encoder("open_clip:RN50/openai", image_size=None))
+    folder = shutil.copytree(dual_encoders / "clip", tmp_path / "clip")
+    (folder / "config.json").rename(folder / "open_clip_config.json")
+    assert "format of open_clip" in one_line(lambda: load_dual_encoder(str(folder), image_size=None))
+    (folder / "towers").mkdir()
+    assert "--run" in one_line(lambda: load_dual_encoder(str(folder), image_size=None))
 
 
 def test_single_tower_is_an_error_that_names_the_right_flag_or_the_folder(text_tower, image_tower):
