@@ -108,7 +108,7 @@ def load(
     folder = _find_run(source)
     if (folder / "log.jsonl").is_file() or (folder / "towers").is_dir():
         return Retriever(searcher_for_run(folder, **options), read_shared_config(folder))
-    if folder.is_dir() and not (folder / CONFIG).is_file():
+    if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, "open_clip_config.json")):
         raise ValueError(f"{folder} is neither a run nor a pretrained model: it has no {CONFIG}")
     return Retriever(searcher_for_pretrained(str(source), **options), Config(model=str(source)))
 

@@ -35,13 +35,12 @@ def local_or_name(name: str) -> str:
 def dual_encoder_source(name: str) -> str:
     """Return what `local_or_name` returns, and the name on the hub for "hf-hub:OWNER/NAME" and OpenAI's names.
 
-    Raises ValueError if a local folder has the name too, and for a model in the format of open_clip.
+    Raises ValueError if a local folder has the name too, and for a name of open_clip's own list.
     """
     if name.startswith("open_clip:"):
         raise ValueError(
-            f"--model {name}: the format of open_clip is not supported; pass the same weights in the format of "
-            "transformers, for example laion/CLIP-ViT-B-32-laion2B-s34B-b79K, or a name of OpenAI's: "
-            f"{', '.join(OPENAI_NAMES)}"
+            f"--model {name}: names of open_clip's list are not supported; pass the repository on the hub, for example "
+            f"hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K, or a name of OpenAI's: {', '.join(OPENAI_NAMES)}"
         )
     local, hub_name = name.removeprefix("hf-hub:"), OPENAI_NAMES.get(name)
     hub_name = local if local != name else hub_name

@@ -27,6 +27,7 @@ from models.hf_hub import (
     require_weights,
 )
 from models.image_size import require_image_size
+from models.open_clip_weights import find_open_clip, load_open_clip
 from models.untrusted import check_folder, check_regular_files
 from modules import ImageEncoder, TextEncoder
 from runtime.run_dir import TOWERS
@@ -124,8 +125,7 @@ def load_dual_encoder(name: str, *, image_size: int | None) -> PretrainedDualEnc
         offline_if_unreachable()
     try:
         with offline_for(source):
-            model, specification, default_size = _load(source, image_size)
-            tokenizer = load_tokenizer(source)
+            model, tokenizer, specification, default_size = _load(source, image_size)
     except Exception as error:  # the libraries that transformers calls raise many types
         raise loading_error("dual encoder", name, error, flag="--model", advice=_suggestions(name)) from None
     temperature, bias = _pop_learned_scale(model)
@@ -151,8 +151,19 @@ def dual_encoder_from_spec(
 def _load(source, image_size):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if Path(source).is_dir() and (Path(source) / TOWERS).is_dir():
+        raise ValueError("it is a trained run, not a pretrained model: pass it with --run")
+    if (folder := find_open_clip(source)) is not None:
+        model, tokenizer, processor = load_open_clip(folder)
+    else:
+        model, tokenizer, processor = _load_transformers(source)
+    preprocess = _preprocess_of(processor, getattr(model.config, "vision_config", None))
+    return model, tokenizer, _specification(processor, preprocess.resized(image_size)), preprocess.size
+
+
+def _load_transformers(source):
+    """Return the model of transformers, its tokenizer and its image processor."""
     if Path(source).is_dir():
-        _check_format(Path(source))
         check_regular_files(Path(source))
     kind = type(AutoConfig.from_pretrained(source, trust_remote_code=False)).__name__.removesuffix("Config")
     if Path(source).is_dir():
@@ -163,16 +174,7 @@ def _load(source, image_size):
     require_weights(loading_info["missing_keys"], loading_info["unexpected_keys"])
     model = model.float().eval()  # some weights are stored in half precision
     processor = transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
-    preprocess = _preprocess_of(processor, getattr(model.config, "vision_config", None))
-    return model, _specification(processor, preprocess.resized(image_size)), preprocess.size
-
-
-def _check_format(folder):
-    """Raise ValueError for a run, and for a folder in the format of open_clip only."""
-    if (folder / TOWERS).is_dir():
-        raise ValueError("it is a trained run, not a pretrained model: pass it with --run")
-    if (folder / "open_clip_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ValueError("it is in the format of open_clip, not in that of transformers, which is needed here")
+    return model, load_tokenizer(source), processor
 
 
 def _specification(processor, preprocess):

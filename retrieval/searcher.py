@@ -293,7 +293,8 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
     loaded = load()  # only after the download is the hub's current revision known
     from huggingface_hub import try_to_load_from_cache
 
-    config_path = str(try_to_load_from_cache(source, "config.json"))  # .../snapshots/COMMIT/config.json
+    paths = (try_to_load_from_cache(source, name) for name in ("config.json", "open_clip_config.json"))
+    config_path = str(next(path for path in paths if isinstance(path, str)))  # .../snapshots/COMMIT/config.json
     return Searcher(digest([source, Path(config_path).parent.name]), lambda: loaded, cache_dir=cache_dir)
 
 
