@@ -130,8 +130,9 @@ def train(config: Config) -> Path:
     Raises ValueError or OSError with one line for settings or data that cannot be used.
     """
     from data.loading import open_data
+    from runtime.text import wrap
     from training.trainer import train
 
     data = open_data(config)
-    print(data.describe(), flush=True)
+    print(wrap(data.describe()), flush=True)
     return train(config, data, None)

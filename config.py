@@ -84,6 +84,8 @@ class Config:
     runs_dir: str = "runs"  # folder for checkpoints, logs and plots of runs
     cache_dir: str = "cache"  # folder for cached features, token ids and photos; safe to delete
     seed: int = 0  # of weights, order, crops and dropout
+    patience: int = 0  # stop after this many epochs in a row without a higher validation rsum; 0: train all epochs
+    log_every_steps: int = 0  # steps between lines in steps.jsonl, beside those per epoch in log.jsonl; 0: no such file
     save_every_steps: int | None = None  # steps between checkpoints, in addition to the one after each epoch
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" selects the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is in float32
@@ -147,6 +149,12 @@ class Config:
         """Names of the image head and the text head in modules.HEADS."""
         default = "residual" if self.model is None else "none"
         return tuple(default if head == "auto" else head for head in (self.image_head, self.text_head))
+
+    @property
+    def unfreeze_epoch(self) -> int:
+        """Number of epochs before the towers begin to train; 0 if they train from the start, or never."""
+        never = (self.freeze_image and self.freeze_text) or self.freeze_epochs >= self.epochs
+        return 0 if never else self.freeze_epochs
 
     @property
     def views(self) -> int:
@@ -264,6 +272,8 @@ BOUNDS = (  # fields, description of the valid values, test
     ("split_seed seed", "from 0 to 2**63 - 1", lambda v: 0 <= v < 2**63),
     ("lora", "from 0 to 4,096", lambda v: 0 <= v <= 4096),
     ("freeze_epochs", "from 0 to 1,000,000", lambda v: 0 <= v <= 1_000_000),
+    ("patience", "from 0 (off) to 1,000,000", lambda v: 0 <= v <= 1_000_000),
+    ("log_every_steps", "from 0 (off) to 10**9", lambda v: 0 <= v <= 10**9),
     ("cached_views", "from 0 to 10,000", lambda v: 0 <= v <= 10_000),
     ("min_crop", "above 0 and at most 1", lambda v: 0 < v <= 1),
     ("dropout image_feature_dropout word_dropout", "at least 0 and below 1", lambda v: 0 <= v < 1),

@@ -21,7 +21,7 @@ import tyro
 from config import Config
 from runtime import cli
 from runtime.atomic_io import write_text
-from runtime.run_dir import BEST, LAST, LOG, lock_run, read_config, read_launches, read_log, read_metrics
+from runtime.run_dir import BEST, LAST, LOG, has_ended, lock_run, read_config, read_launches, read_log, read_metrics
 from runtime.run_dir import METRICS as METRICS_FILE
 from runtime.signals import Stopped, run_until_end
 from runtime.text import display_text, shell_argument, slug
@@ -205,7 +205,7 @@ def run_folder(sweep: Path, name: str, seed: int) -> Path:
 
 
 def train(folder: Path, arguments: Sequence[str]) -> None:
-    """Train or resume one run until its last epoch; a finished run is not trained again.
+    """Train or resume one run until it is finished; a finished run is not trained again.
 
     Raises ValueError if the run was started with other flags. Exits if the user stopped training or a flag is wrong.
     """
@@ -253,9 +253,9 @@ def _read_flags(path):
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run has reached its last epoch."""
+    """Return whether a run has reached its last epoch, or has been ended by --patience."""
     log = read_log(folder)
-    return bool(log) and len(log) >= read_config(folder).epochs
+    return bool(log) and has_ended(log, read_config(folder))
 
 
 def evaluate_test(folder: Path) -> None:

@@ -13,7 +13,7 @@ from data.download import NAMES
 from runtime import cli
 from runtime.cli_help import print_help
 from runtime.run_dir import read_config
-from runtime.text import display_text, shell_argument
+from runtime.text import display_text, shell_argument, wrap
 
 EXAMPLE_QUERIES = {"sample": "a yellow circle left of a red cross", "flickr8k": "a dog in snow"}
 MOST_USED = (  # --help shows these first
@@ -37,9 +37,9 @@ def main() -> None:
     from data.loading import open_data
 
     data = open_data(config)
-    print(f"{data.describe_format()}\n{data.describe()}", flush=True)
+    print(wrap(f"{data.describe_format()}\n{data.describe()}"), flush=True)
     if resume is None and (line := describe_preset(config)):
-        print(line, flush=True)
+        print(wrap(line), flush=True)
     from training.trainer import train
 
     folder = train(config, data, resume)
@@ -111,7 +111,7 @@ def describe_preset(config: Config) -> str | None:
     if not replaced:
         return None
     values = ", ".join(f"{name} {value}" for name, value in replaced.items())
-    return f"{display_text(Path(config.dataset).name)}: {values}; edit {preset} in config.py, or pass flags"
+    return f"{display_text(Path(config.dataset).name, 40)}: {values}; edit {preset} in config.py, or pass flags"
 
 
 def _help_note():

@@ -27,7 +27,7 @@ from runtime.distributed import gather_rows, gather_tensors, rank, shard_slice, 
 from runtime.progress import Progress
 from runtime.run_dir import BEST
 from runtime.signals import leave_signals_to_parent
-from runtime.text import format_examples, format_skipped
+from runtime.text import format_examples, format_skipped, wrap
 
 Embeddings = tuple[Tensor, Tensor, Tensor]  # image_emb (N, D), text_emb (M, D), caption_image_ids (M,)
 IMAGE_BATCH = 64
@@ -170,7 +170,7 @@ def report_unreadable(split: Split, readable: np.ndarray, name: str) -> None:
             f"none of the {len(unreadable):,} photos of {name} could be read: {format_examples(unreadable)}"
         )
     if unreadable:
-        print(f"{name}: {format_skipped(len(unreadable))}: {format_examples(unreadable)}")
+        print(wrap(f"{name}: {format_skipped(len(unreadable))}: {format_examples(unreadable)}"))
 
 
 def build_encoder(

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -15,10 +16,11 @@ from runtime.text import display_text
 
 LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
+STEPS = "steps.jsonl"
 CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
 WEIGHTS, QUERY_BANK = "model.safetensors", "query_bank.safetensors"  # of a shared run (models/shared_run.py)
-WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # besides TOWERS
+WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH, STEPS)  # besides TOWERS
 LOCK = "lock"
 MAX_SETTINGS, MAX_LOG = 64 * 2**20, 256 * 2**20  # bytes of config.json and of log.jsonl; a million epochs are less
 # Subfolders that only this program creates in a cache.
@@ -39,7 +41,7 @@ def create_run(config: Config) -> Path:
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     found = {path.name for path in folder.iterdir()} - {LOCK, *_partial_files(folder)} if folder.exists() else set()
-    removable = found <= {TOWERS, *WRITTEN_BEFORE_CHECKPOINTS}
+    removable = found <= {TOWERS, *WRITTEN_BEFORE_CHECKPOINTS} and (STEPS not in found or CONFIG in found)
     if not removable or not all(_was_written_by_a_run(folder / name) for name in found):
         raise ValueError(f"{folder} already exists: choose another --name, or continue the run with --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,8 +200,23 @@ def _json_object(content, where):
     return value
 
 
+def has_ended(log: Sequence[dict], config: Config) -> bool:
+    """Return whether a run with these epochs is finished: by --epochs, or by --patience."""
+    return bool(log) and (len(log) >= config.epochs or 0 < config.patience <= epochs_without_gain(log, config))
+
+
+def epochs_without_gain(log: Sequence[dict], config: Config) -> int:
+    """Return how many epochs --patience counts: those after the one with the highest rsum, with trained towers.
+
+    Epochs before the towers begin to train (--freeze-epochs) do not show what the towers will add.
+    """
+    rsums = [record.get("rsum", 0.0) for record in log]
+    best = rsums.index(max(rsums)) + 1
+    return max(0, len(log) - max(best, config.unfreeze_epoch))
+
+
 def finished_runs(runs_dir: str | Path) -> list[Path]:
-    """Return the folders of the runs in `runs_dir` that reached their last epoch, the most recent first.
+    """Return the folders of the finished runs in `runs_dir` (`has_ended`), the most recent first.
 
     Raises FileNotFoundError if there are none.
     """
@@ -226,8 +243,8 @@ def newest_finished_run(runs_dir: str | Path) -> Path:
 
 def _has_finished(folder):
     try:
-        return (folder / BEST).is_file() and len(read_log(folder)) >= read_config(folder).epochs
-    except (OSError, ValueError):
+        return (folder / BEST).is_file() and has_ended(read_log(folder), read_config(folder))
+    except (OSError, ValueError, TypeError):
         return False  # a damaged run must not hide the intact ones
 
 

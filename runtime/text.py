@@ -15,11 +15,32 @@ CONTROL = re.compile(
     "[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u206f\ufeff\ufff9-\ufffb\U000e0000-\U000e007f\ud800-\udfff]"
 )
 
+_EAST_ASIAN = re.compile(f"[{EAST_ASIAN}]")
+
 
 def format_examples(items: Sequence[object]) -> str:
     """Format the first items of a list and the number of others: "a.jpg, b.jpg and 3 more"."""
     more = f" and {len(items) - EXAMPLES:,} more" if len(items) > EXAMPLES else ""
     return ", ".join(display_text(item) for item in items[:EXAMPLES]) + more
+
+
+def wrap(text: str, width: int = 100) -> str:
+    """Break lines at spaces so that they fit a terminal of `width` columns; continued lines are indented.
+
+    East Asian characters take two columns. A word that is too long for a line, such as a path, is not broken.
+    """
+    lines = []
+    for paragraph in text.split("\n"):
+        line, columns = "", 0
+        for word in paragraph.split(" "):
+            length = len(word) + len(_EAST_ASIAN.findall(word))
+            if line.strip() and columns + 1 + length > width:
+                lines.append(line)
+                line, columns = f"  {word}", length + 2
+            else:
+                line, columns = (f"{line} {word}", columns + 1 + length) if line else (word, length)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def format_skipped(count: int) -> str:

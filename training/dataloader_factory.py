@@ -18,6 +18,7 @@ from models.trunk_split import split_trunk
 from modules import CLIPModel
 from retrieval.encoder import Embeddings, Encoder, embed_split, report_unreadable
 from runtime import distributed
+from runtime.text import wrap
 from training.dataloader import EpochSampler, ImageCaptionLoader
 from training.feature_cache import cache_image_features, cache_text_features
 from training.feature_loader import CachedFeatureLoader, CachedSplit, add_flipped_captions, embed_cached_split
@@ -33,10 +34,11 @@ def build_batches(
     """
     train, val = data.split("train"), data.split("val")
     if encoder.max_tokens < config.max_tokens:
-        print(
+        line = (
             f"the text tower accepts at most {encoder.max_tokens} tokens, fewer than --max-tokens "
             f"{config.max_tokens}: longer captions are truncated"
         )
+        print(wrap(line))
     if config.views:
         return _build_cached(config, model, encoder, train, val, first_epoch)
     return _build_from_images(config, encoder, train), partial(embed_split, encoder, val)
@@ -139,4 +141,4 @@ def _report_captions(config, encoder, split, tokens):
         describe_unknown_words(encoder.tokenizer, split.captions, tokens, dual_encoder=dual_encoder),
     ):
         if line:
-            print(line)
+            print(wrap(line))

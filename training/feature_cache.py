@@ -27,7 +27,7 @@ from runtime.atomic_io import replace_file, write_text
 from runtime.cache import load_cached, require
 from runtime.distributed import all_gather_list, rank, shard_slice, world_size
 from runtime.mmap_store import reserve_file, write_at
-from runtime.text import display_text
+from runtime.text import display_text, wrap
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -222,9 +222,8 @@ def _compute(encoder, tower, images, name, path):
 def _report_once(items, name, path, size=0):
     """Print that features are computed now, and never again while the cache exists."""
     gigabytes = f" ({size / 1e9:.1f} GB)" if size >= 5e7 else ""
-    print(
-        f"{name}: encoding {items}, once: later runs read them from {display_text(path.parent)}{gigabytes}", flush=True
-    )
+    line = f"{name}: encoding {items}, once: later runs read them from {display_text(path.parent)}{gigabytes}"
+    print(wrap(line), flush=True)
 
 
 def _write_shard(encoder, tower, images, desc, path, row_bytes):

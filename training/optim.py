@@ -28,6 +28,7 @@ def build_optimizer(
                 "lr": rates.get(module, lr_heads),
                 "weight_decay": weight_decay if decays else 0.0,
                 "tower": module in rates,
+                "module": module,
             }
             for (module, decays), parameters in groups.items()
         ],

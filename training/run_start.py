@@ -26,6 +26,7 @@ from runtime.run_dir import (
     remove_partial_files,
     write_config,
 )
+from runtime.text import wrap
 from training.dataloader import check_images_per_step
 from training.run_metadata import describe_changes
 
@@ -100,5 +101,5 @@ def record_launch(folder: Path, config: Config, launch: dict) -> None:
     """Write the settings and the metadata of this launch to config.json; print what differs from the last launch."""
     remove_partial_files(folder)
     if changed := describe_changes(read_launches(folder), launch):
-        print(f"changed since this run was last started: {changed}; results may not be identical bit for bit")
+        print(wrap(f"changed since this run was last started: {changed}; results may not be identical bit for bit"))
     write_config(folder, config, launch)

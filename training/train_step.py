@@ -24,8 +24,17 @@ LOSS_ENTRIES = 2**23  # cosines in memory at a time; the captions of a larger ba
 class StepMetrics:
     """Step metrics, copied to the CPU asynchronously; `read` waits for this step's event only."""
 
-    def __init__(self, step: int, values: dict[str, torch.Tensor], image_ids: torch.Tensor, pairs: int):
+    def __init__(
+        self,
+        step: int,
+        values: dict[str, torch.Tensor],
+        image_ids: torch.Tensor,
+        pairs: int,
+        rates: dict[str, float] | None = None,
+    ):
+        """rates: the learning rates of this step, "lr_image" and so on."""
         self.step, self.image_ids, self.pairs, self.names = step, image_ids, pairs, tuple(values)
+        self.rates = rates or {}
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self.values = stacked.to("cpu", non_blocking=stacked.is_cuda)
         self.event = torch.cuda.Event() if stacked.is_cuda else None
@@ -74,6 +83,9 @@ class TrainStep:
             lr_heads=config.lr_heads,
             weight_decay=config.weight_decay,
         )
+        # Not for the checkpoint, whose groups replace these.
+        modules = [group.pop("module").removesuffix("_encoder") for group in optimizer.param_groups]
+        self.rate_names = [f"lr_{module}" for module in modules]
         self.schedule = build_schedule(
             optimizer,
             warmup_steps=round(config.warmup_epochs * steps_per_epoch),
@@ -126,9 +138,10 @@ class TrainStep:
         )
         if terms is None:
             return None
+        rates = {n: group["lr"] for n, group in zip(self.rate_names, self.optimizer.param_groups, strict=True)}
         values = dict(zip(TERMS, terms, strict=True)) | {"floor": batch.pop("floor"), "gradient": self._update()}
         values["stop"] = distributed.all_reduce_max(torch.full((), float(stop), device=self.device))
-        return StepMetrics(step, values, **batch)
+        return StepMetrics(step, values, **batch, rates=rates)
 
     def _to_device(self, passes: MicroBatchPasses) -> MicroBatchPasses:
         """Move micro-batches to the device as they come; on a GPU from pinned memory, without a wait."""

@@ -2,6 +2,7 @@
 
 import json
 import math
+import operator
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from models.checkpoint import save_state, split_frozen
 from models.factory import describe_model
 from modules import CLIPModel
 from reporting.plots import plot_curves
-from reporting.terminal import describe_floor, format_epoch
+from reporting.terminal import describe_best, describe_floor, format_epoch, format_header
 from retrieval.csls import make_query_bank
 from retrieval.encoder import Encoder, build_training_encoder
 from retrieval.metrics import describe_small_pool, retrieval_metrics
@@ -22,15 +23,16 @@ from runtime import distributed
 from runtime.atomic_io import write_text
 from runtime.device import memory_advice, pick_device
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
-from runtime.progress import Progress
-from runtime.run_dir import BAD_BATCH, BEST, CURVES, LAST, LOG
+from runtime.progress import Progress, TimeLeft
+from runtime.run_dir import BAD_BATCH, BEST, CURVES, LAST, LOG, STEPS, epochs_without_gain, has_ended, read_log
 from runtime.signals import Stopped, StopSignals
-from runtime.text import display_text, format_examples, format_skipped
+from runtime.text import display_text, format_examples, format_skipped, wrap
 from training.dataloader import MicroBatchPasses
 from training.dataloader_factory import build_batches
 from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_launch
 from training.run_start import check_batch_size, open_run, record_launch
+from training.step_log import StepLog
 from training.train_state import TrainState
 from training.train_step import AVERAGED, StepMetrics, TrainStep
 
@@ -57,12 +59,14 @@ def _train(config, data, resume, locks):
     encoder = build_training_encoder(config, model, tokenizer)
     distributed.broadcast_parameters(model)  # after the move to the device: NCCL has no CPU tensors
     if images < config.batch_size:
-        print(f"each step uses all {images} training photos: there are fewer than --batch-size {config.batch_size}")
+        line = f"each step uses all {images} training photos: there are fewer than --batch-size {config.batch_size}"
+        print(wrap(line))
     if line := describe_small_pool("val", len((val := data.split("val")).paths), len(val.captions)):
-        print(line)
+        print(wrap(line))
     precision = str(encoder.precision).removeprefix("torch.")
     processes = f", {world_size()} processes" if world_size() > 1 else ""
-    print(f"{describe_model(model)}; {encoder.device.type}, {precision}{processes}; run {display_text(folder)}")
+    line = f"{describe_model(model)}; {encoder.device.type}, {precision}{processes}; run {display_text(folder)}"
+    print(wrap(line), flush=True)
     if config.freeze_epochs >= config.epochs and not (config.freeze_image and config.freeze_text):
         print(f"only the heads train: --freeze-epochs {config.freeze_epochs} freezes the towers in all epochs")
     trainer = Trainer(config, folder, model, encoder, data, state)
@@ -101,6 +105,8 @@ class Trainer:
         self.main_term = config.objective, OBJECTIVES[config.objective].label  # its key in log.jsonl, and its label
         # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
         self.lag, self.pending = int(encoder.device.type == "cuda"), []
+        self.step_log, self.step_log_size = StepLog(folder / STEPS, config.log_every_steps), 0
+        self.time_left = TimeLeft(config.epochs, config.unfreeze_epoch)
         self.signals, self.saved, self.query_bank = StopSignals(verbose=rank() == 0), None, None
         if state is not None:
             self._restore(state)
@@ -110,14 +116,16 @@ class Trainer:
         config, state = self.config, self.state
         with self.signals:
             try:
-                while state.epoch < config.epochs:
+                if rank() == 0:
+                    self.step_log.cut(self.step_log_size)
+                print(format_header(config.epochs, self.main_term), flush=True)
+                while not has_ended(state.history, config):  # all processes have the same history
+                    self.time_left.start_epoch(state.meters.steps)
                     self._train_epoch()
                     record = self._epoch_record() | self._validate()
                     state.finish_epoch(record)
                     self._save_epoch(record)
-                    print(format_epoch(record, config.epochs, self.main_term), flush=True)
-                    if state.epoch == 1 and (line := describe_floor(record)):
-                        print(line, flush=True)
+                    self._print_epoch(record)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
@@ -127,7 +135,19 @@ class Trainer:
             except Stopped as stop:
                 raise Stopped(stop.signum, self._save_and_describe()) from None
         self._plot()
+        best = describe_best(
+            state.history, epochs=config.epochs, patience=config.patience, unfreeze_epoch=config.unfreeze_epoch
+        )
+        print(wrap(best), flush=True)
         return self.folder
+
+    def _print_epoch(self, record: dict):
+        history, epochs, main_term = self.state.history, self.config.epochs, self.main_term
+        best = record is max(history, key=lambda line: line["rsum"])
+        time_left = self.time_left.finish_epoch(record["epoch"])
+        print(format_epoch(record, epochs, main_term, best=best, time_left=time_left), flush=True)
+        if len(history) == 1 and (line := describe_floor(record)):
+            print(wrap(line), flush=True)
 
     def _train_epoch(self):
         """Run the remaining steps of the current epoch."""
@@ -136,15 +156,25 @@ class Trainer:
         self.model.train()
         every = self.config.save_every_steps
         desc = f"epoch {epoch + 1}/{self.config.epochs}"
-        with Progress(steps, desc, unit="steps", initial=meters.steps, enabled=rank() == 0) as progress:
+        with Progress(
+            steps, desc, unit="steps", initial=meters.steps, enabled=rank() == 0, show_rate=False
+        ) as progress:
             meters.start_clock()
-            for number, passes in enumerate(self.batches.epoch(epoch, meters.steps), epoch * steps + meters.steps):
+            self.step_log.start_clock()
+            batches = self.step_log.wait.measure(self.batches.epoch(epoch, meters.steps))
+            for number, passes in enumerate(batches, epoch * steps + meters.steps):
                 metrics = self.step(self._drop_unreadable(passes), number, stop=self.signals.received)
                 meters.steps += 1
                 self.pending += [metrics] if metrics else []
                 values = self._read_metrics(self.lag)
                 shown = {"loss": f"{values['loss']:.3f}"} if values else {}
                 progress.update(**shown, images=f"{meters.images / meters.elapsed():.0f}/s")
+                if record := values.get("record"):
+                    progress.print_line(
+                        loss=shown["loss"],
+                        images=f"{record['images_per_s']:.0f}/s",
+                        waiting=f"{record['data_wait']:.0%}",
+                    )
                 if meters.steps == steps:
                     break  # the checkpoint at the end of the epoch follows
                 if values.get("stop"):
@@ -170,7 +200,16 @@ class Trainer:
             if nonfinite := self.step.find_nonfinite(values):
                 raise ValueError(self._save_bad_batch(nonfinite, metrics))
             self.state.meters.add({key: values[key] for key in AVERAGED}, len(metrics.image_ids), metrics.pairs)
+            values["record"] = self._log_step(metrics, values)
         return values
+
+    def _log_step(self, metrics: StepMetrics, values: dict[str, float]) -> dict | None:
+        """Append the line of a step to steps.jsonl if it is due, and return its record."""
+        step = metrics.step
+        record = {"epoch": step // len(self.batches) + 1, "step": step + 1, "loss": values["loss"]}
+        record |= {self.config.objective: values["main"], "triplet": values["triplet"], "alpha": self.step.alpha(step)}
+        record |= {**metrics.rates, "gradient_norm": values["gradient"]}
+        return self.step_log.add(step + 1, record, images=len(metrics.image_ids), write=rank() == 0)
 
     def _save_bad_batch(self, nonfinite: str, metrics: StepMetrics) -> str:
         """Write the photos of a step with a non-finite loss or gradient to a file; returns the error message."""
@@ -209,7 +248,7 @@ class Trainer:
         """Drop micro-batches without a readable photo, and record the photos that cannot be read."""
 
         def readable(micro_batches, first_pass):
-            for micro_batch in micro_batches:
+            for micro_batch in self.step_log.wait.measure(micro_batches):
                 if first_pass and world_size() == 1:
                     self.signals.check()  # no weight has changed yet: the step can be discarded
                 self.state.unreadable.update(micro_batch["unreadable"])
@@ -235,7 +274,7 @@ class Trainer:
             examples = format_examples(unreadable)
             raise ValueError(f"none of the {len(unreadable):,} training photos could be read: {examples}")
         if unreadable and self.state.epoch == 0:
-            print(f"train: {format_skipped(len(unreadable))}: {format_examples(unreadable)}")
+            print(wrap(f"train: {format_skipped(len(unreadable))}: {format_examples(unreadable)}"))
 
     def _save_epoch(self, record: dict):
         """Write best.pt for the best epoch so far, then last.pt, then the log; a crash in between loses no epoch."""
@@ -247,10 +286,13 @@ class Trainer:
             weights, _ = split_frozen(self.model)
             save_state(folder / BEST, {"model": weights, "epoch": state.epoch, "query_bank": self.query_bank})
         self._save_last()
-        write_text(folder / LOG, "".join(json.dumps(line) + "\n" for line in state.history))
+        self._write_log()
         if time.perf_counter() - self.last_plot > PLOT_EVERY:
             self._plot()
             self.last_plot = time.perf_counter()
+
+    def _write_log(self):
+        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.state.history))
 
     def _plot(self):
         if rank() == 0:
@@ -264,6 +306,7 @@ class Trainer:
         statistics = distributed.gather_batch_norm_stats(self.model) if within_epoch else []
         if rank() == 0:
             checkpoint = {"model": split_frozen(self.model)[0], "statistics": statistics}
+            checkpoint["step_log_size"] = self.step_log.flush()
             save_state(self.folder / LAST, checkpoint | self.step.state() | self.state.state(len(self.batches)))
         self.saved = self.state.position(len(self.batches))
 
@@ -286,13 +329,24 @@ class Trainer:
             self.saved = self.state.position(len(self.batches))
             self.step.restore(state, self.state.total_steps(len(self.batches)))
             distributed.restore_batch_norm_stats(self.model, state["statistics"])
+            self.step_log_size = operator.index(state.get("step_log_size", 0))  # older checkpoints have none
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.folder / LAST} cannot be used as a checkpoint: {error!r} in it") from None
         except ValueError as error:
             raise ValueError(
                 f"{self.folder} cannot be resumed: {error}; or start a new run from its best weights with --start-from"
             ) from None
-        if self.state.epoch >= self.config.epochs:
-            raise ValueError(
-                f"{self.folder} has already trained its {self.state.epoch} epochs: to continue, raise --epochs"
-            )
+        if has_ended(self.state.history, self.config):
+            if rank() == 0 and read_log(self.folder) != self.state.history:
+                self._write_log()  # the process was killed after the checkpoint of the last epoch
+            raise ValueError(f"{self.folder} {self._describe_end()}")
+
+    def _describe_end(self) -> str:
+        """Describe why a run is finished and how it can be continued, for a message."""
+        history, config = self.state.history, self.config
+        if len(history) >= config.epochs:
+            return f"has already trained its {len(history)} epochs: to continue, raise --epochs"
+        return (
+            f"is finished by --patience {config.patience} after epoch {len(history)} of {config.epochs}: the last "
+            f"{epochs_without_gain(history, config)} brought no higher rsum; to continue, raise --patience, or pass 0"
+        )

@@ -72,9 +72,11 @@ def test_validation_images_that_do_not_divide_among_processes_are_all_measured(f
     (photos / "captions.txt").write_text("\n".join(lines) + "\n")
     val = open_dataset(str(photos), data_dir=None, cache_dir=str(tmp_path / "c"), split_seed=0).split("val")
     assert len(val.paths) == 3
-    flags = [*flags, "--dataset", photos, "--epochs", 1]
+    flags = [*flags, "--dataset", photos, "--epochs", 9, "--patience", 1]
+    flags += ["--lr-image", 0, "--lr-text", 0, "--lr-heads", 0]  # no gain: all processes must stop after epoch 2
     single = run_script("train.py", *flags, "--name", "one", cwd=tmp_path)
     double = run_train_with("torchrun", *flags, "--name", "two", cwd=tmp_path)
+    assert len(read_log(tmp_path / "runs" / "one")) == len(read_log(tmp_path / "runs" / "two")) == 2
     assert "2 processes" in double.stdout and "processes" not in single.stdout
     one, two = (read_log(tmp_path / "runs" / name)[0] for name in ("one", "two"))
     assert one["rsum"] == pytest.approx(two["rsum"])

@@ -8,7 +8,7 @@ import pytest
 from helpers import ROOT
 
 from runtime import progress
-from runtime.progress import Progress, format_duration
+from runtime.progress import Progress, TimeLeft, format_duration
 
 
 class Clock:
@@ -95,16 +95,39 @@ def test_terminal_shows_a_bar_that_disappears():
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.4, "0 s"),
+        (-5, "0 s"),
         (59.4, "59 s"),
         (59.6, "1 min"),
         (90, "2 min"),
-        (3599, "1 h"),
-        (4800, "1 h 20 min"),
-        (86_390, "1 d"),
-        (183_600, "2 d 3 h"),
-        (-5, "0 s"),
+        (5900, "98 min"),
+        (5990, "1.7 h"),
+        (86_390, "24.0 h"),
+        (183_600, "2.1 d"),
+        (40_000_000, "463 d"),
     ],
 )
-def test_duration_has_its_two_largest_units(seconds, text):
+def test_duration_has_one_unit_and_at_most_7_characters(seconds, text):
     assert format_duration(seconds) == text
+
+
+def test_time_left_is_that_of_the_epochs_of_this_process_with_validation(monkeypatch):
+    clock, left = Clock(monkeypatch), TimeLeft(5)
+    left.start_epoch(first_step=3)  # resumed within the epoch: no measure of a whole one
+    clock.now += 10
+    assert left.finish_epoch(2) == ""
+    left.start_epoch(first_step=0)
+    clock.now += 60
+    assert left.finish_epoch(3) == "2 min"
+    left.start_epoch(first_step=0)
+    clock.now += 120
+    assert left.finish_epoch(4) == "2 min"  # 90 s, the mean of 60 and 120
+    assert left.finish_epoch(5) == ""
+
+
+def test_time_left_while_only_the_heads_train_is_a_lower_bound(monkeypatch):
+    clock, left, shown = Clock(monkeypatch), TimeLeft(4, unfreeze_epoch=2), []
+    for epoch, seconds in enumerate((10, 10, 600, 600), start=1):
+        left.start_epoch(first_step=0)
+        clock.now += seconds
+        shown.append(left.finish_epoch(epoch))
+    assert shown == [">30 s", ">20 s", "10 min", ""]
