@@ -7,7 +7,7 @@ LEAST_PATIENCE = 3  # the smallest --patience that describe_best suggests
 
 
 def format_header(epochs: int, main_term: tuple[str, str]) -> str:
-    """Format the two lines above those of the epochs.
+    """Format the two lines above those of the epochs, which alone begin with "epoch".
 
     main_term: its key in the records, and its label.
     """
@@ -15,7 +15,7 @@ def format_header(epochs: int, main_term: tuple[str, str]) -> str:
     headings = ["loss", _heading(main_term), "triplet"]
     top = " " * first + " " * sum(map(_width, headings)) + f"{'image → text':>18}{'text → image':>18}"
     columns = [heading.rjust(_width(heading)) for heading in headings]
-    return f"{top}\n{'epoch':<{first}}{''.join(columns)}{'   R@1   R@5  R@10' * 2}   rsum       img/s    left"
+    return f"{top}\n{' ' * first}{''.join(columns)}{'   R@1   R@5  R@10' * 2}   rsum       img/s    left"
 
 
 def format_epoch(record: dict, epochs: int, main_term: tuple[str, str], *, best: bool, time_left: str = "") -> str:

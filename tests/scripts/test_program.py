@@ -42,12 +42,15 @@ def parse_matches(done):
 
 def test_training_prints_the_data_the_epochs_and_the_next_commands(first_run):
     folder, training = first_run
-    assert "train 22 images / 44 captions, val 2 images / 4 captions, test 6 images / 12 captions" in training.stdout
-    assert re.search(r"^epoch +loss InfoNCE triplet +R@1 .* rsum +img/s +left$", training.stdout, re.MULTILINE)
+    assert "train 22 images / 44 captions, val 2 images / 4 captions, test 6 images / 12 captions" in " ".join(
+        training.stdout.split()
+    )
+    assert re.search(r"^ +loss InfoNCE triplet +R@1 .* rsum +img/s +left$", training.stdout, re.MULTILINE)
     assert re.search(r"^epoch 1/2 +\d.* best +\d+ +\d+ s$", training.stdout, re.MULTILINE)
     assert re.search(r"^epoch 2/2 ", training.stdout, re.MULTILINE)
     assert re.search(r"^best: epoch [12], rsum ", training.stdout, re.MULTILINE)
-    assert all(len(line) <= 100 for line in training.stdout.splitlines())
+    lines = [line for line in training.stdout.splitlines() if str(folder) not in line]  # a path is not broken
+    assert all(len(line) <= 100 for line in lines)
     assert "python evaluate.py runs/first --split test" in training.stdout and "python infer.py " in training.stdout
     run = folder / "runs" / "first"
     assert {"config.json", "log.jsonl", "last.pt", "best.pt", "curves.png", "towers"} <= {p.name for p in run.iterdir()}

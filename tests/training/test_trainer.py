@@ -392,8 +392,9 @@ def test_unreadable_training_photo_is_reported_once_and_skipped(tiny_config, tmp
     config, broken = copy_with_a_broken_photo(tiny_config(epochs=2), tmp_path)
     folder = train(config, open_data_of(config), None)
     assert len(read_log(folder)) == 2
-    messages = [line for line in capsys.readouterr().out.splitlines() if "could not be read" in line]
-    assert len(messages) == 1 and "1 photo" in messages[0] and str(broken) in messages[0]
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("could not be read") == 1
+    assert f"train: 1 photo could not be read and is skipped: {broken}" in output
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
