@@ -87,6 +87,7 @@ class Config:
     patience: int = 0  # stop after this many epochs in a row without a higher validation rsum; 0: train all epochs
     log_every_steps: int = 0  # steps between lines in steps.jsonl, beside those per epoch in log.jsonl; 0: no such file
     save_every_steps: int | None = None  # steps between checkpoints, in addition to the one after each epoch
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # experiment trackers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" selects the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is in float32
     compile: bool = False  # torch.compile the image tower: faster steps after compilation; needs a C++ compiler
@@ -98,6 +99,9 @@ class Config:
                 value = getattr(self, name)
                 if not is_valid(value):
                     raise ValueError(f"--{name.replace('_', '-')} must be {bounds}, got {format_value(value)}")
+        object.__setattr__(self, "report_to", tuple(dict.fromkeys(self.report_to)))  # a list in config.json
+        if unknown := set(self.report_to) - set(TRACKERS):
+            raise ValueError(f"--report-to takes {', '.join(TRACKERS)}, got {', '.join(map(format_value, unknown))}")
         for name, value in vars(self).items():
             if isinstance(value, str) and ("\0" in value or len(value) > MAX_TEXT):
                 problem = "contains a NUL character" if "\0" in value else f"has more than {MAX_TEXT:,} characters"
@@ -254,6 +258,7 @@ RENAMED = {
     "search_mirrored": "tta_flip",
 }
 
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")  # that --report-to takes
 MAX_IMAGE_SIZE = 2048  # pixels; a photo of this size alone takes 50 MB, and a batch several GB
 
 # The values that each number may have, for flags and for the config.json of a run, which may be from a stranger. The

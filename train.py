@@ -35,7 +35,9 @@ def main() -> None:
     config, resume = parse_flags()
     # Importing torch takes seconds, so wrong flags are reported before.
     from data.loading import open_data
+    from training.trackers import require_packages
 
+    require_packages(config.report_to)  # before a download
     data = open_data(config)
     print(wrap(f"{data.describe_format()}\n{data.describe()}"), flush=True)
     if resume is None and (line := describe_preset(config)):

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reporting.picture import GAP, LABEL_SIZE, LINE, QUERY, SOFT, TEXT, TILE, TITLE_SIZE, Picture, wrap
 from runtime.text import display_filename, display_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 COLUMNS = 4  # of photos, for one query
 MAX_QUERIES = 20  # in one picture
@@ -17,13 +21,24 @@ def plot_photos(answers: Sequence[tuple], path: Path) -> None:
     answers: for each query its text, its image or None, and its matches (score, path of an image). The suffix of
     `path` is the format.
     """
+    _draw(answers).save(path)
+
+
+def draw_photos(answers: Sequence[tuple]) -> "np.ndarray":
+    """Draw what `plot_photos` writes -> (H, W, 3) uint8."""
+    import numpy as np
+
+    return np.asarray(_draw(answers).image())
+
+
+def _draw(answers):
     picture = Picture()
     if len(answers) == 1:
         _draw_grid(picture, *answers[0])
     else:
         for answer in answers[:MAX_QUERIES]:
             _draw_row(picture, *answer)
-    picture.save(path)
+    return picture
 
 
 def _draw_grid(picture, text, query_image, matches):

@@ -53,6 +53,8 @@ def _format_field(name: str, annotation: object, default: object, text: str) -> 
         flag = f"{flag}, --no-{name.replace('_', '-')}"
     elif get_origin(annotation) is Literal:
         flag = f"{flag} {{{','.join(map(str, get_args(annotation)))}}}"
+    elif get_origin(annotation) is tuple:
+        flag, default = f"{flag} {{{','.join(get_args(get_args(annotation)[0]))}}} ...", " ".join(default) or "none"
     value = f"{default:.4g}" if isinstance(default, float) else default
     lines = textwrap.wrap(f"{text} [{value}]", width=WIDTH)
     indent = " " * COLUMN

@@ -16,11 +16,12 @@ from runtime.text import display_text
 
 LAST, BEST, FROZEN = "last.pt", "best.pt", "frozen.pt"
 CONFIG, LOG, METRICS, CHECKSUMS = "config.json", "log.jsonl", "metrics.json", "checksums.txt"
-STEPS = "steps.jsonl"
+STEPS, TRACKERS = "steps.jsonl", "trackers.json"
+TRACKER_FOLDERS = ("tensorboard", "wandb")  # beside TRACKERS
 CURVES, BAD_BATCH = "curves.png", "bad_batch.json"
 TOWERS = "towers"
 WEIGHTS, QUERY_BANK = "model.safetensors", "query_bank.safetensors"  # of a shared run (models/shared_run.py)
-WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH, STEPS)  # besides TOWERS
+WRITTEN_BEFORE_CHECKPOINTS = (CONFIG, FROZEN, CHECKSUMS, BAD_BATCH)  # besides TOWERS
 LOCK = "lock"
 MAX_SETTINGS, MAX_LOG = 64 * 2**20, 256 * 2**20  # bytes of config.json and of log.jsonl; a million epochs are less
 # Subfolders that only this program creates in a cache.
@@ -41,13 +42,15 @@ def create_run(config: Config) -> Path:
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     found = {path.name for path in folder.iterdir()} - {LOCK, *_partial_files(folder)} if folder.exists() else set()
-    removable = found <= {TOWERS, *WRITTEN_BEFORE_CHECKPOINTS} and (STEPS not in found or CONFIG in found)
+    of_a_run = {STEPS, TRACKERS, *TRACKER_FOLDERS} if CONFIG in found else set()
+    removable = found <= {TOWERS, *WRITTEN_BEFORE_CHECKPOINTS} | of_a_run
     if not removable or not all(_was_written_by_a_run(folder / name) for name in found):
         raise ValueError(f"{folder} already exists: choose another --name, or continue the run with --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_run(folder):
-        shutil.rmtree(folder / TOWERS, ignore_errors=True)
-        for name in WRITTEN_BEFORE_CHECKPOINTS:
+        for name in (TOWERS, *TRACKER_FOLDERS):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (*WRITTEN_BEFORE_CHECKPOINTS, STEPS, TRACKERS):
             (folder / name).unlink(missing_ok=True)
         remove_partial_files(folder)
     return folder
@@ -145,6 +148,8 @@ def _check_type(name, value):
     options = get_args(annotation) or (annotation,)
     if get_origin(annotation) is Literal:
         valid = value in options
+    elif get_origin(annotation) is tuple:
+        valid = isinstance(value, list) and all(item in get_args(options[0]) for item in value)
     else:
         valid = annotation is object or type(value) in options or (float in options and type(value) is int)
     if not valid:
@@ -255,5 +260,5 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def _partial_files(folder):
-    names = (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES, BAD_BATCH)
+    names = (LAST, BEST, FROZEN, CONFIG, LOG, CHECKSUMS, CURVES, BAD_BATCH, TRACKERS)
     return [path.name for name in names for path in folder.glob(f".{name}.*")]

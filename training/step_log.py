@@ -46,6 +46,20 @@ class StepLog:
         """Begin to measure the speed: what happened before, such as validation, does not count."""
         self._images, self._start, self._waited = 0, time.perf_counter(), self.wait.seconds
 
+    def last_step(self) -> int:
+        """Return the number of the last step in the file, which may be later than the last checkpoint; 0: none."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            file.seek(max(0, self.path.stat().st_size - 2**16))
+            lines = file.read().splitlines()
+        for line in reversed(lines):
+            try:
+                return int(json.loads(line)["step"])
+            except (ValueError, LookupError, TypeError):  # the process was killed while it wrote this line
+                continue
+        return 0
+
     def cut(self, size: int) -> None:
         """Remove what was written after the checkpoint in which `flush` returned `size`."""
         if self.path.exists() and self.path.stat().st_size > size:

@@ -5,6 +5,8 @@ import math
 import operator
 import time
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +35,7 @@ from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_launch
 from training.run_start import check_batch_size, open_run, record_launch
 from training.step_log import StepLog
+from training.trackers import Trackers, draw_matches, require_packages
 from training.train_state import TrainState
 from training.train_step import AVERAGED, StepMetrics, TrainStep
 
@@ -54,6 +57,7 @@ def _train(config, data, resume, locks):
     images = len(data.split("train").paths)
     check_batch_size(config, images)  # before anything is written
     Objective(config.objective)  # so is an unknown name
+    require_packages(config.report_to)
     torch.manual_seed(config.seed)
     folder, model, tokenizer, state = open_run(config, data, resume, locks)
     encoder = build_training_encoder(config, model, tokenizer)
@@ -106,6 +110,7 @@ class Trainer:
         # A GPU runs behind the host: metrics are read one step late, so that the host never waits for it.
         self.lag, self.pending = int(encoder.device.type == "cuda"), []
         self.step_log, self.step_log_size = StepLog(folder / STEPS, config.log_every_steps), 0
+        self.val, self.val_embeddings = data.split("val"), None  # for the trackers
         self.time_left = TimeLeft(config.epochs, config.unfreeze_epoch)
         self.signals, self.saved, self.query_bank = StopSignals(verbose=rank() == 0), None, None
         if state is not None:
@@ -113,11 +118,21 @@ class Trainer:
 
     def fit(self) -> Path:
         """Train the remaining epochs; return the run's folder. SIGINT and SIGTERM raise Stopped after a checkpoint."""
+        logged_steps = self.step_log.last_step()
+        if rank() == 0:
+            self.step_log.cut(self.step_log_size)
+        names = self.config.report_to if rank() == 0 else ()
+        self.trackers = Trackers(names, self.folder, asdict(self.config), logged_steps=logged_steps)
+        try:
+            self._train_epochs()
+        finally:
+            self.trackers.finish()
+        return self.folder
+
+    def _train_epochs(self):
         config, state = self.config, self.state
         with self.signals:
             try:
-                if rank() == 0:
-                    self.step_log.cut(self.step_log_size)
                 print(format_header(config.epochs, self.main_term), flush=True)
                 while not has_ended(state.history, config):  # all processes have the same history
                     self.time_left.start_epoch(state.meters.steps)
@@ -126,6 +141,7 @@ class Trainer:
                     state.finish_epoch(record)
                     self._save_epoch(record)
                     self._print_epoch(record)
+                    self._report_epoch(record)
             except (RuntimeError, MemoryError) as error:
                 if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
@@ -139,7 +155,12 @@ class Trainer:
             state.history, epochs=config.epochs, patience=config.patience, unfreeze_epoch=config.unfreeze_epoch
         )
         print(wrap(best), flush=True)
-        return self.folder
+
+    def _report_epoch(self, record: dict):
+        if self.val_embeddings:
+            draw = partial(draw_matches, self.val, *self.val_embeddings[:2])
+            self.trackers.log_epoch(record, self.state.total_steps(len(self.batches)), draw)
+        self.val_embeddings = None
 
     def _print_epoch(self, record: dict):
         history, epochs, main_term = self.state.history, self.config.epochs, self.main_term
@@ -209,7 +230,10 @@ class Trainer:
         record = {"epoch": step // len(self.batches) + 1, "step": step + 1, "loss": values["loss"]}
         record |= {self.config.objective: values["main"], "triplet": values["triplet"], "alpha": self.step.alpha(step)}
         record |= {**metrics.rates, "gradient_norm": values["gradient"]}
-        return self.step_log.add(step + 1, record, images=len(metrics.image_ids), write=rank() == 0)
+        record = self.step_log.add(step + 1, record, images=len(metrics.image_ids), write=rank() == 0)
+        if record:
+            self.trackers.log_step(record)
+        return record
 
     def _save_bad_batch(self, nonfinite: str, metrics: StepMetrics) -> str:
         """Write the photos of a step with a non-finite loss or gradient to a file; returns the error message."""
@@ -266,6 +290,7 @@ class Trainer:
             embeddings = self.embed_validation()
             self.query_bank = make_query_bank(*embeddings)
             embeddings = [rows.to(self.encoder.device) for rows in embeddings] if rank() == 0 else []
+            self.val_embeddings = embeddings if self.trackers.trackers else None
             return broadcast_object(retrieval_metrics(*embeddings) if embeddings else None)
 
     def _report_unreadable(self):
