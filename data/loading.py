@@ -115,10 +115,10 @@ class CaptionData:
     def description_lines(self) -> list[str]:
         """Return the lines of `describe` before control characters are escaped: a line may contain a file name."""
         sizes = [
-            f"{split} {size['photos']:,} images / {size['captions']:,} captions"
-            for split, size in self.split_sizes().items()
+            f"{split} {n['photos']:,} images / {n['captions']:,} captions" for split, n in self.split_sizes().items()
         ]
-        lines = [f"{self.name}: {', '.join(sizes)} ({self.split_source})"]
+        name = self.name if len(self.name) < 96 else f"…{self.name[-94:]}"
+        lines = [f"{name}: {', '.join(sizes)} ({self.split_source})"]
         lines += [self.limit, *self.notes] if self.limit else self.notes
         if self.unused_files:
             used = ", ".join(file.name for file in self.files)

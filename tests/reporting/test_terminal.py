@@ -1,6 +1,7 @@
 """Lines about epochs fit 100 columns, mark the best one, and suggest a patience that would have worked."""
 
 import pytest
+from helpers import unused_cache
 
 from reporting.terminal import RECALLS, describe_best, format_epoch, format_header
 from runtime.run_dir import has_ended
@@ -89,6 +90,16 @@ def test_suggested_patience_stops_where_it_is_said_to():
     config = Config(epochs=12, freeze_epochs=0, patience=5)
     ends = [count for count in range(1, 13) if has_ended(log_of(rsums)[:count], config)]
     assert ends[0] == 11
+
+
+def test_description_of_a_data_set_with_a_long_path_fits_100_columns(photos):
+    from dataclasses import replace
+
+    from data.loading import open_dataset
+
+    data = open_dataset(str(photos), data_dir=None, cache_dir=unused_cache(), split_seed=0)
+    lines = wrap(replace(data, name=f"/home/{'long' * 40}/my_photos").describe()).split("\n")
+    assert all(len(line) <= 100 for line in lines) and lines[0].endswith("long/my_photos:")
 
 
 def test_long_line_is_broken_at_spaces_with_an_indent_and_east_asian_text_counts_twice():

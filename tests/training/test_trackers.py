@@ -25,6 +25,12 @@ def config(tiny_config):
 
 
 @pytest.fixture
+def with_tensorboard(config):
+    pytest.importorskip("tensorboard")
+    return dataclasses.replace(config, report_to=("tensorboard",))
+
+
+@pytest.fixture
 def trackio_folder(tmp_path, monkeypatch):
     """A folder in which Trackio stores its data, and nothing that it measures on its own."""
     trackio = pytest.importorskip("trackio")
@@ -40,7 +46,6 @@ def trackio_folder(tmp_path, monkeypatch):
 
 def read_tensorboard(folder):
     """Read tag -> list of (step, value), and the tags of images."""
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
@@ -58,8 +63,8 @@ def read_trackio(folder):
     return [(name, step, json.loads(values)) for name, step, values in rows], configs
 
 
-def test_tensorboard_has_every_value_of_both_logs_the_settings_and_pictures(config):
-    config = dataclasses.replace(config, report_to=("tensorboard",))
+def test_tensorboard_has_every_value_of_both_logs_the_settings_and_pictures(with_tensorboard):
+    config = with_tensorboard
     folder = train(config, open_data_of(config), None)
     scalars, images = read_tensorboard(folder)
     log, steps = read_log(folder), [json.loads(line) for line in (folder / "steps.jsonl").read_text().splitlines()]
@@ -75,13 +80,12 @@ def test_tensorboard_has_every_value_of_both_logs_the_settings_and_pictures(conf
     assert read_config(folder) == config
 
 
-def test_picture_shows_the_same_validation_captions_and_their_best_photos(config, monkeypatch):
+def test_picture_shows_the_same_validation_captions_and_their_best_photos(with_tensorboard, monkeypatch):
     from reporting import match_picture
 
     drawn = []
     monkeypatch.setattr(match_picture, "draw_photos", lambda answers: drawn.append(answers))
-    config = dataclasses.replace(config, report_to=("tensorboard",))
-    pytest.importorskip("tensorboard")
+    config = with_tensorboard
     train(config, open_data_of(config), None)
     val, (first, second) = open_data_of(config).split("val"), drawn
     assert [answer[0] for answer in first] == [answer[0] for answer in second] == list(val.captions)
@@ -117,8 +121,8 @@ def test_trackio_continues_the_curve_of_a_killed_run_with_each_step_once(config,
     assert len(list(trackio_folder.rglob("*.png"))) == 2
 
 
-def test_resumed_tensorboard_run_has_each_epoch_once(config):
-    config = dataclasses.replace(config, epochs=1, report_to=("tensorboard",))
+def test_resumed_tensorboard_run_has_each_epoch_once(with_tensorboard):
+    config = dataclasses.replace(with_tensorboard, epochs=1)
     folder = train(config, open_data_of(config), None)
     train(dataclasses.replace(config, epochs=2), open_data_of(config), folder)
     scalars, _ = read_tensorboard(folder)
