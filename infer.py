@@ -32,6 +32,7 @@ from runtime.run_dir import newest_finished_run, read_shared_config
 from runtime.text import display_text, slug
 
 EXPORT_FROM = 1000  # photos of a gallery; for smaller ones the text tower is exported only on a terminal
+MAX_LABEL = 200  # characters, as on the page
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 
@@ -137,9 +138,15 @@ def main() -> None:
     for query, matches in zip(queries, results, strict=True):
         print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
     save_picture(flags, pictures_folder(flags, run, searcher), queries, results)
-    pays = is_terminal() or searcher.gallery_size >= EXPORT_FROM  # where someone waits for the next search
-    if pays and any(query.sentence for query in queries) and searcher.use_onnx:
-        export_in_background(run or flags.model, searcher.store.parent, searcher.text_encoder_folder)
+    if any(query.sentence for query in queries):
+        prepare_next_search(run or flags.model, searcher)
+
+
+def prepare_next_search(source: Path | str, searcher: Searcher) -> None:
+    """Export the text tower in the background, where someone waits for the next search."""
+    if searcher.use_onnx and (is_terminal() or searcher.gallery_size >= EXPORT_FROM):
+        folder, is_damaged = searcher.text_encoder_folder, searcher.export_is_damaged
+        export_in_background(source, searcher.store.parent, folder, is_damaged=is_damaged)
 
 
 def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
@@ -156,6 +163,7 @@ def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
         return [match.item for match in matches]
 
     ask(answer, terminal_lines())
+    prepare_next_search(run or flags.model, searcher)
 
 
 def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
@@ -164,8 +172,10 @@ def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
 
     photos = list_images(flags.gallery.expanduser())
     report(flags, f"comparing the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
+    encoder, model = searcher.model()
+    dims = model.embed_dim
+    searcher.dim = dims + (encoder.query_bank is not None)
     gallery = searcher.gallery(photos)
-    dims = gallery.embeddings.shape[1] - (searcher.encoder.query_bank is not None)
     groups = duplicate_groups(gallery, dims, flags.duplicate_cosine)
     for group in groups:
         kind = "equal files" if group.is_exact else f"cosine {group.cosine:.3f}"
@@ -215,9 +225,20 @@ def pictures_folder(flags: Flags, run: Path | None, searcher: Searcher) -> Path:
 
 
 def read_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the labels, or the class names of one folder of class folders. Raises ValueError if it has none."""
+    """Return the labels, or the class names of one folder of class folders.
+
+    Raises ValueError if it has none, and for a label that is longer than a class name.
+    """
     folder = Path(labels[0]).expanduser()
-    if len(labels) > 1 or not folder.is_dir():
+    try:
+        is_folder = len(labels) == 1 and folder.is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
+        for number, label in enumerate(labels, start=1):
+            if len(label) > MAX_LABEL:
+                found = f"label {number} has {len(label):,} characters: {display_text(label, 60)}"
+                raise ValueError(f"{found}; --labels are names of at most {MAX_LABEL} characters")
         return labels
     from retrieval.zero_shot import class_folders
 
@@ -256,7 +277,14 @@ def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
         photos = list_split_images(data, split)
         others = "--split all or --gallery FOLDER"
         report(flags, describe_split(split, "photos", len(photos.stamps), total, run, others))
-    return lambda queries: search_images(queries, searcher.gallery(photos), flags.top_k, flags.index)
+    encoded = searcher.encoded_gallery(photos)
+    searcher.text_only = encoded is not None and flags.image is None and (flags.query or flags.queries) is not None
+
+    def search(queries):
+        is_open = encoded is not None and encoded.embeddings.shape[1] == queries.shape[1]
+        return search_images(queries, encoded if is_open else searcher.gallery(photos), flags.top_k, flags.index)
+
+    return search
 
 
 def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:

@@ -320,12 +320,13 @@ class CLIPModel(nn.Module):
     """Both towers with their heads, a learned temperature and, unless `bias` is None, a learned bias.
 
     The shared space has embed_dim dimensions, or those of a tower whose head preserves them ("none", "adaptor").
-    Training and search call the same encode_image and encode_text, which return unit vectors in float32.
+    Training and search call the same encode_image and encode_text, which return unit vectors in float32. Without an
+    image_encoder (None) there is no image head, and only encode_text works.
     """
 
     def __init__(
         self,
-        image_encoder: nn.Module,
+        image_encoder: nn.Module | None,
         text_encoder: nn.Module,
         *,
         embed_dim: int,
@@ -339,12 +340,12 @@ class CLIPModel(nn.Module):
         self.image_encoder, self.text_encoder = image_encoder, text_encoder
         heads = [_look_up(HEADS, name, "head") for name in (image_head, text_head)]
         towers = zip(heads, (image_encoder, text_encoder), strict=True)
-        fixed_dims = [tower.dim for head, tower in towers if getattr(head, "keeps_dim", False)]
+        fixed_dims = [tower.dim for head, tower in towers if tower is not None and getattr(head, "keeps_dim", False)]
         self.embed_dim = embed_dim = fixed_dims[-1] if fixed_dims else embed_dim
         if fixed_dims and fixed_dims[0] != embed_dim:
             dims = f"the image tower has {fixed_dims[0]} dimensions and the text tower {embed_dim}"
             raise ValueError(f"both heads keep the dimensions of their towers, but {dims}: choose another head for one")
-        self.image_head = heads[0](image_encoder.dim, embed_dim, dropout)
+        self.image_head = None if image_encoder is None else heads[0](image_encoder.dim, embed_dim, dropout)
         self.text_head = heads[1](text_encoder.dim, embed_dim, dropout)
         self.logit_bias = None
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(temperature)))  # learned as a logarithm, as in CLIP

@@ -9,6 +9,7 @@ deviation over the seeds, and the difference to the first configuration) and res
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -237,6 +238,7 @@ def start_training(folder: Path, arguments: Sequence[str]) -> int:
     target = ["--resume", folder] if (folder / LAST).is_file() else ["--name", folder.name, "--runs-dir", folder.parent]
     print(f"\n{display_text(folder)}: {' '.join(map(shell_argument, arguments))}", flush=True)
     script = Path(__file__).with_name("train.py")
+    os.environ["NO_BACKGROUND_EXPORT"] = "1"  # it would run beside the next configuration
     try:
         exit_code = run_until_end([sys.executable, script, *arguments, *target])
     except Stopped as stop:

@@ -49,6 +49,9 @@ def main() -> None:
     print(f"  python evaluate.py {shell_argument(folder)} --split test")
     query = EXAMPLE_QUERIES.get(config.dataset) or data.split("test").captions[0]
     print(f"  python infer.py {shell_argument(query)} --run {shell_argument(folder)}")
+    from retrieval.onnx_text import export_run_in_background
+
+    export_run_in_background(folder, Path(config.cache_dir))
 
 
 def parse_flags() -> tuple[Config, Path | None]:

@@ -13,16 +13,18 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config
 from models.allocation import LimitAllocation
-from models.encoders import load_towers
+from models.encoders import load_text_tower, load_towers
 from models.factory import assemble_model
 from models.run_check import check_run, is_library_error
 from models.shared_run import read_weights
-from modules import CLIPModel
+from models.text_only import assign_weights
+from modules import HEADS, CLIPModel
 from runtime.atomic_io import replace_file
 from runtime.checksums import HashingFile, add_checksum, keep_checksum, verify_checksum
 from runtime.run_dir import BEST, CONFIG, FROZEN, LAST, TOWERS, is_shared_run, read_config
 
 SHOWN_KEYS = 3
+IMAGE_PARTS = ("image_encoder.", "image_head.")  # prefixes of tensors
 RENAMED_STATE = {"tally": "meters", "bank": "query_bank"}  # keys of version 1 -> keys
 
 
@@ -55,8 +57,10 @@ def save_state(path: Path, state: dict) -> None:
     keep_checksum(path, checksums[0])
 
 
-def load_state(path: Path) -> dict:
+def load_state(path: Path, *, mmap: bool = False) -> dict:
     """Read a checkpoint written by `save_state` to the CPU; code in the file is never run (weights_only).
+
+    mmap: map the file instead, so that only the tensors that are used take memory.
 
     Raises FileNotFoundError if there is none, and ValueError if it is damaged, is not a checkpoint, or does not match
     its checksum.
@@ -65,14 +69,14 @@ def load_state(path: Path) -> dict:
         raise FileNotFoundError(f"no such checkpoint: {path}")
     with ThreadPoolExecutor(1) as executor:  # in parallel, because hashing takes as long as reading
         verification = executor.submit(verify_checksum, path)
-        state, problem = _read(path)
+        state, problem = _read(path, mmap)
     verification.result()
     if problem:
         raise ValueError(f"{path} cannot be used as a checkpoint: {problem}")
     return state
 
 
-def _read(path):
+def _read(path, mmap):
     """Return (state, None), or (None, problem) for a file that cannot be used."""
     if not zipfile.is_zipfile(path):
         return None, "it is truncated or damaged, or it is not a checkpoint"
@@ -81,7 +85,7 @@ def _read(path):
             return None, problem
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about unusual files; they either load or raise
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         return None, "it contains more than tensors and plain values"
     except Exception:  # unpickling damaged bytes can raise any exception
@@ -147,12 +151,13 @@ def load_weights(model: CLIPModel, folder: Path, weights: dict[str, Tensor]) -> 
     _load_tensors(model, folder, _with_frozen(folder, weights))
 
 
-def _with_frozen(folder, weights):
+def _with_frozen(folder, weights, mmap=False):
     """Add the tensors of the run's frozen towers; those of the checkpoint have priority."""
-    return load_state(folder / FROZEN) | weights if (folder / FROZEN).is_file() else weights
+    return load_state(folder / FROZEN, mmap=mmap) | weights if (folder / FROZEN).is_file() else weights
 
 
-def _load_tensors(model, folder, weights):
+def _load_tensors(model, folder, weights, assign=False):
+    """Load the tensors, with `assign` as the parameters themselves, for a model without memory for its weights."""
     expected = model.state_dict()
     shared = sorted(key for key in expected if key in weights)
     problems = {
@@ -171,14 +176,20 @@ def _load_tensors(model, folder, weights):
             raise ValueError(
                 f"the checkpoint in {folder} does not match the model: {problem}: {examples} ({len(keys)} in total)"
             )
+    parameters = dict(model.named_parameters())
     for key in shared:
-        if not _is_finite(weights[key]) and _is_finite(expected[key]):
+        is_usable = key in parameters if expected[key].is_meta else _is_finite(expected[key])
+        if is_usable and not _is_finite(weights[key]):
             raise ValueError(f"the checkpoint in {folder} contains NaN or infinite values in {key}: train again")
-    model.load_state_dict(weights)
+    if assign:
+        assign_weights(model, weights)
+    else:
+        model.load_state_dict(weights)
 
 
 def _is_finite(tensor):
-    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+    # The sum takes less time, and is finite unless an element is not, or the sum overflows.
+    return not tensor.is_floating_point() or bool(tensor.sum().isfinite() or tensor.isfinite().all())
 
 
 def _is_compatible(tensor, expected):
@@ -193,8 +204,10 @@ def _is_compatible(tensor, expected):
     )
 
 
-def load_run(folder: Path, checkpoint: str = BEST) -> Run:
+def load_run(folder: Path, checkpoint: str = BEST, *, text_only: bool = False) -> Run:
     """Load a trained model from its run folder, in eval mode on the CPU, without network access.
+
+    text_only: build no image tower (image_encoder is None), unless its dimensions are those of the shared space.
 
     The folder may be that of a shared run (shared_run.py). Raises FileNotFoundError if the folder or the checkpoint
     does not exist, and ValueError if the checkpoint or the towers' specifications cannot be used.
@@ -202,44 +215,57 @@ def load_run(folder: Path, checkpoint: str = BEST) -> Run:
     if not folder.is_dir():
         raise FileNotFoundError(f"no such run: {folder}")
     config = read_config(folder)
+    text_only = text_only and not _image_tower_sets_dim(config)
     if checkpoint == BEST and is_shared_run(folder):
         weights, state = read_weights(folder)
     else:
-        weights, state = _read_checkpoint(folder, checkpoint)
+        weights, state = _read_checkpoint(folder, checkpoint, mmap=text_only)
+    if text_only:
+        weights = {key: tensor for key, tensor in weights.items() if not str(key).startswith(IMAGE_PARTS)}
     if config.heads == ("residual", "residual"):
         _require_dimensions(folder, config.embed_dim, weights)
-    model, tokenizer = _build_model(folder, config, weights)
-    _load_tensors(model, folder, weights)
+    model, tokenizer = _build_model(folder, config, weights, text_only)
+    _load_tensors(model, folder, weights, assign=text_only)
     run = Run(folder, config, model.eval(), tokenizer, state)
     check_run(run)
     return run
 
 
-def _read_checkpoint(folder, checkpoint):
+def _read_checkpoint(folder, checkpoint, mmap):
     """Return all weights of a checkpoint, those of frozen towers included, and its other entries."""
     _require_checkpoint(folder, checkpoint)
-    state = load_state(folder / checkpoint)
+    state = load_state(folder / checkpoint, mmap=mmap)
     state = {RENAMED_STATE.get(key, key): value for key, value in state.items()}
     weights = state.pop("model", None)
     if not isinstance(weights, dict):
         raise ValueError(f"{folder / checkpoint} cannot be used as a checkpoint: it contains no model weights")
-    return _with_frozen(folder, weights), state
+    return _with_frozen(folder, weights, mmap), state
 
 
-def _build_model(folder, config, weights):
+def _image_tower_sets_dim(config):
+    """Return whether the image tower alone has the dimensions of the shared space; see CLIPModel."""
+    image_head, text_head = (getattr(HEADS.get(name), "keeps_dim", False) for name in config.heads)
+    return image_head and not text_head
+
+
+def _build_model(folder, config, weights, text_only):
     """Return the model of a run with random weights, and its tokenizer. Raises ValueError, which names the run.
 
     It may take little more memory than its weights: the sizes in a stranger's files may be anything.
     """
     size = sum(4 * tensor.numel() for tensor in weights.values() if isinstance(tensor, Tensor))
     try:
-        with LimitAllocation(4 * size + 2**28, 20 * len(weights) + 10_000):
-            image_encoder, text_encoder, tokenizer = load_towers(
-                folder / TOWERS, pooling=config.text_pooling, image_pooling=config.image_pooling, lora=config.lora
-            )
-            model = assemble_model(
-                config, image_encoder, text_encoder, temperature=config.temperature, bias=config.bias
-            )
+        limit = LimitAllocation(4 * size + 2**28, 20 * len(weights) + 10_000)
+        settings = {"pooling": config.text_pooling, "lora": config.lora}
+        scale = {"temperature": config.temperature, "bias": config.bias}
+        if text_only:
+            text_encoder, tokenizer = load_text_tower(folder / TOWERS, limit=limit, **settings)
+            with torch.device("meta"):  # the heads
+                return assemble_model(config, None, text_encoder, **scale), tokenizer
+        with limit:
+            towers = load_towers(folder / TOWERS, image_pooling=config.image_pooling, **settings)
+            image_encoder, text_encoder, tokenizer = towers
+            model = assemble_model(config, image_encoder, text_encoder, **scale)
     except BaseException as error:  # timm, transformers and tokenizers raise many types; Rust's is no Exception
         if not is_library_error(error):
             raise
@@ -265,9 +291,10 @@ def _require_checkpoint(folder, checkpoint):
 
 def _require_dimensions(folder, embed_dim, weights):
     """Raise ValueError for another --embed-dim, before a model of that size, however large, is allocated."""
-    bias = weights.get("image_head.norm.bias")
+    key = "image_head.norm.bias" if "image_head.norm.bias" in weights else "text_head.norm.bias"
+    bias = weights.get(key)
     if isinstance(bias, Tensor) and bias.shape != (embed_dim,):
         raise ValueError(
-            f"the checkpoint in {folder} does not match the model: size mismatch: image_head.norm.bias has shape "
+            f"the checkpoint in {folder} does not match the model: size mismatch: {key} has shape "
             f"{list(bias.shape)} instead of [{embed_dim}], the --embed-dim in {CONFIG}"
         )

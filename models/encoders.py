@@ -5,10 +5,10 @@ A tower that cannot be loaded is an error; weights are random only if the caller
 
 import difflib
 import json
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
-import timm
 import transformers
 from safetensors import safe_open
 from torch import nn
@@ -27,7 +27,8 @@ from models.hf_hub import (
 )
 from models.image_size import require_image_size
 from models.lora import add_lora
-from models.pretrained import dual_encoder_from_spec, is_dual_encoder_spec
+from models.pretrained import dual_encoder_from_spec, is_dual_encoder_spec, remove_learned_scale, text_side
+from models.text_only import build_on_meta
 from models.untrusted import (
     check_folder,
     check_model_config,
@@ -71,6 +72,8 @@ def build_image_encoder(
     beside model.safetensors). image_size None selects the size in timm's data configuration, at which the weights were
     trained. Raises ValueError, FileNotFoundError or ConnectionError.
     """
+    import timm
+
     source = _timm_source(name)
     if pretrained and not source.startswith("local-dir:"):
         offline_if_unreachable()
@@ -103,6 +106,8 @@ def image_encoder_from_spec(specification: dict, *, pooling: str = "own") -> Ima
 
     Raises ValueError for a specification that would make timm read other files: a run may be from an untrusted source.
     """
+    import timm
+
     architecture, arguments = specification["architecture"], specification["arguments"] | {"num_classes": 0}
     if not timm.is_model(architecture):  # excludes "hf-hub:..." and "local-dir:..."
         raise ValueError(f"{architecture!r} is not a timm model")
@@ -168,12 +173,46 @@ def load_towers(
     Raises ValueError or FileNotFoundError, which name the file, for settings that would make a library read other files
     or run code: a run may be from a stranger.
     """
+    specification = _read_specification(folder)
+    with offline():
+        return _build_towers(folder, specification, pooling, image_pooling, lora)
+
+
+def load_text_tower(
+    folder: Path, *, pooling: str, lora: int, limit: AbstractContextManager
+) -> tuple[TextEncoder, PreTrainedTokenizerBase]:
+    """Build the text tower that `save_towers` wrote alone, if possible without memory for its weights (text_only.py).
+
+    limit: the context in which a tower that needs memory is built. Raises as `load_towers` does.
+    """
+    specification = _read_specification(folder)
+    with offline():
+        config = AutoConfig.from_pretrained(folder / "text", trust_remote_code=False)
+        tokenizer = load_tokenizer(folder / "text")
+
+        def build():
+            if is_dual_encoder_spec(specification):
+                model = AutoModel.from_config(config, trust_remote_code=False)
+                remove_learned_scale(model)
+                return text_side(model, tokenizer)
+            return text_encoder_from_config(config, pooling=pooling)
+
+        tower = None if lora else build_on_meta(build)  # peft cannot add adapters without memory
+        if tower is None:
+            with limit:
+                tower = build()
+                if lora:
+                    add_lora(tower.backbone, lora)
+        return tower, tokenizer
+
+
+def _read_specification(folder):
+    """Check the files of the towers, and return the specification of the image tower."""
     specification = read_json(folder / "image.json")
     check_specification(specification, folder / "image.json", LOADING_ARGUMENTS)
     check_model_config(folder / "text" / "config.json")
     check_tokenizer(folder / "text")
-    with offline():
-        return _build_towers(folder, specification, pooling, image_pooling, lora)
+    return specification
 
 
 def _build_towers(folder, specification, pooling, image_pooling, lora):
@@ -192,6 +231,8 @@ def _build_towers(folder, specification, pooling, image_pooling, lora):
 def _model_arguments(source):
     """Read the arguments of timm's model function from a repository's or folder's config.json."""
     if source.startswith("hf-hub:"):
+        import timm
+
         return timm.models.load_model_config_from_hf(source.removeprefix("hf-hub:"))[2] or {}
     if source.startswith("local-dir:"):
         config = json.loads((Path(source.removeprefix("local-dir:")) / "config.json").read_text("utf-8"))
@@ -287,6 +328,8 @@ def _timm_source(name):
     local_or_name(name)
     if "/" in name:
         return f"hf-hub:{name}"
+    import timm
+
     if not timm.is_model(name):
         similar = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"did you mean {', '.join(similar)}?" if similar else "timm.list_models() returns all names"

@@ -1,9 +1,10 @@
 """Build the model of a configuration, and apply freezing, dropout and image size to it."""
 
+from typing import TYPE_CHECKING
+
 from transformers import PreTrainedTokenizerBase
 
 from config import Config
-from data.loading import CaptionData
 from models.encoders import build_image_encoder, build_text_encoder
 from models.freezing import last_stage_parameters
 from models.image_size import require_image_size
@@ -11,8 +12,11 @@ from models.lora import adapter_parameters, add_lora, lora_rank
 from models.pretrained import load_dual_encoder
 from modules import CLIPModel, ImageEncoder, TextEncoder
 
+if TYPE_CHECKING:
+    from data.loading import CaptionData
 
-def build_model(config: Config, data: CaptionData) -> tuple[CLIPModel, PreTrainedTokenizerBase, dict]:
+
+def build_model(config: Config, data: "CaptionData") -> tuple[CLIPModel, PreTrainedTokenizerBase, dict]:
     """Build the model and tokenizer of a configuration, and the specification for `save_towers`.
 
     A text tower from scratch learns its vocabulary from the training captions. Raises ValueError, FileNotFoundError or
@@ -78,9 +82,14 @@ def _trainable_parameters(backbone, last, rank):
 
 
 def assemble_model(
-    config: Config, image_encoder: ImageEncoder, text_encoder: TextEncoder, *, temperature: float, bias: float | None
+    config: Config,
+    image_encoder: ImageEncoder | None,
+    text_encoder: TextEncoder,
+    *,
+    temperature: float,
+    bias: float | None,
 ) -> CLIPModel:
-    """Combine two towers and the heads of a configuration into a CLIPModel."""
+    """Combine two towers, or a text tower alone, and the heads of a configuration into a CLIPModel."""
     image_head, text_head = config.heads
     return CLIPModel(
         image_encoder,

@@ -144,8 +144,20 @@ def dual_encoder_from_spec(
 ) -> tuple[ImageEncoder, TextEncoder]:
     """Build the towers of a specification and a transformers configuration with random weights."""
     model = AutoModel.from_config(config, trust_remote_code=False)
-    _pop_learned_scale(model)
+    remove_learned_scale(model)
     return _build_towers(model, tokenizer, specification)
+
+
+def is_dual_encoder(model: nn.Module) -> bool:
+    """Return whether a model of transformers has an image and a text tower."""
+    return hasattr(model, "get_image_features") and hasattr(model, "get_text_features")
+
+
+def text_side(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
+    """Return the text tower of a dual encoder of transformers."""
+    dim = getattr(model.config, "projection_dim", None) or getattr(model.config.text_config, "projection_size", None)
+    dim = dim or model.config.text_config.hidden_size
+    return TextEncoder(DualEncoderTextSide(model, tokenizer), pooling="own", dim=dim)
 
 
 def _load(source, image_size):
@@ -169,7 +181,7 @@ def _load_transformers(source):
     if Path(source).is_dir():
         check_folder(Path(source))
     model, loading_info = AutoModel.from_pretrained(source, output_loading_info=True, trust_remote_code=False)
-    if not (hasattr(model, "get_image_features") and hasattr(model, "get_text_features")):
+    if not is_dual_encoder(model):
         raise ValueError(f"it is a {kind}, not a dual encoder: pass it with --text-encoder")
     require_weights(loading_info["missing_keys"], loading_info["unexpected_keys"])
     model = model.float().eval()  # some weights are stored in half precision
@@ -210,21 +222,23 @@ def _pop_learned_scale(model):
     # ALIGN learns the temperature itself, not the logarithm of its inverse.
     if scale is None and isinstance(getattr(model, "temperature", None), nn.Parameter):
         temperature = model.temperature.item()
-    for name in ("logit_scale", "logit_bias", "temperature"):
-        if isinstance(getattr(model, name, None), nn.Parameter):
-            delattr(model, name)
+    remove_learned_scale(model)
     return temperature, None if bias is None else bias.item()
 
 
+def remove_learned_scale(model: nn.Module) -> None:
+    """Remove the learned temperature and bias from a dual encoder of transformers."""
+    for name in ("logit_scale", "logit_bias", "temperature"):
+        if isinstance(getattr(model, name, None), nn.Parameter):
+            delattr(model, name)
+
+
 def _build_towers(model, tokenizer, specification):
-    image_side, text_side = DualEncoderImageSide(model), DualEncoderTextSide(model, tokenizer)
-    text_config = model.config.text_config
-    dim = getattr(model.config, "projection_dim", None) or getattr(text_config, "projection_size", None)
-    dim = dim or text_config.hidden_size
+    image_side, text_encoder = DualEncoderImageSide(model), text_side(model, tokenizer)
     preprocess = Preprocess.from_specification(specification)
     mean, std = specification["mean"], specification["std"]
-    image_encoder = ImageEncoder(image_side, dim=dim, mean=mean, std=std, preprocess=preprocess)
-    return image_encoder, TextEncoder(text_side, pooling="own", dim=dim)
+    image_encoder = ImageEncoder(image_side, dim=text_encoder.dim, mean=mean, std=std, preprocess=preprocess)
+    return image_encoder, text_encoder
 
 
 def _without_children(model, *prefixes):

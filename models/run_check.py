@@ -18,23 +18,13 @@ def is_library_error(error: BaseException) -> bool:
 
 
 def check_run(run: "Run") -> None:
-    """Encode a gray photo of the run's size and a caption.
+    """Encode a gray photo of the run's size, if it has an image tower, and a caption.
 
     Raises ValueError, which names the run's folder, if that fails or if an embedding is not finite: the tower takes no
     images of this size, the tokenizer belongs to another tower, the weights overflow.
     """
-    preprocess = run.model.image_encoder.preprocess
-    size = preprocess.scaled(run.config.eval_image_scale).size
-    if size > MAX_IMAGE_SIZE:
-        raise ValueError(
-            f"{run.folder} encodes photos of {size:,} pixels, more than {MAX_IMAGE_SIZE:,}: see its config.json"
-        )
-    checks = {
-        f"a photo of {size} pixels": lambda: run.model.encode_image(
-            torch.full((1, 3, size, size), 128, dtype=torch.uint8)
-        ),
-        "a caption": lambda: run.model.encode_text(*_caption(run)),
-    }
+    checks = {} if run.model.image_encoder is None else _image_check(run)
+    checks["a caption"] = lambda: run.model.encode_text(*_caption(run))
     for what, encode in checks.items():
         try:
             with torch.inference_mode():
@@ -48,6 +38,17 @@ def check_run(run: "Run") -> None:
             raise ValueError(
                 f"{run.folder} cannot be used: its embedding of {what} is not finite, its weights overflow"
             )
+
+
+def _image_check(run):
+    """Return {what: function that encodes a gray photo of the run's size}."""
+    size = run.model.image_encoder.preprocess.scaled(run.config.eval_image_scale).size
+    if size > MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"{run.folder} encodes photos of {size:,} pixels, more than {MAX_IMAGE_SIZE:,}: see its config.json"
+        )
+    pixels = torch.full((1, 3, size, size), 128, dtype=torch.uint8)
+    return {f"a photo of {size} pixels": lambda: run.model.encode_image(pixels)}
 
 
 def _caption(run):

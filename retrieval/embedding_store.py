@@ -99,33 +99,34 @@ def list_split_images(data: "CaptionData", split: str) -> ImageList:
     return ImageList(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
-def open_gallery(store: Path, photos: ImageList, encode: EncodeImages) -> Gallery:
+def open_gallery(store: Path, photos: ImageList, encode: EncodeImages, dim: int | None = None) -> Gallery:
     """Open the gallery of these photos in the folder `store`, encoding only new and changed photos.
 
+    If its rows do not have `dim` values, those of a query, their file is damaged, and all photos are encoded again.
     Ctrl-C keeps what was encoded so far. A complete gallery in a read-only cache is opened without the lock. Raises
     ValueError if no photo can be read, or if `store` must be written to and cannot be.
     """
     try:
         with _locked(store):
-            return _open_locked(store, photos, encode)
+            return _open_locked(store, photos, encode, dim)
     except NotWritableError as error:
-        if (gallery := _open_complete(store, photos)) is None:
+        if (gallery := _open_complete(store, photos, dim)) is None:
             raise ValueError(str(error)) from None
         return gallery
 
 
-def _open_complete(store, photos):
+def _open_complete(store, photos, dim):
     """Return the gallery if it needs no writing, else None."""
     with contextlib.suppress(OSError):
-        number, journal = _read(store)
+        number, journal = _read(store, dim)
         stamps = {record[0]: (record[1], record[2]) for record in journal.records}
         if stamps and stamps == photos.stamps:
             return _to_gallery(store, photos, number, journal.records)
     return None
 
 
-def _open_locked(store, photos, encode):
-    number, journal = _read(store)
+def _open_locked(store, photos, encode, dim):
+    number, journal = _read(store, dim)
     current = [record for record in journal.records if photos.stamps.get(record[0]) == (record[1], record[2])]
     if journal.damage:
         report_damaged(store / f"{number}.jsonl", journal.damage)
@@ -184,7 +185,7 @@ def _append(base, journal, new, stamps, encode):
         raise KeyboardInterrupt(f"{done}; run the same command again to continue") from None
 
 
-def _read(store):
+def _read(store, dim):
     """Return the number of the newest pair of files, and the part of its journal that is complete and has its rows."""
     found = [path.name for path in store.glob("*.jsonl")]
     numbers = sorted((int(name[:-6]) for name in found if re.fullmatch(r"[1-9][0-9]{0,9}\.jsonl", name)), reverse=True)
@@ -192,10 +193,19 @@ def _read(store):
         return 1, empty_journal()
     rows_file = store / f"{numbers[0]}.npy"
     try:
-        num_rows = len(open_embeddings(rows_file)) if rows_file.is_file() else 0
+        num_rows = len(_open_rows(rows_file, dim)) if rows_file.is_file() else 0
     except ValueError as error:  # every photo is encoded again
         return numbers[0], empty_journal(str(error))
     return numbers[0], read_journal(store / f"{numbers[0]}.jsonl", num_rows)
+
+
+def _open_rows(path, dim):
+    """Memory-map the rows. Raises ValueError for a header that `_append` does not write."""
+    rows = open_embeddings(path)
+    if rows.dtype != np.float16 or (dim is not None and rows.shape[1] != dim and len(rows)):
+        expected = "float16" if dim is None else f"{dim} values of float16"
+        raise ValueError(f"its rows are {rows.shape[1]} values of {rows.dtype}, expected {expected}")
+    return rows
 
 
 def _rewrite(store, number, records, current):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,13 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config
 from data.image_cache import ImageCache
-from data.loading import Split
 from data.preprocess import Preprocess
 from data.tokenizer import pad, tokenize
 from dataset import AugmentedViews, ImageFiles
-from models.checkpoint import load_run
-from models.factory import assemble_model
-from models.pretrained import load_dual_encoder
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
 from runtime.device import autocast, pick_device, pick_precision, pick_workers
@@ -28,6 +25,9 @@ from runtime.progress import Progress
 from runtime.run_dir import BEST
 from runtime.signals import leave_signals_to_parent
 from runtime.text import format_examples, format_skipped, wrap
+
+if TYPE_CHECKING:
+    from data.loading import Split
 
 Embeddings = tuple[Tensor, Tensor, Tensor]  # image_emb (N, D), text_emb (M, D), caption_image_ids (M,)
 IMAGE_BATCH = 64
@@ -72,7 +72,7 @@ class Encoder:
         """Return the cache of preprocessed images for these paths, or None without cache_images."""
         return ImageCache(paths, self.preprocess, self.cache_dir) if self.cache_images else None
 
-    def encode_split(self, split: Split, name: str) -> EncodedSplit:
+    def encode_split(self, split: "Split", name: str) -> EncodedSplit:
         """Encode a split, sharded over the processes; report unreadable images and skip them and their captions."""
         image_emb, readable = self.encode_images(split.paths, name)
         report_unreadable(split, readable.numpy(), name)
@@ -162,7 +162,7 @@ class Encoder:
         )
 
 
-def report_unreadable(split: Split, readable: np.ndarray, name: str) -> None:
+def report_unreadable(split: "Split", readable: np.ndarray, name: str) -> None:
     """Print the names of a split's unreadable images, given readable (N,) bool. Raises ValueError if none is."""
     unreadable = [split.paths[row].name for row in np.flatnonzero(~readable)]
     if len(unreadable) == len(split.paths):
@@ -188,15 +188,16 @@ def build_encoder(
     """Build the Encoder of a model and move the model to the device.
 
     device and precision may be "auto", num_workers -1. image_size None is the model's own. A text tower that takes
-    fewer than max_tokens sets the limit.
+    fewer than max_tokens sets the limit. A model without an image tower gives an Encoder of captions only.
     """
     torch_device = pick_device(device)
     model.to(torch_device)
+    preprocess = model.image_encoder.preprocess.resized(image_size) if model.image_encoder else Preprocess()
     return Encoder(
         encode_image=model.encode_image,
         encode_text=model.encode_text,
         tokenizer=tokenizer,
-        preprocess=model.image_encoder.preprocess.resized(image_size),
+        preprocess=preprocess,
         max_tokens=min(max_tokens, model.text_encoder.max_tokens or max_tokens),
         device=torch_device,
         precision=pick_precision(precision, torch_device),
@@ -207,13 +208,17 @@ def build_encoder(
     )
 
 
-def load_encoder(folder: Path, *, device: str, precision: str, as_trained: bool = False) -> tuple[Encoder, CLIPModel]:
-    """Load the Encoder and the model of a run's best checkpoint.
+def load_encoder(
+    folder: Path, *, device: str, precision: str, as_trained: bool = False, text_only: bool = False
+) -> tuple[Encoder, CLIPModel]:
+    """Load the Encoder and the model of a run's best checkpoint; with text_only without the image tower.
 
     The Encoder preprocesses images as the run's search does (eval_image_scale, tta_flip), or with as_trained as its
     training did. Raises ValueError for a damaged query bank.
     """
-    run = load_run(folder)
+    from models.checkpoint import load_run
+
+    run = load_run(folder, text_only=text_only)
     encoder = build_encoder(
         run.model,
         run.tokenizer,
@@ -253,16 +258,25 @@ def _show_progress(batches, total, desc, unit, size, done=0):
             progress.update(size(batch))
 
 
-def load_pretrained_encoder(name: str, *, max_tokens: int, device: str, precision: str) -> tuple[Encoder, CLIPModel]:
-    """Load the Encoder and the model of a pretrained dual encoder without fine-tuning; name as for `--model`."""
-    towers = load_dual_encoder(name, image_size=None)
+def load_pretrained_encoder(
+    name: str, *, max_tokens: int, device: str, precision: str, text_only: bool = False
+) -> tuple[Encoder, CLIPModel]:
+    """Load the Encoder and the model of a pretrained dual encoder without fine-tuning; name as for `--model`.
+
+    text_only: load no image tower, if the weights are in a local folder.
+    """
+    from models.factory import assemble_model
+    from models.pretrained import load_dual_encoder
+    from models.text_only import load_pretrained_text_tower
+
     config = Config(model=name)  # no projection heads: the towers' own projections map into the shared space
-    model = assemble_model(
-        config, towers.image_encoder, towers.text_encoder, temperature=towers.temperature, bias=None
-    ).eval()
-    encoder = build_encoder(
-        model, towers.tokenizer, max_tokens=max_tokens, device=device, precision=precision, num_workers=-1
-    )
+    if text_only and (tower := load_pretrained_text_tower(Path(name).expanduser())):
+        image_encoder, (text_encoder, tokenizer), temperature = None, tower, Config.temperature
+    else:
+        towers = load_dual_encoder(name, image_size=None)
+        image_encoder, text_encoder, tokenizer, _, temperature, _ = towers
+    model = assemble_model(config, image_encoder, text_encoder, temperature=temperature, bias=None).eval()
+    encoder = build_encoder(model, tokenizer, max_tokens=max_tokens, device=device, precision=precision, num_workers=-1)
     return encoder, model
 
 
@@ -280,7 +294,7 @@ def build_training_encoder(config: Config, model: CLIPModel, tokenizer: PreTrain
     )
 
 
-def embed_split(encoder: Encoder, split: Split) -> Embeddings:
+def embed_split(encoder: Encoder, split: "Split") -> Embeddings:
     """Encode the validation split from its image files -> (image_emb, text_emb, caption_image_ids)."""
     encoded = encoder.encode_split(split, "val")
     return encoded.image_emb, encoded.text_emb, encoded.caption_image_ids

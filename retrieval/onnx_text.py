@@ -30,14 +30,15 @@ def is_available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("onnxruntime", "tokenizers"))
 
 
-def export_in_background(source: Path | str, cache_dir: Path, folder: Path) -> None:
+def export_in_background(source: Path | str, cache_dir: Path, folder: Path, *, is_damaged: bool = False) -> None:
     """Start a process that writes `folder` for the next search, unless it exists or cannot be written.
 
-    source: the run's folder, or the name or folder of a pretrained model. The process has a low priority, and goes on
-    if this one ends. The environment variable NO_BACKGROUND_EXPORT prevents it.
+    source: the run's folder, or the name or folder of a pretrained model. is_damaged: replace a folder that exists. The
+    process has a low priority, and goes on if this one ends. The environment variable NO_BACKGROUND_EXPORT prevents it.
     """
     can_export = all(importlib.util.find_spec(name) for name in EXPORT_LIBRARIES)
-    if folder.is_dir() or refusal_file(folder).is_file() or not can_export or os.environ.get("NO_BACKGROUND_EXPORT"):
+    is_done = (folder.is_dir() and not is_damaged) or refusal_file(folder).is_file()
+    if is_done or not can_export or os.environ.get("NO_BACKGROUND_EXPORT"):
         return
     from filelock import FileLock, Timeout
 
@@ -59,6 +60,21 @@ def export_in_background(source: Path | str, cache_dir: Path, folder: Path) -> N
     )
     if hasattr(os, "setpriority"):
         os.setpriority(os.PRIO_PROCESS, process.pid, 15)
+
+
+def export_run_in_background(folder: Path, cache_dir: Path) -> None:
+    """Start `export_in_background` for a run that has finished training; never raises an exception.
+
+    Of several processes that have trained it, the first one does.
+    """
+    from retrieval.model_key import weights_key
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    try:
+        export_in_background(folder, cache_dir, text_encoder_folder(cache_dir, weights_key(folder)))
+    except Exception:  # the run is complete without it, and the first search tries again
+        return
 
 
 def refusal_file(folder: Path) -> Path:

@@ -81,7 +81,8 @@ def prepare(searcher: Searcher) -> bool:
         if folder.is_dir() and load_cached(folder, OnnxTextEncoder):
             return True
         shutil.rmtree(folder, ignore_errors=True)
-        exported = export_text_encoder(*searcher.model(), folder)
+        searcher.text_only = True
+        exported = export_text_encoder(*searcher.text_model(), folder)
         if not exported:
             refusal_file(folder).touch()
         return exported

@@ -35,7 +35,7 @@ def ask(search: Search, lines: Iterable[str], *, open_file: Callable[[Path], Non
             elif command == ":more":
                 found = search(None, _numbered(found, argument))
             elif command == ":open":
-                (open_file or open_in_viewer)(_numbered(found, argument))
+                (open_file or open_in_viewer)(_photo(str(_numbered(found, argument))))
             elif command.startswith(":"):
                 raise ValueError(f"no such command: {command}; :help lists them")
             elif line.strip():

@@ -36,6 +36,17 @@ SLUG_LENGTH = 40  # characters
 Target = Literal["photos", "captions"]  # what to search in
 
 
+# What transformers imports with its models, and a text tower does not use: 3 of the 4 seconds of importing them.
+UNUSED_BY_TEXT = (
+    *("torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "torch.distributed.checkpoint"),
+    *("torch.nn.attention.flex_attention", "torchvision", "accelerate", "scipy", "sklearn", "timm", "sympy"),
+)
+
+
+class _NewPhotos(Exception):
+    """A gallery cannot be opened without encoding photos."""
+
+
 class Match(NamedTuple):
     """A retrieved photo (its path) or caption with its score, or a label with its probability.
 
@@ -49,14 +60,16 @@ class Match(NamedTuple):
 class Searcher:
     """Encode queries with a model, and open the galleries of photos and captions that it has encoded.
 
-    load: called at first use, returns the Encoder and the CLIPModel. key: identifies the weights (model_key.py).
-    use_onnx: encode sentences with the exported text tower, if there is one. Queries are (Q, F) float32.
+    load: called at first use, returns the Encoder and the CLIPModel; its argument text_only leaves out the image tower.
+    key: identifies the weights (model_key.py). use_onnx: encode sentences with the exported text tower, if there is
+    one. text_only: set it if all queries are sentences and `gallery` will not be called; sentences then need neither
+    the image tower nor the libraries for it. Queries are (Q, F) float32.
     """
 
     def __init__(
         self,
         key: str,
-        load: Callable[[], tuple["Encoder", "CLIPModel"]],
+        load: Callable[..., tuple["Encoder", "CLIPModel"]],
         *,
         cache_dir: Path,
         use_onnx: bool = False,
@@ -65,11 +78,25 @@ class Searcher:
         set_index_folder(cache_dir)
         self.text_encoder_folder = text_encoder_folder(cache_dir, key)
         self.use_onnx = use_onnx and onnx_text.is_available()
+        self.export_is_damaged = False
         self.gallery_size = 0  # photos of the gallery that was opened last
+        self.text_only = False
+        self.dim: int | None = None  # F, once a query was encoded
 
     @cached_property
     def _loaded(self):
         return self.load()
+
+    @cached_property
+    def _loaded_text(self):
+        from runtime.deferred_import import deferred_import
+
+        with deferred_import(UNUSED_BY_TEXT):
+            return self.load(text_only=True)
+
+    def text_model(self) -> tuple["Encoder", "CLIPModel"]:
+        """Return an Encoder of sentences and its CLIPModel, with text_only without an image tower."""
+        return self._loaded_text if self.text_only and "_loaded" not in self.__dict__ else self._loaded
 
     @property
     def encoder(self) -> "Encoder":
@@ -82,9 +109,12 @@ class Searcher:
     @cached_property
     def onnx_text_encoder(self) -> OnnxTextEncoder | None:
         """The exported text tower, or None without one, or if the model is loaded already."""
-        if not self.use_onnx or "_loaded" in self.__dict__ or not self.text_encoder_folder.is_dir():
+        is_loaded = "_loaded" in self.__dict__ or "_loaded_text" in self.__dict__
+        if not self.use_onnx or is_loaded or not self.text_encoder_folder.is_dir():
             return None
-        return load_cached(self.text_encoder_folder, OnnxTextEncoder)
+        found = load_cached(self.text_encoder_folder, OnnxTextEncoder)
+        self.export_is_damaged = found is None
+        return found
 
     def embed_sentences(self, sentences: Sequence[str], *, target: Target = "photos") -> np.ndarray:
         """Encode sentences as queries. Raises ValueError for an empty sentence."""
@@ -94,11 +124,9 @@ class Searcher:
         if self.onnx_text_encoder:
             emb, csls = self.onnx_text_encoder.encode(sentences), self.onnx_text_encoder.csls
         else:
-            emb, csls = (
-                self.encoder.encode_captions(sentences, "queries").numpy(),
-                self.encoder.query_bank is not None,
-            )
-        return _to_query(emb, csls, target != "captions")
+            encoder, _ = self.text_model()
+            emb, csls = encoder.encode_captions(sentences, "queries").numpy(), encoder.query_bank is not None
+        return self._to_query(emb, csls, target != "captions")
 
     def warnings(self, sentence: str) -> list[str]:
         """Return messages about a sentence that the model reads only in part: truncated, or with unknown words.
@@ -110,8 +138,9 @@ class Searcher:
         if text := self.onnx_text_encoder:
             tokenizer, limit, dual_encoder = text.tokenizer, text.max_tokens, text.dual_encoder
         else:
-            tokenizer, limit = self.encoder.tokenizer, self.encoder.max_tokens
-            dual_encoder = self._loaded[1].text_encoder.pooling == "own"
+            encoder, model = self.text_model()
+            tokenizer, limit = encoder.tokenizer, encoder.max_tokens
+            dual_encoder = model.text_encoder.pooling == "own"
         messages = []
         if (length := len(tokenizer(sentence, verbose=False)["input_ids"])) > limit:
             read = f"the model reads {limit} of its {length} tokens"
@@ -121,7 +150,14 @@ class Searcher:
 
     def embed_images(self, paths: Sequence[Path], *, target: Target = "photos") -> np.ndarray:
         """Encode photos as queries. Raises OSError with the reason for one that cannot be read."""
-        return _to_query(self._embed(paths).numpy(), self.encoder.query_bank is not None, target != "photos")
+        emb, csls = self._embed(paths).numpy(), self.encoder.query_bank is not None
+        return self._to_query(emb, csls, target != "photos")
+
+    def _to_query(self, emb, csls, cross_modal):
+        """Append the CSLS weight, 1 across modalities, else 0: the bank measures image-text hubness only."""
+        rows = np.append(emb, np.full((len(emb), 1), cross_modal, emb.dtype), axis=1) if csls else emb
+        self.dim = rows.shape[1]
+        return rows
 
     def _embed(self, paths):
         """Encode photos -> unit rows (Q, D)."""
@@ -143,16 +179,32 @@ class Searcher:
         (probs,) = probabilities(photo_emb, class_embeddings(self.encoder, labels), temperature).tolist()
         return sorted(map(Match, probs, labels), key=lambda match: -match.score)
 
+    def encoded_gallery(self, photos: ImageList) -> Gallery | None:
+        """Open the gallery of these photos as `gallery` does, or return None if new photos are to be encoded."""
+
+        def refuse(names):
+            raise _NewPhotos
+
+        try:
+            return self._open_gallery(photos, refuse)
+        except _NewPhotos:
+            return None
+
     def gallery(self, photos: ImageList, on_progress: Callable[[int, int], None] | None = None) -> Gallery:
         """Open the gallery of these photos and encode the new ones. Prints the speed and the unreadable photos.
 
         on_progress: called with the number of new photos that are encoded and saved, and the number of all new ones.
         """
-        store, messages = self.store / self._name(photos.name, str(photos.root.resolve())), []
-        gallery = open_gallery(store, photos, lambda names: self._encode(photos.root, names, messages, on_progress))
-        self.gallery_size = len(gallery.names)
+        messages = []
+        gallery = self._open_gallery(photos, lambda names: self._encode(photos.root, names, messages, on_progress))
         if messages:
             print(*messages, file=sys.stderr)
+        return gallery
+
+    def _open_gallery(self, photos, encode):
+        store = self.store / self._name(photos.name, str(photos.root.resolve()))
+        gallery = open_gallery(store, photos, encode, self.dim)
+        self.gallery_size = len(gallery.names)
         if gallery.unreadable:
             from runtime.text import format_examples, format_skipped
 
@@ -200,11 +252,6 @@ def _open_rows(path, count):
     return rows
 
 
-def _to_query(emb, csls, cross_modal):
-    """Append the CSLS weight, 1 across modalities, else 0: the bank measures image-text hubness only."""
-    return np.append(emb, np.full((len(emb), 1), cross_modal, emb.dtype), axis=1) if csls else emb
-
-
 def combine_queries(sentence_emb: np.ndarray | None, photo_emb: np.ndarray | None) -> np.ndarray:
     """Combine a sentence and a photo into one query (Q, F): their normalised sum, "this photo, but in snow".
 
@@ -238,7 +285,8 @@ def search_images(queries: np.ndarray, gallery: Gallery, k: int, index: str | No
         from retrieval.ann_index import search_index
 
         return _matches(*search_index(index, gallery, torch.from_numpy(queries), k), gallery.paths)
-    return _matches(*_top_k(queries, gallery.embeddings, k), gallery.paths)
+    found = _matches(*_top_k(queries, gallery.embeddings, k), gallery.names)
+    return [[Match(match.score, gallery.root / match.item) for match in matches] for matches in found]
 
 
 def _top_k(queries, rows, k):
@@ -262,10 +310,10 @@ def _matches(scores, indices, items):
 def searcher_for_run(folder: Path, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
     """Return the Searcher of a run's best checkpoint. cache_dir None is the cache of the run's configuration."""
 
-    def load():
+    def load(text_only: bool = False):
         from retrieval.encoder import load_encoder
 
-        return load_encoder(folder, device=device, precision=precision)
+        return load_encoder(folder, device=device, precision=precision, text_only=text_only)
 
     cache_dir = Path(cache_dir or read_shared_config(folder).cache_dir)
     return Searcher(weights_key(folder), load, cache_dir=cache_dir, use_onnx=_onnx_fits(device, precision))
@@ -282,10 +330,11 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
 
     cache_dir, source = Path(cache_dir or Config.cache_dir), dual_encoder_source(name)
 
-    def load():
+    def load(text_only: bool = False):
         from retrieval.encoder import load_pretrained_encoder
 
-        return load_pretrained_encoder(name, max_tokens=Config.max_tokens, device=device, precision=precision)
+        settings = {"max_tokens": Config.max_tokens, "device": device, "precision": precision}
+        return load_pretrained_encoder(source, text_only=text_only, **settings)
 
     if Path(source).is_dir():
         key, use_onnx = dual_encoder_key(Path(source)), _onnx_fits(device, precision)
@@ -295,7 +344,7 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
 
     paths = (try_to_load_from_cache(source, name) for name in ("config.json", "open_clip_config.json"))
     config_path = str(next(path for path in paths if isinstance(path, str)))  # .../snapshots/COMMIT/config.json
-    return Searcher(digest([source, Path(config_path).parent.name]), lambda: loaded, cache_dir=cache_dir)
+    return Searcher(digest([source, Path(config_path).parent.name]), lambda **_: loaded, cache_dir=cache_dir)
 
 
 def check_index(name: str) -> None:

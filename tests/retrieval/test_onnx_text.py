@@ -1,6 +1,8 @@
 """Sentences without PyTorch: the exported text tower gives the same results, and is made anew when it does not fit."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,11 +13,13 @@ import pytest
 from helpers import ROOT, run_in_process, write_image_folder
 from tiny_dual_encoders import clip
 
+from data.loading import open_run_data
 from retrieval import onnx_text, onnx_text_export
-from retrieval.embedding_store import list_images
-from retrieval.onnx_text import export_in_background, refusal_file
+from retrieval.embedding_store import list_images, list_split_images
+from retrieval.onnx_text import export_in_background, export_run_in_background, refusal_file
 from retrieval.onnx_text_export import prepare
 from retrieval.searcher import search_images, searcher_for_pretrained, searcher_for_run
+from runtime.run_dir import read_shared_config
 
 TRAINING = ["--image-size", 32, "--embed-dim", 16, "--batch-size", 8, "--precision", "float32", "--num-workers", 0]
 SENTENCES = ["red on the left", "a picture of blue", "xyzzy red", "red and green " * 60]
@@ -86,8 +90,6 @@ def infer_in_new_process(workdir, *flags, imported="pass"):
 
 
 def environment():
-    import os
-
     return os.environ | {"PYTHONPATH": str(ROOT)}
 
 
@@ -180,7 +182,87 @@ def test_tower_that_cannot_be_exported_is_not_tried_again(workdir, tmp_path, mon
     assert started_exports(monkeypatch, refused.text_encoder_folder) == []
 
 
-def started_exports(monkeypatch, folder):
+def test_full_disk_at_the_export_leaves_nothing_and_the_next_search_tries_again(workdir, tmp_path, monkeypatch):
+    def write_half(*args, **_):
+        args[5].write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    full = searcher(workdir, cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_text_export, "tower_to_onnx", write_half)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(full)
+
+    (left,) = full.text_encoder_folder.parent.iterdir()
+    assert left.suffix == ".lock"
+    monkeypatch.delenv("NO_BACKGROUND_EXPORT")
+    assert len(started_exports(monkeypatch, full.text_encoder_folder)) == 1
+    assert prepare(searcher(workdir, cache=tmp_path))
+
+
+def test_damaged_export_is_made_again_in_the_background_of_the_search(workdir, tmp_path, monkeypatch, capsys):
+    shutil.copytree(workdir / "cache" / "text_encoders", tmp_path / "text_encoders")
+    damaged = searcher(workdir, cache=tmp_path)
+    (damaged.text_encoder_folder / "text.onnx").write_bytes(b"damaged")
+    monkeypatch.delenv("NO_BACKGROUND_EXPORT")
+
+    damaged.embed_sentences(SENTENCES[:1])
+
+    assert "is made again" in capsys.readouterr().err and damaged.export_is_damaged
+    folder = damaged.text_encoder_folder
+    assert len(started_exports(monkeypatch, folder, is_damaged=damaged.export_is_damaged)) == 1
+    assert not searcher(workdir).export_is_damaged and started_exports(monkeypatch, folder) == []
+
+
+def test_end_of_training_starts_the_export_and_never_fails(workdir, tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_BACKGROUND_EXPORT")
+    run, exporting = workdir / "runs" / "first", lambda: export_run_in_background(run, tmp_path)
+
+    (command,) = started_exports(monkeypatch, export=exporting)
+    assert command[1:] == ["-m", "retrieval.onnx_text_export", str(run), str(tmp_path)]
+    with monkeypatch.context() as patch:  # of two processes, the first one exports
+        patch.setenv("RANK", "1")
+        assert started_exports(patch, export=exporting) == []
+    assert started_exports(monkeypatch, export=lambda: export_run_in_background(tmp_path / "no run", tmp_path)) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(onnx_text, "EXPORT_LIBRARIES", ("onnx", "not_installed"))
+        assert started_exports(patch, export=exporting) == []
+
+
+def test_training_prepares_the_first_search(workdir, image_tower, text_tower, tmp_path, monkeypatch):
+    flags = ["--dataset", workdir / "my_photos", "--image-encoder", image_tower, "--text-encoder", text_tower]
+    flags += [*TRAINING, "--epochs", 1, "--name", "second", "--runs-dir", tmp_path, "--cache-dir", tmp_path / "cache"]
+    monkeypatch.delenv("NO_BACKGROUND_EXPORT")
+
+    (command,) = started_exports(monkeypatch, export=lambda: run_in_process("train.py", *flags))
+
+    assert command[3:] == [str(tmp_path / "second"), str(tmp_path / "cache")]
+
+
+def test_top_matches_on_the_sample_set_are_those_of_pytorch(tmp_path, monkeypatch):
+    """Search the test photos of the built-in set with its test captions; the model is trained for one epoch."""
+    for library in onnx_text.EXPORT_LIBRARIES:
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    done = run_in_process("train.py", "--epochs", 1, "--image-size", 32, "--name", "first", "--num-workers", 0)
+    assert done.returncode == 0, done.stderr
+    assert prepare(searcher(tmp_path))
+    exported, loaded = searcher(tmp_path), pytorch_searcher(tmp_path)
+    data = open_run_data(tmp_path / "runs" / "first", read_shared_config(tmp_path / "runs" / "first"), None, "test")
+    gallery, captions = loaded.gallery(list_split_images(data, "test")), sorted(set(data.split("test").captions))
+
+    emb, expected_emb = exported.embed_sentences(captions), loaded.embed_sentences(captions)
+    found, expected = (search_images(rows, gallery, 10) for rows in (emb, expected_emb))
+
+    assert len(captions) >= 50 and np.abs(emb - expected_emb).max() < 1e-4
+    for matches, wanted in zip(found, expected, strict=True):
+        # Photos whose scores differ by less than rounding does may change places.
+        assert [m.score for m in matches] == pytest.approx([m.score for m in wanted], abs=1e-5)
+    same = sum([m.item for m in a] == [m.item for m in b] for a, b in zip(found, expected, strict=True))
+    assert same >= 0.98 * len(captions)
+
+
+def started_exports(monkeypatch, folder=None, export=None, **options):
     commands = []
 
     class Process:
@@ -191,7 +273,7 @@ def started_exports(monkeypatch, folder):
 
     monkeypatch.setattr(subprocess, "Popen", Process)
     monkeypatch.setattr("os.setpriority", lambda *_: None, raising=False)
-    export_in_background(Path("runs/first"), Path("cache"), folder)
+    export() if export else export_in_background(Path("runs/first"), Path("cache"), folder, **options)
     return commands
 
 
