@@ -58,7 +58,7 @@ def test_embeddings_of_a_run_are_those_of_the_whole_model(run):
     [
         ("bert", ("--text-pooling", "gpo")),
         ("mpnet", ("--freeze-text", "--text-head", "linear")),
-        ("roberta", ("--objective", "siglip")),
+        ("roberta", ("--objective", "sigmoid")),
     ],
 )
 def test_embeddings_of_other_towers_are_those_of_the_whole_model(tmp_path, image_tower, kind, flags):
@@ -170,3 +170,12 @@ def infer(flags, code="import infer; from runtime import cli; cli.run(infer.main
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_label_that_is_no_name_is_refused_before_the_model_is_loaded():
+    import infer
+
+    assert infer.read_labels(("a dog", "a" * 200)) == ("a dog", "a" * 200)
+    for labels in (("a" * 201, "a dog"), ("a dog", "b\x1b" * 300), ("c" * 100_000,)):
+        with pytest.raises(ValueError, match="at most 200 characters"):
+            infer.read_labels(labels)

@@ -148,6 +148,25 @@ def test_damaged_rows_are_encoded_again_although_the_folder_contains_an_index(fo
     assert len(open_and_check(folder, tmp_path / "store")[1]) == 10
 
 
+@pytest.mark.parametrize(
+    "change", [("shape", lambda rows: (len(rows), rows.shape[1] - 1)), ("descr", "<f4")], ids=["width", "type"]
+)
+def test_header_with_another_width_or_type_is_healed(folder, tmp_path, capsys, change):
+    gallery, _ = open_and_check(folder, tmp_path / "store")
+    key, value = change
+    path, dim = tmp_path / "store" / "1.npy", gallery.embeddings.shape[1]
+    header = {"descr": "<f2", "fortran_order": False, "shape": gallery.embeddings.shape}
+    header[key] = value(gallery.embeddings) if callable(value) else value
+    with path.open("rb+") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+
+    encoder = FakeEncoder(folder)
+    healed = open_gallery(tmp_path / "store", list_images(folder), encoder, dim)
+
+    assert len(encoder.encoded) == 10 and "is made again" in capsys.readouterr().err
+    np.testing.assert_array_equal(healed.embeddings, np.array([encoder.row(name) for name in healed.names], np.float16))
+
+
 def test_a_split_without_existing_photos_raises_and_names_the_split(tmp_path):
     data = open_dataset(
         str(write_image_folder(tmp_path / "mine", 10)), data_dir=None, cache_dir=UNUSED_CACHE, split_seed=0
