@@ -34,7 +34,9 @@ class Flags:
     run: Path | None = None  # the run (a folder, or OWNER/NAME on the hub) to start with; default: the newest finished
     model: str | None = None  # a pretrained model (CLIP, SigLIP ...) to start with: a folder or hub name
     split: Literal["train", "val", "test", "all"] = "test"  # the split of the run's data set to search in
-    index: str | None = None  # for large galleries: faiss, milvus, a file FILE.db, or a cluster's http(s) address
+    index: str | None = (
+        None  # for large galleries: faiss, int8, binary, milvus, a file FILE.db, or a server's http(s) address
+    )
     host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0 admits everyone who can reach this machine
     port: int = 7860  # the port to listen on
     auth: str | None = None  # NAME:PASSWORD that visitors must enter; safer: --auth-file, or the variable PAGE_AUTH

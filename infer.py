@@ -55,7 +55,9 @@ class Flags:
     duplicates: bool = False  # with --gallery: list the photos that are the same picture; nothing is deleted
     duplicate_cosine: float = 0.96  # with --duplicates: photos with at least this cosine are the same picture
     top_k: int = 8  # number of matches
-    index: str | None = None  # for large galleries: faiss, milvus, a file FILE.db, or a cluster's http(s) address
+    index: str | None = (
+        None  # for large galleries: faiss, int8, binary, milvus, a file FILE.db, or a server's http(s) address
+    )
     json: bool = False  # print one line of JSON per query, for other programs
     out: Path | None = None  # where to save the picture of the matches; default: for one query, in the run's folder
     data_dir: Path | None = None  # where the data set is stored, if it has moved since training

@@ -280,11 +280,9 @@ def search_images(queries: np.ndarray, gallery: Gallery, k: int, index: str | No
             "folder; the photos are then encoded again"
         )
     if index is not None:
-        import torch
-
         from retrieval.ann_index import search_index
 
-        return _matches(*search_index(index, gallery, torch.from_numpy(queries), k), gallery.paths)
+        return _matches(*search_index(index, gallery, queries, k), gallery.paths)
     found = _matches(*_top_k(queries, gallery.embeddings, k), gallery.names)
     return [[Match(match.score, gallery.root / match.item) for match in matches] for matches in found]
 
@@ -349,5 +347,6 @@ def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir
 
 def check_index(name: str) -> None:
     """Raise ValueError unless `name` is one that ann_index.py accepts."""
-    if not re.fullmatch(r"faiss|milvus|.+\.db|https?://.+", name):
-        raise ValueError(f"--index must be faiss, milvus, a file FILE.db or an http(s) address, got {name}")
+    if not re.fullmatch(r"faiss|int8|binary|milvus|.+\.db|https?://.+", name):
+        known = "faiss, int8, binary, milvus, a file FILE.db or an http(s) address"
+        raise ValueError(f"--index must be {known}, got {name}")

@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from retrieval.ann_index import search_index
+from retrieval import ann_index
 from retrieval.embedding_store import Gallery
 from retrieval.metrics import top_k
 from runtime.mmap_store import open_embeddings, write_embeddings
 
 DIM = 16
+
+
+def search_index(name, gallery, queries, k):
+    """Search with an index -> scores (Q, k), rows (Q, k) as tensors, to compare with `top_k`."""
+    scores, rows = ann_index.search_index(name, gallery, queries.numpy(), k)
+    return torch.from_numpy(scores), torch.from_numpy(rows)
 
 
 def gallery_of(folder, seeds, version):
@@ -57,8 +63,7 @@ def test_collection_of_another_process_is_searched_and_follows_changes(tmp_path,
         code = f"""
 import sys, torch
 sys.path[:0] = {sys.path!r}
-from retrieval.ann_index import search_index
-from test_ann_index import gallery_of
+from test_ann_index import gallery_of, search_index
 from pathlib import Path
 gallery = gallery_of(Path({str(tmp_path / "a-00ff")!r}), {seeds!r}, {version})
 print(search_index({str(tmp_path / "x.db")!r}, gallery, torch.tensor({queries.tolist()}), 5)[1].tolist())
@@ -78,7 +83,7 @@ def test_two_galleries_share_one_milvus_file(tmp_path, queries):
 
 def test_cluster_that_does_not_answer_is_a_one_line_error(tmp_path, queries, monkeypatch):
     pytest.importorskip("pymilvus")
-    monkeypatch.setattr("retrieval.ann_index.TIMEOUT", 1)
+    monkeypatch.setattr("retrieval.milvus_index.TIMEOUT", 1)
     with pytest.raises(ConnectionError, match=r"Milvus at http://127\.0\.0\.1:9"):
         search_index("http://127.0.0.1:9", gallery_of(tmp_path / "a-00ff", range(5), 1), queries, 3)
 
@@ -90,7 +95,7 @@ def test_faiss_finds_the_exact_matches_up_to_its_printed_recall(tmp_path, querie
     exact_scores, exact = top_k(queries, gallery.embeddings, 10)
     scores, found = search_index("faiss", gallery, queries, 10)
     message = capsys.readouterr().err
-    recall = float(message.partition("FAISS: ")[2].partition("%")[0])
+    recall = float(message.partition("faiss: ")[2].partition("%")[0])
     shared = np.mean([len(set(a) & set(b)) / len(a) for a, b in zip(exact.tolist(), found.tolist(), strict=True)])
     assert recall >= 99 and shared > 0.9 and found.shape == exact.shape
     torch.testing.assert_close(scores[:, 0], exact_scores[:, 0], atol=0.05, rtol=0)
@@ -98,10 +103,8 @@ def test_faiss_finds_the_exact_matches_up_to_its_printed_recall(tmp_path, querie
 
 def test_faiss_index_is_built_once_and_rebuilt_when_the_gallery_changes(tmp_path, queries, monkeypatch):
     pytest.importorskip("faiss")
-    from retrieval import ann_index
-
-    builds, build_faiss = [], ann_index._build_faiss
-    monkeypatch.setattr(ann_index, "_build_faiss", lambda *args: (builds.append(args), build_faiss(*args)))
+    builds, build = [], ann_index._build
+    monkeypatch.setattr(ann_index, "_build", lambda *args: builds.append(args) or build(*args))
     for version, seeds in ((1, range(50)), (1, range(50)), (2, range(40))):
         gallery = gallery_of(tmp_path / "photos-00ff", seeds, version)
         _, found = search_index("faiss", gallery, queries, 3)
