@@ -2,8 +2,9 @@
 
 Two tables. The first has the photos and captions of a split, and its recall in percent. The second has a gallery of
 `--rows` made of those photos: each row beyond them is a random mixture of two of them with noise. It shows how many of
-the exact 10 nearest rows each way finds for captions of the split, the milliseconds of processor time per query (one
-query at a time) and the memory of a process that searches. Needs `pip install faiss-cpu`.
+the exact 10 nearest rows each way finds for captions of the split, the milliseconds of processor time and of waiting
+per query, one at a time, and the memory of a process that searches, beside the file that it maps. Needs
+`pip install faiss-cpu`.
 """
 
 import json
@@ -19,7 +20,8 @@ import tyro
 
 QUERIES, TIMED = 500, 20  # captions searched together for the agreement, and one by one for the time
 NOISE, SHARES = 0.3, (0.5, 0.95)  # length of the noise, and the share of the first photo in a mixture
-ENGINES = ("float16", "int8", "binary")
+ENGINES = ("float16", "torch", "int8", "binary")  # float16 is searched with NumPy, torch with PyTorch
+EXACT, CODES = ENGINES[:2], ENGINES[2:]
 CHUNK = 10_000
 
 
@@ -50,7 +52,7 @@ def main(flags: Flags) -> None:
         for dim in dims:
             print_recall(dim, arrays)
         print(f"\n{flags.rows:,} rows, {QUERIES} captions: share of the exact 10 nearest rows, all values")
-        columns = ("found", "of its values", "ms/query", "MB file", "MB memory")
+        columns = ("found", "of its values", "CPU ms", "ms", "MB file", "MB memory")
         print(f"{'values':>8}  {'engine':24} " + " ".join(f"{name:>13}" for name in columns))
         for dim in dims:
             make_gallery(folder / f"{dim}", dim, flags.rows, arrays)
@@ -82,12 +84,12 @@ def print_recall(dim: int, arrays: dict[str, np.ndarray]) -> None:
     import faiss
     import torch
 
+    from retrieval import quantized
     from retrieval.metrics import retrieval_metrics
-    from retrieval.quantized import CODES
 
     images, texts = cut(arrays["image_emb"], dim), cut(arrays["text_emb"], dim)
     stored = {"float16": (images.astype(np.float16).astype(np.float32), 2 * dim)}
-    for name, code in CODES.items():
+    for name, code in quantized.CODES.items():
         index = faiss.index_factory(dim, code.format(dim=dim), faiss.METRIC_INNER_PRODUCT)
         index.train(images)
         index.add(images)
@@ -131,10 +133,13 @@ def print_agreement(folder: Path, dim: int, full_dim: int, engine: str) -> None:
     result = measure(store, engine, "single")
     exact = [measure_once(folder / str(size)) for size in (full_dim, dim)]
     shares = [share(rows, found["rows"]) for rows in exact]
-    size = sum(
-        path.stat().st_size for path in (store.glob(f"{engine}-*") if engine in ENGINES[1:] else [store / "1.npy"])
-    )
-    values = [f"{shares[0]:.1%}", f"{shares[1]:.1%}", f"{result['milliseconds']:.0f}", f"{size / 1e6:,.0f}"]
+    size = sum(path.stat().st_size for path in (store.glob(f"{engine}-*") if engine in CODES else [store / "1.npy"]))
+    values = [
+        f"{shares[0]:.1%}",
+        f"{shares[1]:.1%}",
+        *(f"{value:.0f}" for value in result["milliseconds"]),
+        f"{size / 1e6:,.0f}",
+    ]
     values.append(f"{result['megabytes']:,.0f}")
     print(f"{dim:>8}  {engine:24} " + " ".join(f"{value:>13}" for value in values), flush=True)
 
@@ -167,26 +172,34 @@ def measure_here(store: str, engine: str, how: str) -> dict:
     rows, queries = open_embeddings(store / "1.npy"), np.load(store / "queries.npy")
     gallery = Gallery(store, [""] * len(rows), rows, {}, store, "1")
     if how == "all":
-        if engine != "float16":
-            return {"rows": search_index(engine, gallery, queries, 10)[1].tolist()}
-        import torch
-
-        from retrieval import top_k as torch_top_k
-
-        return {"rows": torch_top_k(torch.from_numpy(queries), rows, 10)[1].tolist()}
-    search = (lambda q: top_k(q, rows, 10)) if engine == "float16" else (lambda q: search_index(engine, gallery, q, 10))
+        search = exact_search(rows) if engine in EXACT else lambda q: search_index(engine, gallery, q, 10)
+        return {"rows": search(queries)[1].tolist()}
+    search = {"float16": lambda q: top_k(q, rows, 10), "torch": exact_search(rows)}.get(
+        engine, lambda q: search_index(engine, gallery, q, 10)
+    )
     search(queries[:1])
-    started = time.process_time()
-    count = 3 if engine == "float16" else TIMED
+    started, wall = time.process_time(), time.perf_counter()
+    count = 5 if engine in EXACT else TIMED
     for query in queries[:count]:
         search(query[None])
-    milliseconds = 1000 * (time.process_time() - started) / count
-    return {"milliseconds": milliseconds, "megabytes": peak_megabytes()}
+    milliseconds = [1000 * (time.process_time() - started) / count, 1000 * (time.perf_counter() - wall) / count]
+    return {"milliseconds": milliseconds, "megabytes": own_megabytes()}
 
 
-def peak_megabytes() -> float:
-    """Return the peak memory of this process on Linux, the pages of memory-mapped files that it read included."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+def exact_search(rows: np.ndarray):
+    def search(queries):
+        import torch
+
+        from retrieval import top_k
+
+        return top_k(torch.from_numpy(queries), rows, 10)
+
+    return search
+
+
+def own_megabytes() -> float:
+    """Return the memory of this process on Linux, without the pages of files that it has mapped."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
     return int(line.split()[1]) / 1e3
 
 
