@@ -96,15 +96,18 @@ def load(
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto",
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     cache_dir: str | Path | None = None,
+    mirrored: bool | None = None,
 ) -> Retriever:
     """Load a run's best checkpoint or a shared run (a folder, or OWNER/NAME on the hub), or a pretrained dual encoder.
 
-    cache_dir: folder for embeddings of galleries; default: that of the run, else "cache".
+    cache_dir: folder for embeddings of galleries; default: that of the run, else "cache". mirrored: read each photo
+    mirrored too, which takes twice as long; None reads photos as the run was trained for.
     """
     from retrieval.searcher import searcher_for_pretrained, searcher_for_run
     from runtime.run_dir import CONFIG, read_shared_config
 
     options = {"device": device, "precision": precision, "cache_dir": None if cache_dir is None else Path(cache_dir)}
+    options["mirrored"] = mirrored
     folder = _find_run(source)
     if (folder / "log.jsonl").is_file() or (folder / "towers").is_dir():
         return Retriever(searcher_for_run(folder, **options), read_shared_config(folder))

@@ -14,7 +14,7 @@ from config import Config
 from data.download import refuse_address
 from data.records import UNDECODED, decode_text
 from models.hub_run import find_run, hub_name, output_folder
-from retrieval.embedding_store import list_images, list_split_images
+from retrieval.embedding_store import ImageList, list_images, list_split_images
 from retrieval.onnx_text import export_in_background
 from retrieval.searcher import (
     SLUG_LENGTH,
@@ -28,6 +28,7 @@ from retrieval.searcher import (
     searcher_for_run,
 )
 from runtime import cli
+from runtime.launcher import process_rank
 from runtime.run_dir import newest_finished_run, read_shared_config
 from runtime.text import display_text, slug
 
@@ -63,6 +64,7 @@ class Flags:
     data_dir: Path | None = None  # where the data set is stored, if it has moved since training
     runs_dir: Path = Path(Config.runs_dir)  # the folder that contains the runs
     cache_dir: Path | None = None  # where embeddings are cached; default: the run's cache
+    mirrored: Literal["auto", "yes", "no"] = "auto"  # read each photo mirrored too, at twice the time; auto: as trained
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto uses the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # precision of the encoders
 
@@ -120,8 +122,11 @@ def main() -> None:
     has_query = flags.query is not None or flags.image is not None or flags.queries is not None
     queries = read_queries(flags) if has_query else []
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
+    options["mirrored"] = {"auto": None, "yes": True, "no": False}[flags.mirrored]
     run = None if flags.model else select_run(flags)
     searcher = searcher_for_run(run, **options) if run else searcher_for_pretrained(flags.model, **options)
+    if process_rank() > 0:  # of torchrun or accelerate launch: the first process answers
+        return encode_share(flags, run, searcher)
     # Encoding a gallery may take hours: list it and encode the queries first, so that mistakes are reported before it.
     if flags.duplicates:
         return list_duplicates(flags, run, searcher)
@@ -149,6 +154,12 @@ def prepare_next_search(source: Path | str, searcher: Searcher) -> None:
     if searcher.use_onnx and (is_terminal() or searcher.gallery_size >= EXPORT_FROM):
         folder, is_damaged = searcher.text_encoder_folder, searcher.export_is_damaged
         export_in_background(source, searcher.store.parent, folder, is_damaged=is_damaged)
+
+
+def encode_share(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+    """Encode a share of the photos that the first process searches, and print nothing."""
+    if not flags.labels and not searches_captions(flags):
+        searcher.gallery(list_photos(flags, run))
 
 
 def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
@@ -248,8 +259,9 @@ def read_labels(labels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def report(flags: Flags, line: str) -> None:
-    """Print what is searched and with which run; to stderr if stdout is JSON."""
-    print(display_text(line), file=sys.stderr if flags.json else sys.stdout, flush=True)
+    """Print what is searched and with which run, in the first process; to stderr if stdout is JSON."""
+    if process_rank() == 0:
+        print(display_text(line), file=sys.stderr if flags.json else sys.stdout, flush=True)
 
 
 def describe_split(split: str, kind: str, count: int, total: int, run: Path, others: str) -> str:
@@ -268,17 +280,7 @@ def searches_captions(flags: Flags) -> bool:
 
 def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
     """List the photos to search, and return a function from queries (Q, F) to their matches."""
-    if flags.gallery is not None:
-        photos = list_images(flags.gallery.expanduser())
-        report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
-    else:
-        from data.loading import open_run_data
-
-        data = open_run_data(run, read_shared_config(run), flags.data_dir, flags.split or "test")
-        split, total = flags.split or "test", data.table.image.nunique()
-        photos = list_split_images(data, split)
-        others = "--split all or --gallery FOLDER"
-        report(flags, describe_split(split, "photos", len(photos.stamps), total, run, others))
+    photos = list_photos(flags, run)
     encoded = searcher.encoded_gallery(photos)
     searcher.text_only = encoded is not None and flags.image is None and (flags.query or flags.queries) is not None
 
@@ -287,6 +289,22 @@ def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
         return search_images(queries, encoded if is_open else searcher.gallery(photos), flags.top_k, flags.index)
 
     return search
+
+
+def list_photos(flags: Flags, run: Path | None) -> ImageList:
+    """List the photos of --gallery, or of a split of the run's data set, and report how many they are."""
+    if flags.gallery is not None:
+        photos = list_images(flags.gallery.expanduser())
+        report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
+        return photos
+    from data.loading import open_run_data
+
+    data = open_run_data(run, read_shared_config(run), flags.data_dir, flags.split or "test")
+    split, total = flags.split or "test", data.table.image.nunique()
+    photos = list_split_images(data, split)
+    others = "--split all or --gallery FOLDER"
+    report(flags, describe_split(split, "photos", len(photos.stamps), total, run, others))
+    return photos
 
 
 def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:

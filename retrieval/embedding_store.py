@@ -13,6 +13,7 @@ import contextlib
 import os
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,8 +23,18 @@ import numpy as np
 from data.records import IMAGE_SUFFIXES
 from data.storage import data_root, file_stamp, is_folder, list_entries
 from retrieval.gallery_journal import Journal, empty_journal, read_journal, to_lines
+from retrieval.gallery_shards import (
+    encode_shards,
+    has_shards,
+    has_taken_shards,
+    plan_shards,
+    planning_lock,
+    shard_folders,
+    take_shards,
+)
 from runtime.atomic_io import replace_file
 from runtime.cache import report_damaged
+from runtime.launcher import num_processes
 from runtime.mmap_store import append_embeddings, create_embeddings, open_embeddings, write_embeddings
 from runtime.text import display_text
 
@@ -35,6 +46,7 @@ COPY_CHUNK = 65_536  # rows copied at a time
 FileStamp = tuple[int, int]  # size in bytes and modification time in ns; a file with another stamp is encoded again
 # File names -> batches: rows (b, D) of the readable images, and per image of the batch None or why it is unreadable.
 EncodeImages = Callable[[Sequence[str]], Iterator[tuple[np.ndarray, list[str | None]]]]
+Announce = Callable[[Sequence[str]], None]
 
 
 class NotWritableError(ValueError):
@@ -99,44 +111,120 @@ def list_split_images(data: "CaptionData", split: str) -> ImageList:
     return ImageList(f"{Path(data.name).name}-{split}", data.image_root, stamps)
 
 
-def open_gallery(store: Path, photos: ImageList, encode: EncodeImages, dim: int | None = None) -> Gallery:
+def open_gallery(
+    store: Path, photos: ImageList, encode: EncodeImages, announce: Announce | None = None, *, dim: int | None = None
+) -> Gallery:
     """Open the gallery of these photos in the folder `store`, encoding only new and changed photos.
 
-    If its rows do not have `dim` values, those of a query, their file is damaged, and all photos are encoded again.
-    Ctrl-C keeps what was encoded so far. A complete gallery in a read-only cache is opened without the lock. Raises
-    ValueError if no photo can be read, or if `store` must be written to and cannot be.
+    Processes of one launcher encode a share each (gallery_shards.py), and all return the whole gallery. announce is
+    called with the names of the photos to encode before the first of them. If the rows do not have `dim` values, those
+    of a query, their file is damaged, and all photos are encoded again. Ctrl-C keeps what was encoded so far. A gallery
+    in a read-only cache is opened without the lock if no photo is missing. Raises ValueError if no photo can be read,
+    or if `store` must be written to and cannot be.
     """
     try:
+        if num_processes() > 1 or has_shards(store):
+            _encode_in_shards(store, photos.stamps, encode, announce, dim)
         with _locked(store):
-            return _open_locked(store, photos, encode, dim)
+            return _to_gallery(store, photos, *_update(store, photos.stamps, encode, announce, dim))
     except NotWritableError as error:
-        if (gallery := _open_complete(store, photos, dim)) is None:
-            raise ValueError(str(error)) from None
-        return gallery
+        return _open_complete(store, photos, str(error), dim)
 
 
-def _open_complete(store, photos, dim):
-    """Return the gallery if it needs no writing, else None."""
+def _open_complete(store, photos, reason, dim):
+    """Return the gallery of a folder that cannot be written to. Raises ValueError with the reason if photos lack."""
+    number, records, missing = 1, [], len(photos.stamps)
     with contextlib.suppress(OSError):
         number, journal = _read(store, dim)
-        stamps = {record[0]: (record[1], record[2]) for record in journal.records}
-        if stamps and stamps == photos.stamps:
-            return _to_gallery(store, photos, number, journal.records)
-    return None
+        records = journal.records
+        missing -= len(_current(records, photos.stamps))
+    if missing:
+        raise ValueError(f"{missing:,} of {len(photos.stamps):,} photos are not encoded yet, and {reason}")
+    gallery = _to_gallery(store, photos, number, records)
+    if len(records) == len(photos.stamps):
+        return gallery
+    rows = [row for row, name in enumerate(gallery.names) if name in photos.stamps]  # others were deleted
+    names = [gallery.names[row] for row in rows]
+    unreadable = {name: reason for name, reason in gallery.unreadable.items() if name in photos.stamps}
+    version = f"{gallery.version}-{zlib.crc32(repr(names).encode('utf-8', 'surrogateescape')):08x}"
+    return gallery._replace(names=names, embeddings=gallery.embeddings[rows], unreadable=unreadable, version=version)
 
 
-def _open_locked(store, photos, encode, dim):
+def _current(records, stamps):
+    """Return the records of photos that exist and have not changed."""
+    return [record for record in records if stamps.get(record[0]) == (record[1], record[2])]
+
+
+def _encode_in_shards(store, stamps, encode, announce, dim):
+    """Encode the new photos together with other processes; `_update` then appends the shards to the gallery."""
+    with writable(store), planning_lock(store):
+        known = {record[0] for record in _current(_read(store, dim)[1].records, stamps)}
+        new = [name for name in stamps if name not in known]
+        plan_shards(store, new)
+        for shard in shard_folders(store):
+            known.update(_names_in(shard, stamps))
+    remaining = [name for name in new if name not in known]
+    if remaining and announce is not None:
+        announce(remaining)
+
+    def update(shard: Path, names: Sequence[str]) -> None:
+        _update(shard, {name: stamps[name] for name in names}, encode)
+
+    try:
+        encode_shards(store, new, update)
+    except KeyboardInterrupt:
+        saved = "the photos encoded so far are saved; run the same command again to continue"
+        raise KeyboardInterrupt(saved) from None
+
+
+def _names_in(shard, stamps):
+    """Return the photos of a shard that were encoded already; another process may be writing to it."""
+    with contextlib.suppress(OSError):
+        return {record[0] for record in _current(_read(shard)[1].records, stamps)}
+    return set()
+
+
+def _update(store, stamps, encode, announce=None, dim=None):
+    """Bring the files up to date with the photos; return their number and the records."""
     number, journal = _read(store, dim)
-    current = [record for record in journal.records if photos.stamps.get(record[0]) == (record[1], record[2])]
+    current = _current(journal.records, stamps)
     if journal.damage:
         report_damaged(store / f"{number}.jsonl", journal.damage)
     if journal.damage or len(current) < len(journal.records):
         number, journal = _rewrite(store, number, journal.records, current)
+    base = store / f"{number}"
+    if has_shards(store) or has_taken_shards(store):
+        journal = _append_shards(store, base, journal, stamps)
     known = {record[0] for record in journal.records}
-    new = [name for name in photos.stamps if name not in known]
+    new = [name for name in stamps if name not in known]
+    if new and announce is not None:
+        announce(new)
     if new or not journal.is_checked:
-        _append(store / f"{number}", _prepare(store / f"{number}.jsonl", journal), new, photos.stamps, encode)
-    return _to_gallery(store, photos, number, journal.records)
+        journal = _append(base, _prepare(base.with_suffix(".jsonl"), journal), new, stamps, encode)
+    return number, journal.records
+
+
+def _append_shards(store, base, journal, stamps):
+    """Append the photos of all shards to the gallery, and delete the shards; return the journal."""
+    journal = _prepare(base.with_suffix(".jsonl"), journal)
+    known = {record[0] for record in journal.records}
+    with planning_lock(store):
+        for shard in take_shards(store):
+            number, stored = _read(shard)
+            keep = {record[0] for record in _current(stored.records, stamps)} - known
+            batch = _stored_batch(shard / f"{number}.npy", stored.records, keep)
+            names = [record[0] for record in stored.records if record[0] in keep]
+            journal = _append(base, journal, names, stamps, lambda _, batch=batch: [batch])
+            known |= keep
+    return journal
+
+
+def _stored_batch(rows_file, records, keep):
+    """Return the rows and reasons of those photos of a shard whose names are in `keep`, as `encode` yields them."""
+    readable = [record[0] for record in records if len(record) == 3]
+    rows = [row for row, name in enumerate(readable) if name in keep]
+    reasons = [record[3] if len(record) == 4 else None for record in records if record[0] in keep]
+    return open_embeddings(rows_file)[rows] if rows else np.empty((0, 0), np.float16), reasons
 
 
 def _to_gallery(store, photos, number, records):
@@ -161,7 +249,7 @@ def _prepare(path, journal):
 
 
 def _append(base, journal, new, stamps, encode):
-    """Encode the new photos; each batch is written to disk, rows before records, and appended to the records."""
+    """Encode the new photos and return the journal with them; each batch is written to disk, rows before records."""
     rows_file, path = base.with_suffix(".npy"), base.with_suffix(".jsonl")
     records, checksum = journal.records, journal.checksum
     num_rows, num_before = sum(len(record) == 3 for record in records), len(records)
@@ -180,12 +268,14 @@ def _append(base, journal, new, stamps, encode):
             with path.open("ab") as file:
                 file.write(lines)
             records += batch
+            journal = journal._replace(size=journal.size + len(lines), checksum=checksum)
     except KeyboardInterrupt:
         done = f"{len(records) - num_before:,} of {len(new):,} photos encoded and saved"
         raise KeyboardInterrupt(f"{done}; run the same command again to continue") from None
+    return journal
 
 
-def _read(store, dim):
+def _read(store, dim=None):
     """Return the number of the newest pair of files, and the part of its journal that is complete and has its rows."""
     found = [path.name for path in store.glob("*.jsonl")]
     numbers = sorted((int(name[:-6]) for name in found if re.fullmatch(r"[1-9][0-9]{0,9}\.jsonl", name)), reverse=True)
@@ -250,8 +340,9 @@ def _locked(store):
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            waiting = f"another process is encoding into {display_text(store)}; waiting for it to finish"
-            print(waiting, file=sys.stderr, flush=True)
+            if num_processes() == 1:  # else it is appending the shards that this one helped to encode
+                waiting = f"another process is encoding into {display_text(store)}; waiting for it to finish"
+                print(waiting, file=sys.stderr, flush=True)
             lock.acquire()
     try:
         yield

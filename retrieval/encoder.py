@@ -20,7 +20,8 @@ from dataset import AugmentedViews, ImageFiles
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
 from runtime.device import autocast, pick_device, pick_precision, pick_workers
-from runtime.distributed import gather_rows, gather_tensors, rank, shard_slice, world_size
+from runtime.distributed import gather_rows, gather_tensors, shard_slice
+from runtime.launcher import num_processes, process_rank
 from runtime.progress import Progress
 from runtime.run_dir import BEST
 from runtime.signals import leave_signals_to_parent
@@ -251,8 +252,10 @@ def _stack_readable(items):
 
 def _show_progress(batches, total, desc, unit, size, done=0):
     """Yield the batches, and show the progress of rank 0; done: items of an earlier, interrupted computation."""
-    process = f" (process 1 of {world_size()})" if world_size() > 1 else ""
-    with Progress(done + total, f"encoding {desc}{process}", unit=unit, initial=done, enabled=rank() == 0) as progress:
+    process = f" (process 1 of {num_processes()})" if num_processes() > 1 else ""
+    with Progress(
+        done + total, f"encoding {desc}{process}", unit=unit, initial=done, enabled=process_rank() == 0
+    ) as progress:
         for batch in batches:
             yield batch
             progress.update(size(batch))

@@ -4,11 +4,9 @@ Models are loaded at first use. A sentence needs none if its text tower was expo
 then not even imported.
 """
 
-import os
 import re
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +18,13 @@ from config import Config
 from data.archives import set_index_folder
 from retrieval import onnx_text
 from retrieval.embedding_store import Gallery, ImageList, open_gallery, writable
+from retrieval.gallery_settings import ReadingSettings, gallery_folder
+from retrieval.gallery_shards import has_shards
 from retrieval.model_key import digest, dual_encoder_key, weights_key
 from retrieval.onnx_text import OnnxTextEncoder, text_encoder_folder
 from runtime.atomic_io import replace_file
 from runtime.cache import load_cached, require
+from runtime.launcher import num_processes, process_rank
 from runtime.mmap_store import open_embeddings, write_embeddings
 from runtime.run_dir import read_shared_config
 from runtime.text import slug
@@ -62,8 +63,9 @@ class Searcher:
 
     load: called at first use, returns the Encoder and the CLIPModel; its argument text_only leaves out the image tower.
     key: identifies the weights (model_key.py). use_onnx: encode sentences with the exported text tower, if there is
-    one. text_only: set it if all queries are sentences and `gallery` will not be called; sentences then need neither
-    the image tower nor the libraries for it. Queries are (Q, F) float32.
+    one. settings: how the photos of galleries are read; `load` follows them. text_only: set it if all queries are
+    sentences and `gallery` will not be called; sentences then need neither the image tower nor the libraries for it.
+    Queries are (Q, F) float32.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Searcher:
         *,
         cache_dir: Path,
         use_onnx: bool = False,
+        settings: ReadingSettings = ReadingSettings(),  # noqa: B008 - immutable
     ):
+        self.settings = settings
         self.key, self.load, self.store = key, load, cache_dir / "galleries"
         set_index_folder(cache_dir)
         self.text_encoder_folder = text_encoder_folder(cache_dir, key)
@@ -185,6 +189,8 @@ class Searcher:
         def refuse(names):
             raise _NewPhotos
 
+        if num_processes() > 1 or has_shards(self._gallery_folder(photos)):
+            return None
         try:
             return self._open_gallery(photos, refuse)
         except _NewPhotos:
@@ -195,17 +201,30 @@ class Searcher:
 
         on_progress: called with the number of new photos that are encoded and saved, and the number of all new ones.
         """
-        messages = []
-        gallery = self._open_gallery(photos, lambda names: self._encode(photos.root, names, messages, on_progress))
-        if messages:
-            print(*messages, file=sys.stderr)
+        started = []
+
+        def gallery_encoder():  # PyTorch is imported and the model loaded only if there are photos to encode
+            if not started:
+                from retrieval.gallery_encoding import GalleryEncoder
+
+                started.append(GalleryEncoder(self.encoder, photos.root, self._gallery_folder(photos), on_progress))
+            return started[0]
+
+        gallery = self._open_gallery(
+            photos, lambda names: gallery_encoder()(names), lambda names: gallery_encoder().announce(names)
+        )
+        if started and (message := started[0].report()):
+            print(message, file=sys.stderr)
         return gallery
 
-    def _open_gallery(self, photos, encode):
-        store = self.store / self._name(photos.name, str(photos.root.resolve()))
-        gallery = open_gallery(store, photos, encode, self.dim)
+    def _gallery_folder(self, photos):
+        root = str(photos.root.resolve())
+        return gallery_folder(self.settings, lambda *parts: self.store / self._name(photos.name, root, *parts))
+
+    def _open_gallery(self, photos, encode, announce=None):
+        gallery = open_gallery(self._gallery_folder(photos), photos, encode, announce, dim=self.dim)
         self.gallery_size = len(gallery.names)
-        if gallery.unreadable:
+        if gallery.unreadable and process_rank() == 0:
             from runtime.text import format_examples, format_skipped
 
             examples = format_examples([f"{name}: {reason}" for name, reason in gallery.unreadable.items()])
@@ -223,22 +242,6 @@ class Searcher:
                 replace_file(path, lambda tmp: write_embeddings(tmp, [rows], rows.shape[1]))
             cached = open_embeddings(path)
         return cached
-
-    def _encode(self, root, names, messages, on_progress) -> Iterator[tuple[np.ndarray, list[str | None]]]:
-        remaining, started, done = iter(names), time.perf_counter(), 0
-        report = on_progress or (lambda done, total: None)
-        report(done, len(names))
-        # Decoding a camera's photo takes as long as encoding it.
-        workers = max(self.encoder.num_workers, (os.cpu_count() or 1) // 2)
-        encoder, query_bank = replace(self.encoder, num_workers=workers), self.encoder.query_bank
-        for rows, reasons in encoder.encode_image_batches([root / name for name in names], "gallery, once"):
-            batch = zip(reasons, remaining, strict=False)
-            rows = rows if query_bank is None or not len(rows) else query_bank.csls_images(rows)
-            yield rows.numpy(), [reason and reason.removeprefix(f"{root / name}: ") for reason, name in batch]
-            done += len(reasons)
-            report(done, len(names))
-        seconds = time.perf_counter() - started
-        messages.append(f"{len(names):,} photos encoded in {seconds:.0f} s ({len(names) / seconds:.0f} photos/s)")
 
     def _name(self, name, *parts):
         """Return a file name that depends on the weights and on `parts`."""
@@ -305,16 +308,34 @@ def _matches(scores, indices, items):
     return [[Match(score, items[row]) for score, row in zip(*pair, strict=True)] for pair in found]
 
 
-def searcher_for_run(folder: Path, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
-    """Return the Searcher of a run's best checkpoint. cache_dir None is the cache of the run's configuration."""
+def searcher_for_run(
+    folder: Path, *, device: str, precision: str, cache_dir: Path | None, mirrored: bool | None = None
+) -> Searcher:
+    """Return the Searcher of a run's best checkpoint. cache_dir None is the cache of the run's configuration.
+
+    mirrored: whether photos are read a second time, mirrored; None reads them as the run was trained for (tta_flip).
+    """
 
     def load(text_only: bool = False):
         from retrieval.encoder import load_encoder
 
-        return load_encoder(folder, device=device, precision=precision, text_only=text_only)
+        options = {"device": device, "precision": precision, "text_only": text_only}
+        return _load(lambda: load_encoder(folder, **options), settings)
 
-    cache_dir = Path(cache_dir or read_shared_config(folder).cache_dir)
-    return Searcher(weights_key(folder), load, cache_dir=cache_dir, use_onnx=_onnx_fits(device, precision))
+    config = read_shared_config(folder)
+    settings = ReadingSettings(precision, None if mirrored == config.tta_flip else mirrored)
+    use_onnx = _onnx_fits(device, precision)
+    cache_dir = Path(cache_dir or config.cache_dir)
+    return Searcher(weights_key(folder), load, cache_dir=cache_dir, use_onnx=use_onnx, settings=settings)
+
+
+def _load(load, settings):
+    """Return the Encoder, which reads photos as the settings say, and the model."""
+    from runtime.device import use_own_gpu
+
+    use_own_gpu()
+    encoder, model = load()
+    return encoder if settings.mirrored is None else replace(encoder, tta_flip=settings.mirrored), model
 
 
 def _onnx_fits(device, precision):
@@ -322,27 +343,34 @@ def _onnx_fits(device, precision):
     return device in ("auto", "cpu") and precision in ("auto", "float32")
 
 
-def searcher_for_pretrained(name: str, *, device: str, precision: str, cache_dir: Path | None) -> Searcher:
-    """Return the Searcher of a pretrained dual encoder, given its folder or its name on the Hugging Face Hub."""
+def searcher_for_pretrained(
+    name: str, *, device: str, precision: str, cache_dir: Path | None, mirrored: bool | None = None
+) -> Searcher:
+    """Return the Searcher of a pretrained dual encoder, given its folder or its name on the Hugging Face Hub.
+
+    mirrored: whether photos are read a second time, mirrored.
+    """
     from models.hf_hub import dual_encoder_source
 
     cache_dir, source = Path(cache_dir or Config.cache_dir), dual_encoder_source(name)
+    settings = ReadingSettings(precision, mirrored or None)
 
     def load(text_only: bool = False):
         from retrieval.encoder import load_pretrained_encoder
 
-        settings = {"max_tokens": Config.max_tokens, "device": device, "precision": precision}
-        return load_pretrained_encoder(source, text_only=text_only, **settings)
+        options = {"max_tokens": Config.max_tokens, "device": device, "precision": precision, "text_only": text_only}
+        return _load(lambda: load_pretrained_encoder(source, **options), settings)
 
     if Path(source).is_dir():
         key, use_onnx = dual_encoder_key(Path(source)), _onnx_fits(device, precision)
-        return Searcher(key, load, cache_dir=cache_dir, use_onnx=use_onnx)
+        return Searcher(key, load, cache_dir=cache_dir, use_onnx=use_onnx, settings=settings)
     loaded = load()  # only after the download is the hub's current revision known
     from huggingface_hub import try_to_load_from_cache
 
     paths = (try_to_load_from_cache(source, name) for name in ("config.json", "open_clip_config.json"))
     config_path = str(next(path for path in paths if isinstance(path, str)))  # .../snapshots/COMMIT/config.json
-    return Searcher(digest([source, Path(config_path).parent.name]), lambda **_: loaded, cache_dir=cache_dir)
+    key = digest([source, Path(config_path).parent.name])
+    return Searcher(key, lambda **_: loaded, cache_dir=cache_dir, settings=settings)
 
 
 def check_index(name: str) -> None:

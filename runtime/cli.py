@@ -15,6 +15,7 @@ from typing import TextIO, TypeVar
 
 import tyro
 
+from runtime.launcher import process_rank
 from runtime.text import CONTROL, display_text
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ def _one_line_errors(cls):
         with contextlib.redirect_stderr(errors):
             yield
     except SystemExit as error:
-        if error.code and _rank() == 0:
+        if error.code and process_rank() == 0:
             print(f"error: {_to_one_line(errors.getvalue(), flags)} (--help lists the flags)", file=sys.stderr)
         raise
 
@@ -81,7 +82,7 @@ def rename_flags(renamed: Mapping[str, str]) -> None:
         new = renamed.get(flag.removeprefix(f"--{no}").replace("-", "_")) if flag.startswith("--") else None
         if new is not None:
             sys.argv[index] = f"--{no}{new.replace('_', '-')}{value}"
-            if _rank() == 0:
+            if process_rank() == 0:
                 print(f"{flag} is now {sys.argv[index].partition('=')[0]}", file=sys.stderr)
 
 
@@ -110,7 +111,7 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # so that a terminal without Unicode shows ? instead of failing
-    if _rank() > 0:
+    if process_rank() > 0:
         _discard_stdout()  # only rank 0 prints; errors of other ranks begin with their number
     stdout, stderr = SafeStream(sys.stdout, ON_STDOUT), SafeStream(sys.stderr, ON_STDERR)
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
@@ -121,7 +122,7 @@ def _run(main):
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        if _rank() == 0:
+        if process_rank() == 0:
             print(f"\nstopped. {display_text(interrupt)}", file=sys.stderr)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process without cleaning up
         sys.exit(128 + getattr(interrupt, "signum", signal.SIGINT))
@@ -131,7 +132,7 @@ def _run(main):
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        prefix = f"process {_rank()}: " if _rank() > 0 else ""
+        prefix = f"process {process_rank()}: " if process_rank() > 0 else ""
         print(f"{prefix}error: {display_text(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)
 
@@ -161,11 +162,6 @@ class SafeStream:
 
 def _discard_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _rank() -> int:
-    """Return the rank that a launcher assigned to this process, or 0."""
-    return int(os.environ.get("RANK", 0))
 
 
 def _flag_name(argument: str) -> str:

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from runtime.launcher import local_rank, num_processes, processes_on_this_machine
+
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of glibc's mallopt
 
 
@@ -21,6 +23,12 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu":
         keep_freed_memory()
     return torch.device(name)
+
+
+def use_own_gpu() -> None:
+    """Let this process of a launcher use the GPU with its number; without a launcher or GPUs this does nothing."""
+    if num_processes() > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
 
 
 def keep_freed_memory() -> None:
@@ -61,12 +69,11 @@ def pick_workers(num_workers: int, device: torch.device) -> int:
     """
     if num_workers >= 0:
         return num_workers
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 1 if device.type == "cpu" else max(1, min(8, _usable_cores() // local_world_size))
+    return 1 if device.type == "cpu" else max(1, min(8, usable_cores() // processes_on_this_machine()))
 
 
-def _usable_cores():
-    """The cores that this process may use, which a container or a job scheduler can limit."""
+def usable_cores() -> int:
+    """Return the number of cores that this process may use, which a container or a job scheduler can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

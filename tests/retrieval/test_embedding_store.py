@@ -161,7 +161,7 @@ def test_header_with_another_width_or_type_is_healed(folder, tmp_path, capsys, c
         np.lib.format.write_array_header_1_0(file, header)
 
     encoder = FakeEncoder(folder)
-    healed = open_gallery(tmp_path / "store", list_images(folder), encoder, dim)
+    healed = open_gallery(tmp_path / "store", list_images(folder), encoder, dim=dim)
 
     assert len(encoder.encoded) == 10 and "is made again" in capsys.readouterr().err
     np.testing.assert_array_equal(healed.embeddings, np.array([encoder.row(name) for name in healed.names], np.float16))
@@ -269,8 +269,28 @@ def test_complete_gallery_in_a_read_only_cache_is_opened(folder, tmp_path, monke
     again, encoded = open_and_check(folder, tmp_path / "store")
     assert again.names == gallery.names and not encoded
     shutil.copy(folder / "photo_00.png", folder / "new.png")
-    with pytest.raises(ValueError, match="choose another cache with --cache-dir"):
+    with pytest.raises(ValueError, match=r"1 of 11 photos are not encoded yet.*another cache with --cache-dir"):
         open_and_check(folder, tmp_path / "store")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_gallery_in_a_read_only_cache_is_opened_without_the_photos_that_were_deleted(
+    folder, tmp_path, monkeypatch, processes
+):
+    gallery, _ = open_and_check(folder, tmp_path / "store")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setattr("filelock.FileLock.acquire", lambda *_, **__: _refuse())
+    (folder / gallery.names[2]).unlink()
+    again, encoded = open_and_check(folder, tmp_path / "store")
+    assert again.names == gallery.names[:2] + gallery.names[3:] and not encoded
+    assert again.version != gallery.version
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+
+
+def _refuse():
+    raise PermissionError(13, "Permission denied")
 
 
 @pytest.mark.parametrize("name", ["photos.zip", "photos.tar"])
