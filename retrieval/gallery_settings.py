@@ -27,11 +27,9 @@ def gallery_folder(settings: ReadingSettings, folder_for: Callable[..., Path]) -
     """Return the folder of a gallery; folder_for(*parts) is the folder whose name depends on these parts too."""
     parts = [] if settings.mirrored is None else [f"mirrored={settings.mirrored}"]
     folder = folder_for(*parts)
-    if settings.precision == "auto":
+    if settings.precision == "auto" or recorded_precision(folder) in (None, settings.precision):
         return folder
-    recorded = recorded_precision(folder)
-    is_old = recorded is None and any(folder.glob("*.jsonl"))
-    return folder if is_old or recorded == settings.precision else folder_for(*parts, settings.precision)
+    return folder_for(*parts, settings.precision)
 
 
 def recorded_precision(folder: Path) -> str | None:

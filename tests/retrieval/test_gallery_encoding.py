@@ -125,11 +125,13 @@ def test_a_chosen_precision_has_a_gallery_of_its_own(tmp_path):
     def folder(*settings):
         return gallery_folder(ReadingSettings(*settings), lambda *parts: tmp_path / "-".join(["gallery", *parts]))
 
-    assert folder("auto").name == "gallery" and folder("float32").name == "gallery-float32"
+    assert folder("auto").name == folder("float32").name == "gallery"  # whichever comes first
     (tmp_path / "gallery").mkdir()
     record_precision(tmp_path / "gallery", "bfloat16")
     assert folder("bfloat16").name == "gallery" and folder("float32").name == "gallery-float32"
     assert folder("auto", False).name == "gallery-mirrored=False"
+    (tmp_path / "gallery-mirrored=True").mkdir()
+    record_precision(tmp_path / "gallery-mirrored=True", "bfloat16")
     assert folder("float32", True).name == "gallery-mirrored=True-float32"
 
 
