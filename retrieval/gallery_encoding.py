@@ -31,12 +31,11 @@ class Speed(NamedTuple):
 class GalleryEncoder:
     """Encode photos below `root` as `embedding_store.open_gallery` asks for them, and print what that takes.
 
-    store: the gallery's folder, whose recorded precision counts. seconds and count add up over the calls: a gallery may
-    be encoded in several shards.
+    store: the gallery's folder, whose recorded precision counts.
     """
 
     def __init__(self, encoder: Encoder, root: Path, store: Path):
-        self.root, self.store, self.seconds, self.count = root, store, 0.0, 0
+        self.root, self.store, self.count, self._started = root, store, 0, time.perf_counter()
         self._cores = max(1, usable_cores() // processes_on_this_machine())
         # Decoding a camera's photo takes as long as encoding it.
         self.encoder = replace(encoder, num_workers=max(encoder.num_workers, self._cores // 2))
@@ -47,8 +46,12 @@ class GalleryEncoder:
             self.encoder = replace(self.encoder, precision=getattr(torch, recorded))
         elif process_rank() == 0:
             record_precision(self.store, str(self.encoder.precision).removeprefix("torch."))
-        if len(names) < MEASURE_FROM or (speed := measure_speed(self.encoder, self._sample(names))) is None:
-            return
+        self.count += len(names)
+        if len(names) >= MEASURE_FROM and (speed := measure_speed(self.encoder, self._sample(names))) is not None:
+            self._plan(names, speed)
+        self._started = time.perf_counter()
+
+    def _plan(self, names, speed):
         on_cpu, passes = self.encoder.device.type == "cpu", 1 + self.encoder.tta_flip
         self.encoder = replace(self.encoder, num_workers=decoding_processes(speed, passes, self._cores, on_cpu=on_cpu))
         if process_rank() > 0:
@@ -64,21 +67,19 @@ class GalleryEncoder:
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[np.ndarray, list[str | None]]]:
         """Yield the rows (b, F) of each batch, and per photo None or the reason why it cannot be read."""
-        remaining, started, query_bank = iter(names), time.perf_counter(), self.encoder.query_bank
+        remaining, query_bank = iter(names), self.encoder.query_bank
         for rows, reasons in self.encoder.encode_image_batches([self.root / name for name in names], "gallery, once"):
             batch = zip(reasons, remaining, strict=False)
             rows = rows if query_bank is None or not len(rows) else query_bank.csls_images(rows)
             yield rows.numpy(), [reason and reason.removeprefix(f"{self.root / name}: ") for reason, name in batch]
-            self.count += len(reasons)
-        self.seconds += time.perf_counter() - started
 
     def report(self) -> str | None:
-        """Return how many photos were encoded and how fast, or None if there were none, or in other processes."""
-        if not self.count or process_rank() > 0:
+        """Return how many photos were encoded and how fast; None in all processes of a launcher but the first."""
+        if process_rank() > 0:
             return None
-        speed = f"in {self.seconds:.0f} s ({self.count / max(self.seconds, 1e-9):.0f} photos/s)"
-        share = f" by this process, one of {num_processes()}," if num_processes() > 1 else ""
-        return f"{self.count:,} photos encoded{share} {speed}"
+        seconds = time.perf_counter() - self._started
+        by = f" by {num_processes()} processes" if num_processes() > 1 else ""
+        return f"{self.count:,} photos encoded{by} in {seconds:.0f} s ({self.count / max(seconds, 1e-9):.0f} photos/s)"
 
     def _sample(self, names):
         return [self.root / names[len(names) * number // SAMPLE] for number in range(SAMPLE)]

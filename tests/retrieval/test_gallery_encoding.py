@@ -84,8 +84,9 @@ def test_the_price_of_mirrored_reading_is_printed(encoder, root, tmp_path, capsy
 
 def test_of_several_processes_the_first_prints_the_time_of_all(encoder, root, tmp_path, capsys, monkeypatch):
     names, launched = ["photo_00.png"] * 3000, {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "2"}
-    _, line = announced(encoder, root, tmp_path, names, capsys, monkeypatch, RANK="0", **launched)
+    first, line = announced(encoder, root, tmp_path, names, capsys, monkeypatch, RANK="0", **launched)
     assert line == "encoding 3,000 photos: about 2 min\n"
+    assert first.report().startswith("3,000 photos encoded by 3 processes in ")
     gallery_encoder, line = announced(encoder, root, tmp_path, names, capsys, monkeypatch, RANK="1", **launched)
     assert line == ""
     assert len(list(gallery_encoder(["photo_00.png"]))) == 1 and gallery_encoder.report() is None
@@ -106,7 +107,8 @@ def test_rows_are_those_of_the_encoder_and_reasons_lack_the_folder(encoder, root
     expected, _ = encoder.encode_images([root / name for name in names], "")
     assert torch.equal(torch.from_numpy(rows), expected)
     assert reasons == [None] * 20 + ["No such file or directory"]
-    assert gallery_encoder.report().startswith("21 photos encoded in ")
+    gallery_encoder.announce(names)
+    assert gallery_encoder.report().startswith("20 photos encoded in ")
 
 
 def test_a_gallery_keeps_the_precision_of_its_first_photo(encoder, root, tmp_path):

@@ -1,0 +1,139 @@
+"""Measure the encoding of a gallery on this machine: `python -m benchmarks.encoding --gallery FOLDER`.
+
+Compares, in alternating order so that other work on the machine affects all of them alike: the bare forward pass over
+pixels in memory, the same photos encoded from their files, two processes of torchrun, and another checkout of this
+repository (--other). Prints medians.
+"""
+
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).parents[1]
+SPEED = re.compile(r"photos encoded.* in \d+ s \((\d+) photos/s\)")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Encode the first photos of a folder again and again."""
+
+    gallery: Path  # a folder with photos
+    run: Path | None = None  # the run's folder; default: the newest finished run
+    photos: int = 512  # number of photos; whole batches of 64
+    rounds: int = 5  # number of measurements of each kind
+    other: Path | None = None  # another checkout of this repository, to compare with
+    processes: bool = True  # also measure two processes of torchrun against one
+
+
+def main(flags: Flags) -> None:
+    from runtime.run_dir import newest_finished_run
+
+    run = (flags.run or newest_finished_run("runs")).absolute()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "photos"
+        link_photos(flags.gallery, folder, flags.photos)
+        compare(in_memory_and_from_files(run, folder), flags.rounds)
+        commands = {"python infer.py": (ROOT, 1)}
+        if flags.processes:
+            commands["torchrun, 2 processes"] = (ROOT, 2)
+        if flags.other is not None:
+            commands[f"python infer.py of {flags.other}"] = (flags.other.absolute(), 1)
+        if len(commands) > 1:
+            compare({name: search(*place, run, folder) for name, place in commands.items()}, flags.rounds)
+
+
+def link_photos(source: Path, folder: Path, count: int) -> None:
+    """Fill a folder with links to the first `count` photos of `source`. Raises ValueError if there are fewer."""
+    from retrieval.embedding_store import list_images
+
+    names = list(list_images(source).stamps)
+    if len(names) < count:
+        raise ValueError(f"{source} has {len(names):,} photos, fewer than --photos {count:,}")
+    folder.mkdir()
+    for number, name in enumerate(names[:count]):
+        (folder / f"{number:06d}{Path(name).suffix}").symlink_to((source / name).absolute())
+
+
+def compare(measurements: dict[str, Callable[[], float]], rounds: int) -> None:
+    """Print the median photos/s of each measurement, and its ratio to the first one round by round."""
+    speeds = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            speeds[name].append(measure())
+    first = next(iter(speeds.values()))
+    for name, values in speeds.items():
+        ratio = statistics.median(value / base for value, base in zip(values, first, strict=True))
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        print(f"{name:40} {statistics.median(values):7.1f} photos/s ({spread})   {ratio:.2f} of the first", flush=True)
+
+
+def in_memory_and_from_files(run: Path, folder: Path) -> dict[str, Callable[[], float]]:
+    """Return functions that encode the photos in this process and return photos/s."""
+    from retrieval.encoder import IMAGE_BATCH, load_encoder
+    from retrieval.gallery_encoding import GalleryEncoder
+
+    encoder, _ = load_encoder(run, device="auto", precision="auto")
+    names = sorted(path.name for path in folder.iterdir())
+    files = [folder / name for name in names[:IMAGE_BATCH]]
+    (images,) = read_pixels(replace(encoder, num_workers=0), files)
+    gallery_encoder = GalleryEncoder(encoder, folder, folder.parent)
+    gallery_encoder.announce(names)
+    workers = gallery_encoder.encoder.num_workers
+    print(f"{encoder.device}, {encoder.precision}, decoding processes: {workers}", flush=True)
+
+    def forward() -> None:
+        for _ in range(len(names) // IMAGE_BATCH):
+            encoder.embed_pixels(images)
+
+    def from_files() -> None:
+        for _ in gallery_encoder(names):
+            pass
+
+    return {"forward pass in memory": timed(forward, len(names)), "encoded from files": timed(from_files, len(names))}
+
+
+def read_pixels(encoder, files: list[Path]) -> list:
+    """Return the batches of preprocessed photos."""
+    from dataset import ImageFiles
+
+    batches = encoder.pixel_batches(ImageFiles(files, preprocess=encoder.preprocess), "")
+    return [pixels for pixels, _ in batches]
+
+
+def timed(function: Callable[[], None], count: int) -> Callable[[], float]:
+    """Return a function that calls `function` and returns count per second."""
+
+    def measure() -> float:
+        started = time.perf_counter()
+        function()
+        return count / (time.perf_counter() - started)
+
+    return measure
+
+
+def search(root: Path, processes: int, run: Path, folder: Path) -> Callable[[], float]:
+    """Return a function that encodes the folder with infer.py of a checkout into a new cache; it returns photos/s."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(root / "infer.py"), "a dog in snow", "--json"]
+
+    def measure() -> float:
+        with tempfile.TemporaryDirectory() as cache:
+            arguments = [*command, "--run", str(run), "--gallery", str(folder), "--cache-dir", cache]
+            environment = {**os.environ, "NO_BACKGROUND_EXPORT": "1"}
+            done = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, check=True)
+        return float(SPEED.search(done.stderr)[1])
+
+    return measure
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags))
