@@ -2,7 +2,8 @@
 
 Compares, in alternating order so that other work on the machine affects all of them alike: the bare forward pass over
 pixels in memory, the same photos encoded from their files, two processes of torchrun, and another checkout of this
-repository (--other). Prints medians.
+repository (--other). Prints medians. Photos per second of CPU time, of all processes together, depend less on other
+work on the machine.
 """
 
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import tyro
 
@@ -48,7 +50,7 @@ def main(flags: Flags) -> None:
         if flags.other is not None:
             commands[f"python infer.py of {flags.other}"] = (flags.other.absolute(), 1)
         if len(commands) > 1:
-            compare({name: search(*place, run, folder) for name, place in commands.items()}, flags.rounds)
+            compare({name: search(*place, run, folder, flags.photos) for name, place in commands.items()}, flags.rounds)
 
 
 def link_photos(source: Path, folder: Path, count: int) -> None:
@@ -63,21 +65,31 @@ def link_photos(source: Path, folder: Path, count: int) -> None:
         (folder / f"{number:06d}{Path(name).suffix}").symlink_to((source / name).absolute())
 
 
-def compare(measurements: dict[str, Callable[[], float]], rounds: int) -> None:
-    """Print the median photos/s of each measurement, and its ratio to the first one round by round."""
+class Speed(NamedTuple):
+    """Photos per second of wall time, and of CPU time of this process and those that it started."""
+
+    wall: float
+    cpu: float
+
+
+def compare(measurements: dict[str, Callable[[], Speed]], rounds: int) -> None:
+    """Print the median speeds of each measurement, and their ratios to the first one round by round."""
     speeds = {name: [] for name in measurements}
     for _ in range(rounds):
         for name, measure in measurements.items():
             speeds[name].append(measure())
     first = next(iter(speeds.values()))
     for name, values in speeds.items():
-        ratio = statistics.median(value / base for value, base in zip(values, first, strict=True))
-        spread = f"{min(values):.1f} to {max(values):.1f}"
-        print(f"{name:40} {statistics.median(values):7.1f} photos/s ({spread})   {ratio:.2f} of the first", flush=True)
+        print(f"{name}:")
+        for field, unit in (("wall", "photos/s"), ("cpu", "photos per second of CPU time")):
+            rates = [getattr(value, field) for value in values]
+            ratio = statistics.median(rate / getattr(base, field) for rate, base in zip(rates, first, strict=True))
+            spread = f"{min(rates):.1f} to {max(rates):.1f}"
+            print(f"  {statistics.median(rates):7.1f} {unit} ({spread}), {ratio:.2f} of the first", flush=True)
 
 
-def in_memory_and_from_files(run: Path, folder: Path) -> dict[str, Callable[[], float]]:
-    """Return functions that encode the photos in this process and return photos/s."""
+def in_memory_and_from_files(run: Path, folder: Path) -> dict[str, Callable[[], Speed]]:
+    """Return functions that encode the photos in this process and return the speed."""
     from retrieval.encoder import IMAGE_BATCH, load_encoder
     from retrieval.gallery_encoding import GalleryEncoder
 
@@ -109,28 +121,32 @@ def read_pixels(encoder, files: list[Path]) -> list:
     return [pixels for pixels, _ in batches]
 
 
-def timed(function: Callable[[], None], count: int) -> Callable[[], float]:
-    """Return a function that calls `function` and returns count per second."""
+def timed(function: Callable[[], None], count: int) -> Callable[[], Speed]:
+    """Return a function that calls `function`, which encodes `count` photos, and returns their speed."""
 
-    def measure() -> float:
-        started = time.perf_counter()
+    def measure() -> Speed:
+        started, cpu = time.perf_counter(), sum(os.times()[:4])
         function()
-        return count / (time.perf_counter() - started)
+        return Speed(count / (time.perf_counter() - started), count / (sum(os.times()[:4]) - cpu))
 
     return measure
 
 
-def search(root: Path, processes: int, run: Path, folder: Path) -> Callable[[], float]:
-    """Return a function that encodes the folder with infer.py of a checkout into a new cache; it returns photos/s."""
+def search(root: Path, processes: int, run: Path, folder: Path, count: int) -> Callable[[], Speed]:
+    """Return a function that encodes the folder with infer.py of a checkout into a new cache, and returns the speed.
+
+    Its CPU time includes the start of Python, the wall time does not.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(root / "infer.py"), "a dog in snow", "--json"]
 
-    def measure() -> float:
+    def measure() -> Speed:
+        cpu = sum(os.times()[:4])
         with tempfile.TemporaryDirectory() as cache:
             arguments = [*command, "--run", str(run), "--gallery", str(folder), "--cache-dir", cache]
             environment = {**os.environ, "NO_BACKGROUND_EXPORT": "1"}
             done = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, check=True)
-        return float(SPEED.search(done.stderr)[1])
+        return Speed(float(SPEED.search(done.stderr)[1]), count / (sum(os.times()[:4]) - cpu))
 
     return measure
 
