@@ -132,7 +132,7 @@ def test_interrupted_shards_are_continued_with_any_number_of_processes(later, ph
     else:
         as_process(monkeypatch, 2, 3)
     encoded, announced = [], []
-    gallery = open_gallery(tmp_path / "store", photos, lambda names: encode(names, encoded), announced.append)
+    gallery = open_gallery(tmp_path / "store", photos, lambda names: encode(names, encoded), announce=announced.append)
     assert len(gallery.names) == 588 and len(encoded) == COUNT - 3 * 64
     assert content(tmp_path / "store") == expected
     assert [len(names) for names in announced] == [COUNT - 3 * 64]
