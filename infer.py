@@ -1,6 +1,7 @@
 """Search with a trained run: `python infer.py "a dog in snow"` finds photos, `--image dog.jpg` finds captions."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +120,8 @@ def is_terminal() -> bool:
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
+    # Read when PyTorch is imported: its threads sleep while they wait, and the processes that decode photos run instead.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     has_query = flags.query is not None or flags.image is not None or flags.queries is not None
     queries = read_queries(flags) if has_query else []
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}

@@ -1,6 +1,7 @@
 """infer.py under torchrun: every process encodes a share, the first one answers; and how photos are read."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,18 @@ def test_photos_read_once_have_a_gallery_of_their_own(workdir):
         assert done.returncode == 0, done.stderr
         found[mirrored] = [match["score"] for match in json.loads(done.stdout)["matches"]]
     assert len(galleries()) == 2 and found["auto"] == found["yes"] != found["no"]
+
+
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(workdir, monkeypatch):
+    import infer
+
+    write_image_folder(workdir / "holiday", 2)
+    for before, after in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.environ", {**os.environ, **({"OMP_WAIT_POLICY": before} if before else {})})
+            patch.setattr("sys.argv", ["infer.py", "red", "--gallery", "holiday", "--json"])
+            infer.main()
+            assert os.environ["OMP_WAIT_POLICY"] == after
 
 
 def test_api_reads_photos_as_chosen(workdir):
