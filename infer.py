@@ -120,7 +120,7 @@ def is_terminal() -> bool:
 
 def main() -> None:
     flags = cli.parse_flags(Flags)
-    # Read when PyTorch is imported: its threads sleep while they wait, and the processes that decode photos run instead.
+    # PyTorch's threads then sleep while they wait, instead of taking the cores from the processes that decode photos.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     has_query = flags.query is not None or flags.image is not None or flags.queries is not None
     queries = read_queries(flags) if has_query else []

@@ -39,6 +39,8 @@ class Flags:
 def main(flags: Flags) -> None:
     from runtime.run_dir import newest_finished_run
 
+    own_environment = dict(os.environ)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as infer.py does
     run = (flags.run or newest_finished_run("runs")).absolute()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "photos"
@@ -50,7 +52,7 @@ def main(flags: Flags) -> None:
         if flags.other is not None:
             commands[f"python infer.py of {flags.other}"] = (flags.other.absolute(), 1)
         if len(commands) > 1:
-            compare({name: search(*place, run, folder, flags.photos) for name, place in commands.items()}, flags.rounds)
+            compare({name: search(*place, run, folder, flags.photos, own_environment) for name, place in commands.items()}, flags.rounds)
 
 
 def link_photos(source: Path, folder: Path, count: int) -> None:
@@ -132,7 +134,7 @@ def timed(function: Callable[[], None], count: int) -> Callable[[], Speed]:
     return measure
 
 
-def search(root: Path, processes: int, run: Path, folder: Path, count: int) -> Callable[[], Speed]:
+def search(root: Path, processes: int, run: Path, folder: Path, count: int, environment: dict) -> Callable[[], Speed]:
     """Return a function that encodes the folder with infer.py of a checkout into a new cache, and returns the speed.
 
     Its CPU time includes the start of Python, the wall time does not.
@@ -144,8 +146,8 @@ def search(root: Path, processes: int, run: Path, folder: Path, count: int) -> C
         cpu = sum(os.times()[:4])
         with tempfile.TemporaryDirectory() as cache:
             arguments = [*command, "--run", str(run), "--gallery", str(folder), "--cache-dir", cache]
-            environment = {**os.environ, "NO_BACKGROUND_EXPORT": "1"}
-            done = subprocess.run(arguments, cwd=root, env=environment, capture_output=True, text=True, check=True)
+            variables = {**environment, "NO_BACKGROUND_EXPORT": "1"}
+            done = subprocess.run(arguments, cwd=root, env=variables, capture_output=True, text=True, check=True)
         return Speed(float(SPEED.search(done.stderr)[1]), count / (sum(os.times()[:4]) - cpu))
 
     return measure
