@@ -39,7 +39,7 @@ class Flags:
 def main(flags: Flags) -> None:
     from runtime.run_dir import newest_finished_run
 
-    own_environment = dict(os.environ)
+    own = dict(os.environ)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as infer.py does
     run = (flags.run or newest_finished_run("runs")).absolute()
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,7 +52,8 @@ def main(flags: Flags) -> None:
         if flags.other is not None:
             commands[f"python infer.py of {flags.other}"] = (flags.other.absolute(), 1)
         if len(commands) > 1:
-            compare({name: search(*place, run, folder, flags.photos, own_environment) for name, place in commands.items()}, flags.rounds)
+            measured = {name: search(*place, run, folder, flags.photos, own) for name, place in commands.items()}
+            compare(measured, flags.rounds)
 
 
 def link_photos(source: Path, folder: Path, count: int) -> None:
