@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from retrieval.encoder import IMAGE_BATCH, Encoder
 from retrieval.gallery_settings import record_precision, recorded_precision
 from runtime.device import usable_cores
 from runtime.launcher import num_processes, process_rank, processes_on_this_machine
+from runtime.progress import format_duration
 
 MEASURE_FROM = 128  # photos; below, measuring would take as long as a good part of the work
 SAMPLE = 8  # photos that are measured
@@ -31,10 +32,14 @@ class Speed(NamedTuple):
 class GalleryEncoder:
     """Encode photos below `root` as `embedding_store.open_gallery` asks for them, and print what that takes.
 
-    store: the gallery's folder, whose recorded precision counts.
+    store: the gallery's folder, whose recorded precision counts. on_progress: called with the number of photos that
+    this process has encoded and that are saved, and the number of all that are to be encoded.
     """
 
-    def __init__(self, encoder: Encoder, root: Path, store: Path):
+    def __init__(
+        self, encoder: Encoder, root: Path, store: Path, on_progress: Callable[[int, int], None] | None = None
+    ):
+        self.done, self.on_progress = 0, on_progress or (lambda done, total: None)
         self.root, self.store, self.count, self._started = root, store, 0, time.perf_counter()
         self._cores = max(1, usable_cores() // processes_on_this_machine())
         # Decoding a camera's photo takes as long as encoding it.
@@ -49,6 +54,7 @@ class GalleryEncoder:
         self.count += len(names)
         if len(names) >= MEASURE_FROM and (speed := measure_speed(self.encoder, self._sample(names))) is not None:
             self._plan(names, speed)
+        self.on_progress(self.done, self.count)
         self._started = time.perf_counter()
 
     def _plan(self, names, speed):
@@ -60,9 +66,9 @@ class GalleryEncoder:
             len(names) * seconds_per_photo(speed, count, self._cores, on_cpu=on_cpu) / num_processes()
             for count in (passes, 1)
         )
-        line = f"encoding {len(names):,} photos: about {format_duration(seconds)}"
+        line = f"encoding {len(names):,} photos: about {format_duration(max(1, seconds))}"
         if passes > 1:
-            line += f", each of them mirrored too (about {format_duration(single)} with --mirrored no)"
+            line += f", each of them mirrored too (about {format_duration(max(1, single))} with --mirrored no)"
         print(line, file=sys.stderr, flush=True)
 
     def __call__(self, names: Sequence[str]) -> Iterator[tuple[np.ndarray, list[str | None]]]:
@@ -72,6 +78,8 @@ class GalleryEncoder:
             batch = zip(reasons, remaining, strict=False)
             rows = rows if query_bank is None or not len(rows) else query_bank.csls_images(rows)
             yield rows.numpy(), [reason and reason.removeprefix(f"{self.root / name}: ") for reason, name in batch]
+            self.done += len(reasons)
+            self.on_progress(self.done, self.count)
 
     def report(self) -> str | None:
         """Return how many photos were encoded and how fast; None in all processes of a launcher but the first."""
@@ -118,11 +126,3 @@ def seconds_per_photo(speed: Speed, passes: int, cores: int, *, on_cpu: bool) ->
 def decoding_processes(speed: Speed, passes: int, cores: int, *, on_cpu: bool) -> int:
     """Return how many processes decode as fast as the tower encodes, at most one per core."""
     return min(cores, max(1, math.ceil(speed.decode / seconds_per_photo(speed, passes, cores, on_cpu=on_cpu) - 0.05)))
-
-
-def format_duration(seconds: float) -> str:
-    """Format an estimated time in the largest unit that fits, with one significant digit below ten."""
-    for size, unit in ((86_400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{max(1, seconds):.0f} s"

@@ -13,7 +13,6 @@ from retrieval.gallery_encoding import (
     GalleryEncoder,
     Speed,
     decoding_processes,
-    format_duration,
     measure_speed,
     seconds_per_photo,
 )
@@ -47,14 +46,6 @@ def test_as_many_processes_decode_as_pay(decode, encode, cores, on_cpu, seconds,
     speed = Speed(decode, encode)
     assert seconds_per_photo(speed, 1, cores, on_cpu=on_cpu) == pytest.approx(seconds)
     assert decoding_processes(speed, 1, cores, on_cpu=on_cpu) == processes
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0.2, "1 s"), (45, "45 s"), (89, "89 s"), (120, "2 min"), (3600, "60 min"), (7300, "2 h"), (200_000, "2 days")],
-)
-def test_durations_have_the_unit_that_fits(seconds, text):
-    assert format_duration(seconds) == text
 
 
 def announced(encoder, root, store, names, capsys, monkeypatch, **environment):
