@@ -63,6 +63,11 @@ def _pairs(report, log):
         return []
     names = list(dict.fromkeys(name for name, _, _ in pairs["listed"][: pairs["clear"]]))[:3]
     share = 100 * pairs["clear"] / report["n_captions"]
+    if pairs["clear"] == 1:
+        return [
+            f"One caption ({share:.1f} %) fits its photo far worse than the others do, that of {names[0]}: look at it "
+            "below, it may belong to another photo."
+        ]
     return [
         f"{pairs['clear']:,} captions ({share:.1f} %) fit their photo far worse than the others do, those of "
         f"{', '.join(names)} worst of all: look at them below, some may belong to another photo."
@@ -74,9 +79,9 @@ def _duplicates(report, log):
         return []
     pair = report["duplicates"][0]
     count = len(report["duplicates"])
-    many = f"At least {count}" if count == report["max_listed"] else str(count)
+    many = f"At least {count} photos have" if count == report["max_listed"] else f"{count} photos have"
     return [
-        f"{many} photos have a near-duplicate in another split, for example {pair['first']['name']} and "
+        f"{'One photo has' if count == 1 else many} a near-duplicate in another split, for example {pair['first']['name']} and "
         f"{pair['second']['name']}: recall on such photos shows memory, not understanding."
     ]
 
@@ -85,10 +90,11 @@ def _repeats(report, log):
     if not report["repeated"]:
         return []
     caption, photos = report["repeated"][0]
-    return [
-        f"{len(report['repeated']):,} captions belong to several photos, “{caption}” to {photos}. No model can tell "
-        "which of these photos is meant."
-    ]
+    count = len(report["repeated"])
+    found = f"{count:,} captions belong to several photos, “{caption}” to {photos}"
+    if count == 1:
+        found = f"One caption belongs to several photos: “{caption}” to {photos}"
+    return [f"{found}. No model can tell which of these photos is meant."]
 
 
 def _hubs(report, log):

@@ -184,6 +184,38 @@ def test_findings_name_memorised_training_pairs(pool):
     assert any("--freeze-image" in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (
+            1,
+            (
+                "One caption (0.3 %) fits its photo",
+                "One photo has a",
+                "One caption belongs to several photos: “a dog” to",
+            ),
+        ),
+        (
+            2,
+            (
+                "2 captions (0.7 %) fit their photo",
+                "2 photos have a",
+                "2 captions belong to several photos, “a dog” to",
+            ),
+        ),
+    ],
+)
+def test_findings_count_in_the_singular_and_the_plural(pool, count, expected):
+    report = build_report(pool, "test")
+    pair = {"first": {"name": "a.png"}, "second": {"name": "b.png"}}
+    report["pairs"] = {"clear": count, "listed": [(f"{n}.png", "a dog", 0) for n in range(count)]}
+    report |= {"duplicates": [pair] * count, "repeated": [("a dog", 3)] * count}
+
+    texts = findings(report, [])
+
+    assert all(any(text.startswith(start) for text in texts) for start in expected)
+
+
 def test_worst_sentence_is_listed_with_the_rank_of_its_photo(pool):
     row = 50 * CAPTIONS  # a test photo's caption
     pool.text_emb[row] = -pool.image_emb[50]
