@@ -79,10 +79,12 @@ def _duplicates(report, log):
         return []
     pair = report["duplicates"][0]
     count = len(report["duplicates"])
-    many = f"At least {count} photos have" if count == report["max_listed"] else f"{count} photos have"
+    many = "One photo has" if count == 1 else f"{count} photos have"
+    if count == report["max_listed"]:
+        many = f"At least {many}"
     return [
-        f"{'One photo has' if count == 1 else many} a near-duplicate in another split, for example {pair['first']['name']} and "
-        f"{pair['second']['name']}: recall on such photos shows memory, not understanding."
+        f"{many} a near-duplicate in another split, for example {pair['first']['name']} and {pair['second']['name']}: "
+        f"recall on such photos shows memory, not understanding."
     ]
 
 
