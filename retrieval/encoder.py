@@ -73,9 +73,12 @@ class Encoder:
         """Return the cache of preprocessed images for these paths, or None without cache_images."""
         return ImageCache(paths, self.preprocess, self.cache_dir) if self.cache_images else None
 
-    def encode_split(self, split: "Split", name: str) -> EncodedSplit:
-        """Encode a split, sharded over the processes; report unreadable images and skip them and their captions."""
-        image_emb, readable = self.encode_images(split.paths, name)
+    def encode_split(self, split: "Split", name: str, loader: DataLoader | None = None) -> EncodedSplit:
+        """Encode a split, sharded over the processes; report unreadable images and skip them and their captions.
+
+        loader: an `image_loader` of this process's shard of the images, to use its processes again.
+        """
+        image_emb, readable = self.encode_images(split.paths, name, loader)
         report_unreadable(split, readable.numpy(), name)
         caption_image_ids = torch.from_numpy(split.caption_image_ids)
         captions = readable[caption_image_ids].nonzero().squeeze(1)
@@ -85,12 +88,16 @@ class Encoder:
             image_emb, text_emb, new_row[caption_image_ids[captions]], readable.nonzero().squeeze(1), captions
         )
 
-    def encode_images(self, paths: Sequence[Path], desc: str) -> tuple[Tensor, Tensor]:
+    def encode_images(
+        self, paths: Sequence[Path], desc: str, loader: DataLoader | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Encode images -> rows (N, F) of the readable ones in order, float32 on the CPU; readable (len(paths),) bool.
 
-        Each process encodes its shard, and all of them return all rows. desc names them for the progress.
+        Each process encodes its shard, and all of them return all rows. desc names them for the progress; loader
+        as in encode_split.
         """
-        batches = list(self.encode_image_batches(paths[shard_slice(len(paths))], desc))
+        shard = paths[shard_slice(len(paths))]
+        batches = list(self.encode_image_batches(shard, desc) if loader is None else self._encode_all(loader, desc))
         rows = [batch for batch, _ in batches if len(batch)]
         readable = [reason is None for _, reasons in batches for reason in reasons]
         local = [torch.cat(rows) if rows else torch.empty(0), torch.tensor(readable, dtype=torch.bool)]
@@ -103,8 +110,10 @@ class Encoder:
         A batch is the rows (b, F) of its readable images, float32 on the CPU, and for each image None or the reason
         why it cannot be read.
         """
-        files = ImageFiles(paths, preprocess=self.preprocess, image_cache=self.image_cache(paths))
-        for pixels, reasons in self.pixel_batches(files, desc):
+        yield from self._encode_all(self.image_loader(paths), desc)
+
+    def _encode_all(self, loader, desc):
+        for pixels, reasons in _show_progress(loader, len(loader.dataset), desc, "photos", lambda batch: len(batch[1])):
             yield torch.empty(0) if pixels is None else self.embed_pixels(pixels), reasons
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
@@ -119,20 +128,31 @@ class Encoder:
     ) -> Iterator[tuple[Tensor | None, list[str | None]]]:
         """Yield batches of decoded images: the pixels of the readable ones, or None if there are none, and for each
         image None or the reason why it cannot be read. done: images before these, which the progress counts too."""
-        loader = DataLoader(
+        loader = self._loader(files, batch_size)
+        yield from _show_progress(loader, len(files), desc, "photos", lambda batch: len(batch[1]), done)
+
+    def image_loader(self, paths: Sequence[Path], *, persistent: bool = False) -> DataLoader:
+        """Return the loader of `encode_image_batches`; persistent: its processes wait for the next iteration."""
+        files = ImageFiles(paths, preprocess=self.preprocess, image_cache=self.image_cache(paths))
+        return self._loader(files, IMAGE_BATCH, persistent=persistent)
+
+    def _loader(self, files, batch_size, *, persistent=False):
+        num_workers = min(self.num_workers, -(-len(files) // batch_size))
+        return DataLoader(
             files,
             batch_size=batch_size,
-            num_workers=min(self.num_workers, -(-len(files) // batch_size)),
+            num_workers=num_workers,
             collate_fn=_stack_readable,
             worker_init_fn=leave_signals_to_parent,
+            persistent_workers=persistent and num_workers > 0,
+            pin_memory=self.device.type == "cuda",
         )
-        yield from _show_progress(loader, len(files), desc, "photos", lambda batch: len(batch[1]), done)
 
     @torch.inference_mode()
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Apply `function`, a part of the model, on this Encoder's device and under its autocast; output on the CPU."""
         with autocast(self.device, self.precision):
-            return function(*(rows.to(self.device) for rows in inputs)).cpu()
+            return function(*(rows.to(self.device, non_blocking=rows.is_pinned()) for rows in inputs)).cpu()
 
     def encode_captions(self, captions: Sequence[str], desc: str) -> Tensor:
         """Encode captions -> rows (M, H) in order, float32 on the CPU. Captions of similar length share a batch.
@@ -297,7 +317,10 @@ def build_training_encoder(config: Config, model: CLIPModel, tokenizer: PreTrain
     )
 
 
-def embed_split(encoder: Encoder, split: "Split") -> Embeddings:
-    """Encode the validation split from its image files -> (image_emb, text_emb, caption_image_ids)."""
-    encoded = encoder.encode_split(split, "val")
+def embed_split(encoder: Encoder, split: "Split", loader: DataLoader | None = None) -> Embeddings:
+    """Encode the validation split from its image files -> (image_emb, text_emb, caption_image_ids).
+
+    loader: an `image_loader` of this process's shard of the images, to use its processes again.
+    """
+    encoded = encoder.encode_split(split, "val", loader)
     return encoded.image_emb, encoded.text_emb, encoded.caption_image_ids

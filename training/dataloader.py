@@ -80,14 +80,24 @@ class ImageCaptionLoader:
     """
 
     def __init__(
-        self, dataset: CLIPDataset, sampler: "EpochSampler", *, pad_id: int, num_workers: int, pin_memory: bool
+        self,
+        dataset: CLIPDataset,
+        sampler: "EpochSampler",
+        *,
+        pad_id: int,
+        num_workers: int,
+        pin_memory: bool,
+        epochs: int = 1,
     ):
+        """pin_memory: whether the batches are for a GPU. epochs: epochs from 0 that are read in advance of `epoch`."""
         batch_bytes = 3 * dataset.preprocess.size**2 * sampler.images_per_process
         self.sampler, self.reread = sampler, sampler.micro_batches > 1 and batch_bytes > MAX_BATCH_BYTES
         self.paths, self.repeats = dataset.paths, dataset.repeats is not None and dataset.repeats.has_texts
+        self.micro_batch_sampler = MicroBatchSampler(sampler, repeat=2 if self.reread else 1, epochs=epochs)
+        self._stream = self._next = None  # the running iteration; (epoch, number) of the batch that it yields next
         self.loader = DataLoader(
             dataset,
-            batch_sampler=MicroBatchSampler(sampler, repeat=2 if self.reread else 1),
+            batch_sampler=self.micro_batch_sampler,
             collate_fn=partial(collate, pad_id=pad_id, group_lengths=pin_memory),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
@@ -99,10 +109,20 @@ class ImageCaptionLoader:
         return len(self.sampler)
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[MicroBatchPasses]:
-        """Iterate over the batches of an epoch, starting at number `first_batch`."""
-        self.sampler.set_epoch(epoch, first_batch)
-        stream, count = iter(self.loader), self.sampler.micro_batches
-        for _ in range(first_batch, len(self)):
+        """Iterate over the batches of an epoch, starting at number `first_batch`.
+
+        After a complete epoch its successor continues the same iteration of the loader: while the caller validates, the
+        loader processes read the first batches of the next epoch already.
+        """
+        count = self.sampler.micro_batches
+        if self._next != (epoch, first_batch):
+            self.micro_batch_sampler.start(epoch, first_batch)
+            self._stream = iter(self.loader)
+        following = (epoch + 1, 0) if epoch + 1 < self.micro_batch_sampler.epochs else None
+        stream, self._next = self._stream, None if first_batch < len(self) else following
+        for batch in range(first_batch, len(self)):
+            if batch == len(self) - 1:
+                self._next = following  # before the last batch: the caller need not ask for more
             if self.reread:
                 yield islice(stream, count), islice(stream, count)
             else:
@@ -156,23 +176,34 @@ class EpochSampler:
 
     def __iter__(self) -> Iterator[list[list[tuple[int, int]]]]:
         """Yield this process's micro-batches of each batch; their sizes differ by at most 1."""
-        order = np.random.default_rng((self.seed, self.epoch_number)).permutation(self.images)
-        for batch in range(self.first_batch, self.batches):
+        return self.batches_of(self.epoch_number, self.first_batch)
+
+    def batches_of(self, epoch: int, first_batch: int = 0) -> Iterator[list[list[tuple[int, int]]]]:
+        """Yield the micro-batches of each batch of an epoch, as the iteration does."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        for batch in range(first_batch, self.batches):
             start = batch * self.images_per_batch + self.process * self.images_per_process
             shard = np.array_split(order[start : start + self.images_per_process], self.micro_batches)
-            yield [[(self.epoch_number, int(index)) for index in micro_batch] for micro_batch in shard]
+            yield [[(epoch, int(index)) for index in micro_batch] for micro_batch in shard]
 
 
 class MicroBatchSampler:
-    """The micro-batches of an EpochSampler in order, those of each batch `repeat` times."""
+    """The micro-batches of an EpochSampler in order, those of each batch `repeat` times, epoch after epoch.
 
-    def __init__(self, sampler: EpochSampler, repeat: int):
-        self.sampler, self.repeat = sampler, repeat
+    The iteration ends after epoch number `epochs` - 1, but never before the end of the epoch at which it starts.
+    """
 
-    def __len__(self):
-        return len(self.sampler) * self.sampler.micro_batches * self.repeat
+    def __init__(self, sampler: EpochSampler, *, repeat: int, epochs: int):
+        self.sampler, self.repeat, self.epochs = sampler, repeat, epochs
+        self.start(0)
+
+    def start(self, epoch: int, first_batch: int = 0) -> None:
+        """Make the next iteration start at this batch of this epoch."""
+        self.first = epoch, first_batch
 
     def __iter__(self):
-        for micro_batches in self.sampler:
-            for _ in range(self.repeat):
-                yield from micro_batches
+        epoch, first_batch = self.first
+        for number in range(epoch, max(epoch + 1, self.epochs)):
+            for micro_batches in self.sampler.batches_of(number, first_batch if number == epoch else 0):
+                for _ in range(self.repeat):
+                    yield from micro_batches

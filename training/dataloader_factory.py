@@ -41,7 +41,8 @@ def build_batches(
         print(wrap(line))
     if config.views:
         return _build_cached(config, model, encoder, train, val, first_epoch)
-    return _build_from_images(config, encoder, train), partial(embed_split, encoder, val)
+    loader = encoder.image_loader(val.paths[distributed.shard_slice(len(val.paths))], persistent=True)
+    return _build_from_images(config, encoder, train), partial(embed_split, encoder, val, loader)
 
 
 def _sampler(config, images):
@@ -122,6 +123,7 @@ def _build_from_images(config, encoder, split):
         pad_id=encoder.tokenizer.pad_token_id,
         num_workers=encoder.num_workers,
         pin_memory=encoder.device.type == "cuda",
+        epochs=config.epochs,
     )
 
 

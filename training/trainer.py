@@ -13,7 +13,7 @@ import torch
 
 from config import Config
 from data.loading import CaptionData
-from models.checkpoint import save_state, split_frozen
+from models.checkpoint import split_frozen
 from models.factory import describe_model
 from modules import CLIPModel
 from reporting.plots import plot_curves
@@ -26,9 +26,10 @@ from runtime.atomic_io import write_text
 from runtime.device import memory_advice, pick_device
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
 from runtime.progress import Progress, TimeLeft
-from runtime.run_dir import BAD_BATCH, BEST, CURVES, LAST, LOG, STEPS, epochs_without_gain, has_ended, read_log
+from runtime.run_dir import BAD_BATCH, CURVES, LAST, LOG, STEPS, epochs_without_gain, has_ended, read_log
 from runtime.signals import Stopped, StopSignals
 from runtime.text import display_text, format_examples, format_skipped, wrap
+from training.checkpoint_writer import CheckpointWriter
 from training.dataloader import MicroBatchPasses
 from training.dataloader_factory import build_batches
 from training.objectives import OBJECTIVES, Objective
@@ -112,7 +113,7 @@ class Trainer:
         self.step_log, self.step_log_size = StepLog(folder / STEPS, config.log_every_steps), 0
         self.val, self.val_embeddings = data.split("val"), None  # for the trackers
         self.time_left = TimeLeft(config.epochs, config.unfreeze_epoch)
-        self.signals, self.saved, self.query_bank = StopSignals(verbose=rank() == 0), None, None
+        self.signals, self.writer, self.query_bank = StopSignals(verbose=rank() == 0), CheckpointWriter(folder), None
         if state is not None:
             self._restore(state)
 
@@ -142,6 +143,7 @@ class Trainer:
                     self._save_epoch(record)
                     self._print_epoch(record)
                     self._report_epoch(record)
+                self.writer.wait()
             except (RuntimeError, MemoryError) as error:
                 if not (advice := memory_advice(error, self.images_at_a_time)):
                     raise
@@ -150,6 +152,8 @@ class Trainer:
                 raise OSError(f"{error}; {self._describe_saved()}") from None
             except Stopped as stop:
                 raise Stopped(stop.signum, self._save_and_describe()) from None
+            finally:
+                self.writer.close()
         self._plot()
         best = describe_best(
             state.history, epochs=config.epochs, patience=config.patience, unfreeze_epoch=config.unfreeze_epoch
@@ -187,6 +191,7 @@ class Trainer:
                 metrics = self.step(self._drop_unreadable(passes), number, stop=self.signals.received)
                 meters.steps += 1
                 self.pending += [metrics] if metrics else []
+                self.writer.check()
                 values = self._read_metrics(self.lag)
                 shown = {"loss": f"{values['loss']:.3f}"} if values else {}
                 progress.update(**shown, images=f"{meters.images / meters.elapsed():.0f}/s")
@@ -303,55 +308,53 @@ class Trainer:
 
     def _save_epoch(self, record: dict):
         """Write best.pt for the best epoch so far, then last.pt, then the log; a crash in between loses no epoch."""
-        folder, state = self.folder, self.state
-        if rank() > 0:
-            return
+        state, best = self.state, None
         if record["rsum"] > state.best_rsum:
             state.best_rsum = record["rsum"]
-            weights, _ = split_frozen(self.model)
-            save_state(folder / BEST, {"model": weights, "epoch": state.epoch, "query_bank": self.query_bank})
-        self._save_last()
-        self._write_log()
+            best = {"model": split_frozen(self.model)[0], "epoch": state.epoch, "query_bank": self.query_bank}
+        self._save_last(best=best, log=self._log_text())
         if time.perf_counter() - self.last_plot > PLOT_EVERY:
             self._plot()
             self.last_plot = time.perf_counter()
 
-    def _write_log(self):
-        write_text(self.folder / LOG, "".join(json.dumps(line) + "\n" for line in self.state.history))
+    def _log_text(self):
+        return "".join(json.dumps(line) + "\n" for line in self.state.history)
 
     def _plot(self):
         if rank() == 0:
             plot_curves(self.state.history, self.folder / CURVES, main_term=self.main_term)
 
-    def _save_last(self):
-        """Write last.pt, from which training resumes exactly at this step."""
+    def _save_last(self, **others):
+        """Write last.pt, from which training resumes exactly at this step, and `others` of CheckpointWriter.save."""
         self._read_metrics(0)  # raises before weights that are not finite are saved
         meters = self.state.meters
         within_epoch = meters.steps > 0 and not meters.averaged
         statistics = distributed.gather_batch_norm_stats(self.model) if within_epoch else []
+        position = self.state.position(len(self.batches))
         if rank() == 0:
             checkpoint = {"model": split_frozen(self.model)[0], "statistics": statistics}
             checkpoint["step_log_size"] = self.step_log.flush()
-            save_state(self.folder / LAST, checkpoint | self.step.state() | self.state.state(len(self.batches)))
-        self.saved = self.state.position(len(self.batches))
+            checkpoint |= self.step.state() | self.state.state(len(self.batches))
+            self.writer.save(position, last=checkpoint, **others)
+        else:
+            self.writer.saved = position
 
     def _save_and_describe(self) -> str:
         """Save a stopped run, and describe its checkpoint for a message."""
         if self.state.meters.steps:
             self._save_last()
+        self.writer.wait()
         described = self._describe_saved()
         return described[0].upper() + described[1:]
 
     def _describe_saved(self) -> str:
         """Describe the last checkpoint and how to continue, for a message."""
-        if self.saved is None:
-            return "nothing was saved yet"
-        return f"{self.saved} is saved; continue with: python train.py --resume {self.folder}"
+        return self.writer.describe()
 
     def _restore(self, state: dict):
         try:
             self.state = TrainState.from_state(state, len(self.batches))
-            self.saved = self.state.position(len(self.batches))
+            self.writer.saved = self.state.position(len(self.batches))
             self.step.restore(state, self.state.total_steps(len(self.batches)))
             distributed.restore_batch_norm_stats(self.model, state["statistics"])
             self.step_log_size = operator.index(state.get("step_log_size", 0))  # older checkpoints have none
@@ -363,7 +366,8 @@ class Trainer:
             ) from None
         if has_ended(self.state.history, self.config):
             if rank() == 0 and read_log(self.folder) != self.state.history:
-                self._write_log()  # the process was killed after the checkpoint of the last epoch
+                # the process was killed after the checkpoint of the last epoch
+                write_text(self.folder / LOG, self._log_text())
             raise ValueError(f"{self.folder} {self._describe_end()}")
 
     def _describe_end(self) -> str:

@@ -90,6 +90,7 @@ def test_training_on_a_full_disk_reports_the_saved_epoch_and_resumes_from_it(tin
 
     def save(self, record):
         if self.state.epoch == 2:
+            self.writer.wait()  # for the first epoch's files
             fill(disk, 10_000)
         original(self, record)
 
