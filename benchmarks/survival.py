@@ -27,6 +27,7 @@ from runtime.run_dir import BEST, LAST, LOG, read_config, read_log
 from training.trainer import train
 
 TIMINGS = {"seconds", "images_per_s", "pairs_per_s"}
+START_SECONDS = 2.0  # of a process, about, before its first step
 FORK = multiprocessing.get_context("fork")
 
 
@@ -35,7 +36,7 @@ class Flags:
     """Kill a training run at random times, resume it each time, and compare it with an uninterrupted run."""
 
     kills: int = 100  # maximum number of kills; a run that ends earlier is killed less often
-    longest: float = 0.2  # maximum time before a kill, as a fraction of the time of the uninterrupted run
+    longest: float = 0.2  # maximum number of checkpoints before a kill, as a fraction of the uninterrupted run's
     epochs: int = 40  # number of epochs, of 6 steps each, on 60 rendered scenes
     seed: int = 0  # seed of the random times
 
@@ -65,20 +66,22 @@ def main(flags: Flags) -> None:
 def kill_and_resume(config: Config, *, kills: int, longest: float, seed: int) -> dict:
     """Train `config` twice, once uninterrupted and once with at most `kills` kills, and compare the results.
 
-    longest: maximum time before a kill, as a fraction of the uninterrupted run's time. Returns counts and times.
-    Raises AssertionError if a file is incomplete, a saved step is lost, or the results differ.
+    longest: maximum number of checkpoints that a process writes before it is killed, as a fraction of those of the
+    uninterrupted run; a time would depend on what else the machine does. Returns counts and times. Raises
+    AssertionError if a file is incomplete, a saved step is lost, or the results differ.
     """
     rng, summary = random.Random(seed), {"kills": 0, "while writing": 0, "before the first checkpoint": 0}
     uninterrupted, killed = (Path(config.runs_dir) / name for name in ("uninterrupted", "killed"))
     started = time.perf_counter()
     process = _start(dataclasses.replace(config, name=uninterrupted.name))
-    process.join()
+    checkpoints = _wait(process, uninterrupted / LAST)
     assert process.exitcode == 0
     uninterrupted_seconds = time.perf_counter() - started
     config, position = dataclasses.replace(config, name=killed.name), (0, 0)
     while True:
         process = _start(config)
-        process.join(rng.uniform(0, longest * uninterrupted_seconds) if summary["kills"] < kills else None)
+        most = rng.uniform(0, longest * checkpoints) if summary["kills"] < kills else None
+        _wait(process, killed / LAST, most)
         if process.exitcode is not None:
             assert process.exitcode == 0, process.exitcode
             break
@@ -101,6 +104,32 @@ def _start(config):
     process = FORK.Process(target=_train, args=(config,))
     process.start()
     return process
+
+
+def _wait(process, path, checkpoints=None):
+    """Wait until the process has ended or written this many checkpoints to `path`; return how many it has written.
+
+    The fraction of `checkpoints` is a fraction of the time between two of them, or at first since the start.
+    """
+    stamp, seen, changed, interval = _stamp(path), 0, time.perf_counter(), None
+    while process.is_alive():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        if (current := _stamp(path)) != stamp:
+            stamp, seen, changed, interval = current, seen + 1, now, now - changed
+        if checkpoints is None or seen < int(checkpoints):
+            continue
+        if seen > checkpoints or now - changed > checkpoints % 1 * (interval or START_SECONDS):
+            break
+    return seen
+
+
+def _stamp(path):
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _train(config):

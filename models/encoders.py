@@ -5,6 +5,7 @@ A tower that cannot be loaded is an error; weights are random only if the caller
 
 import difflib
 import json
+import shutil
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
@@ -158,11 +159,21 @@ def text_encoder_from_config(config: PretrainedConfig, *, pooling: str) -> TextE
 def save_towers(
     folder: Path, specification: dict, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Write the image tower's specification, the text tower's configuration and the tokenizer, but no weights."""
+    """Write the image tower's specification, the text tower's configuration and the tokenizer, but no weights.
+
+    image.json comes first: by this file create_run recognizes the folder of a run that was killed meanwhile.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "image.json").write_text(json.dumps(specification, indent=2))
     text_encoder.backbone.config.save_pretrained(folder / "text")
     tokenizer.save_pretrained(folder / "text")
+
+
+def copy_towers(source: Path, folder: Path) -> None:
+    """Copy what `save_towers` wrote, image.json first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source / "image.json", folder)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def load_towers(

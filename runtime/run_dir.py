@@ -42,15 +42,16 @@ def create_run(config: Config) -> Path:
     name = config.name or f"{Path(config.dataset).name}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(config.runs_dir) / name
     found = {path.name for path in folder.iterdir()} - {LOCK, *_partial_files(folder)} if folder.exists() else set()
-    of_a_run = {STEPS, TRACKERS, *TRACKER_FOLDERS} if CONFIG in found else set()
+    of_a_run = {CURVES, STEPS, TRACKERS, *TRACKER_FOLDERS} if CONFIG in found else set()
     removable = found <= {TOWERS, *WRITTEN_BEFORE_CHECKPOINTS} | of_a_run
     if not removable or not all(_was_written_by_a_run(folder / name) for name in found):
         raise ValueError(f"{folder} already exists: choose another --name, or continue the run with --resume {folder}")
     folder.mkdir(parents=True, exist_ok=True)
     with lock_run(folder):
-        for name in (TOWERS, *TRACKER_FOLDERS):
+        # image.json last, so that a kill meanwhile leaves a folder that is recognized
+        for name in (f"{TOWERS}/text", TOWERS, *TRACKER_FOLDERS):
             shutil.rmtree(folder / name, ignore_errors=True)
-        for name in (*WRITTEN_BEFORE_CHECKPOINTS, STEPS, TRACKERS):
+        for name in (*WRITTEN_BEFORE_CHECKPOINTS, CURVES, STEPS, TRACKERS):
             (folder / name).unlink(missing_ok=True)
         remove_partial_files(folder)
     return folder
@@ -72,10 +73,10 @@ def lock_run(folder: Path) -> contextlib.AbstractContextManager:
 
 
 def _was_written_by_a_run(path):
-    """Return False for a config.json without launch records, and for towers/ without a saved image tower."""
+    """Return False for a config.json without launch records, and for towers/ with files but no saved image tower."""
     if path.name == CONFIG:
         return bool(read_launches(path.parent))
-    return path.name != TOWERS or (path / "image.json").is_file()
+    return path.name != TOWERS or (path / "image.json").is_file() or (path.is_dir() and not any(path.iterdir()))
 
 
 def write_config(folder: Path, config: Config, launch: dict | None = None) -> None:

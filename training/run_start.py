@@ -1,6 +1,5 @@
 """The start of a run: checks, a new run's folder, or the checkpoint from which a run continues."""
 
-import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from config import ARCHITECTURE, Config
 from data.loading import CaptionData
 from data.unknown_words import require_known_words
 from models.checkpoint import load_run, save_state, split_frozen
-from models.encoders import save_towers
+from models.encoders import copy_towers, save_towers
 from models.factory import apply_config, build_model
 from modules import CLIPModel
 from runtime.distributed import broadcast_object, rank, world_size
@@ -73,7 +72,7 @@ def _new_run(config, data, locks):
         if config.start_from is None:
             save_towers(folder / TOWERS, specification, model.text_encoder, tokenizer)
         else:
-            shutil.copytree(Path(config.start_from) / TOWERS, folder / TOWERS, dirs_exist_ok=True)
+            copy_towers(Path(config.start_from) / TOWERS, folder / TOWERS)
         _, frozen = split_frozen(model)
         if frozen:
             save_state(folder / FROZEN, frozen)

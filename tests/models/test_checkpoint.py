@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from config import Config
 from models import checkpoint
 from models.checkpoint import load_run, load_state, load_weights, save_state, split_frozen
-from models.encoders import build_image_encoder, build_text_encoder, save_towers
+from models.encoders import build_image_encoder, build_text_encoder, copy_towers, save_towers
 from runtime.atomic_io import replace_file, write_text
 from runtime.run_dir import create_run, newest_finished_run, read_config, read_log, write_config
 
@@ -380,6 +380,56 @@ def test_files_of_a_run_without_a_checkpoint_are_removed_before_the_next_run(tmp
         (folder / name).write_bytes(b"of another run")
     assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == folder
     assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        ["towers/"],  # killed before the first file of the towers
+        ["towers/image.json"],
+        ["towers/image.json", "frozen.pt", "checksums.txt", "config.json", "steps.jsonl"],
+        [
+            "towers/image.json",
+            "checksums.txt",
+            "config.json",
+            "curves.png",
+        ],  # while a thread wrote the first checkpoint
+    ],
+)
+def test_run_that_was_killed_before_its_first_checkpoint_starts_again_under_its_name(tmp_path, left):
+    folder = tmp_path / "runs" / "x"
+    for name in left:
+        path = folder / name
+        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
+        if name == "config.json":
+            write_config(folder, Config(name="x"), {"command": "python train.py"})
+        elif not name.endswith("/"):
+            path.write_text("{}")
+    assert create_run(Config(name="x", runs_dir=str(tmp_path / "runs"))) == folder
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_kill_while_towers_are_written_copied_or_removed_leaves_a_folder_that_a_new_run_takes(tmp_path, monkeypatch):
+    source, config = tmp_path / "source", Config(name="x", runs_dir=str(tmp_path / "runs"))
+    (source / "text").mkdir(parents=True)
+    for name in ("a.json", "image.json", "text/config.json", "z.json"):
+        (source / name).write_text("{}")
+    folder, removed = create_run(config), []
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("shutil.copytree", lambda *_, **__: (_ for _ in ()).throw(MemoryError))
+        copy_towers(source, folder / "towers")
+    assert create_run(config) == folder and not (folder / "towers").exists()
+    copy_towers(source, folder / "towers")
+    assert sorted(path.name for path in (folder / "towers").rglob("*.json")) == [
+        "a.json",
+        "config.json",
+        "image.json",
+        "z.json",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **_: removed.append(path.name))
+        create_run(config)
+    assert removed[:2] == ["text", "towers"]
 
 
 def test_folder_in_which_another_process_trains_is_unchanged(tmp_path):

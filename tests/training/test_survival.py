@@ -11,7 +11,7 @@ from helpers import ROOT, run_script
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs fork")
 def test_run_killed_at_random_moments_loses_no_saved_step_and_ends_like_an_undisturbed_one(tmp_path):
     # In a new process: this one has used threads of tokenizers, after which fork is unsafe.
-    arguments = ["--kills", 4, "--longest", 0.6, "--epochs", 3]
+    arguments = ["--kills", 4, "--longest", 0.4, "--epochs", 3]
     done = run_script("-m", "benchmarks.survival", *arguments, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert int(re.match(r"kills: (\d+)", done.stdout)[1]) >= 2
 
