@@ -3,7 +3,7 @@
 In a single process, each function returns its input without communication.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -115,12 +115,6 @@ def broadcast_parameters(model: nn.Module) -> None:
             dist.broadcast(tensor.data, 0)
 
 
-def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum each parameter's gradient over all processes; a missing gradient counts as zero."""
-    if _is_distributed():
-        _wait([dist.all_reduce(_gradient(parameter), async_op=True) for parameter in parameters])
-
-
 def all_reduce_max(value: Tensor) -> Tensor:
     """Replace `value` in place by its maximum over all processes, and return it."""
     if _is_distributed():
@@ -169,12 +163,6 @@ def _is_distributed():
 
 def _running_stats(model):
     return {name: buffer for name, buffer in model.named_buffers() if buffer.is_floating_point()}
-
-
-def _gradient(parameter):
-    if parameter.grad is None:  # none of this process's photos could be read
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _wait(works):

@@ -24,6 +24,7 @@ def cached_backward(
     seed: Sequence[int],
     first_micro_batch: int = 0,
     ids: Sequence[str] = IDS,
+    before_last: Callable[[], None] = lambda: None,
 ) -> LossTerms | None:
     """Add the gradients of objective(image_emb, text_emb, *ids) to the model's parameters.
 
@@ -32,8 +33,9 @@ def cached_backward(
     passes contains the micro-batches twice, or once and None: a single one keeps its graph. The first pass encodes
     without a graph and computes the gradient at the embeddings of all processes. The second encodes again, one graph
     at a time, and backpropagates the rows of this process (section 3). backward gets the loss alone, so that a gradient
-    scaler applies once. Dropout is drawn from (*seed, first_micro_batch + number), the same in both passes. Returns
-    None if no process has an image. Raises ValueError if a photo was read in one pass only.
+    scaler applies once. Dropout is drawn from (*seed, first_micro_batch + number), the same in both passes. before_last
+    is called before the backward pass of the last micro-batch. Returns None if no process has an image. Raises
+    ValueError if a photo was read in one pass only.
     """
 
     def embed(micro_batch: dict, number: int) -> tuple[Tensor, Tensor]:
@@ -55,11 +57,13 @@ def cached_backward(
         with_graph = (embed(micro_batch, number) for number, micro_batch in enumerate(second))
     terms, gradients = _embedding_gradients(local, local_ids, sizes, objective, backward)
     del local
-    for pair, gradient in zip(with_graph, gradients, strict=True):
+    for number, (pair, gradient) in enumerate(zip(with_graph, gradients, strict=True), 1):
         if [rows.shape for rows in pair] != [rows.shape for rows in gradient]:
             raise ValueError(
                 "a photo could be read once and not again within a step: do not change the data set during training"
             )
+        if number == len(sizes):
+            before_last()
         _backward(pair, gradient)
     return terms
 

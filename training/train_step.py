@@ -10,6 +10,7 @@ from losses import LossTerms, PairIds
 from modules import CLIPModel
 from retrieval.encoder import Encoder
 from runtime import distributed
+from runtime.gradient_buckets import GradientBuckets
 from training.dataloader import MicroBatchPasses
 from training.gradcache import IDS, TEXT_IDS, cached_backward
 from training.objectives import Objective, objective_loss
@@ -93,10 +94,10 @@ class TrainStep:
             towers_start=config.freeze_epochs * steps_per_epoch,
         )
         if config.compile:
-            parts = model.image_encoder.trunk_parts
-            trainable = parts[1] if parts else model.image_encoder.backbone
-            if trainable is not None:
-                trainable.compile()
+            _compile(model)
+        # Each process computes the full gradient of these two, but only its own share of all others.
+        replicated = [scale for scale in (model.logit_scale, model.logit_bias) if scale is not None]
+        self.gradients = GradientBuckets(model.parameters(), replicated=replicated)
         # evaluation_mode avoids DistributedDataParallel: gradient caching gathers embeddings and sums gradients itself.
         self.model = self.accelerator.prepare_model(model, evaluation_mode=True)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
@@ -135,6 +136,7 @@ class TrainStep:
             seed=(self.config.seed, step),
             first_micro_batch=self.first_micro_batch,
             ids=(*IDS, *TEXT_IDS) if self.repeats else IDS,
+            before_last=self.gradients.start,
         )
         if terms is None:
             return None
@@ -174,11 +176,7 @@ class TrainStep:
 
     def _update(self) -> torch.Tensor:
         """Update the parameters; return the norm of the gradient before clipping, ()."""
-        for parameter in (self.unwrapped.logit_scale, self.unwrapped.logit_bias):
-            if parameter is not None and parameter.grad is not None:
-                # Each process computed the full gradient of these two, but only its own share of all others.
-                parameter.grad /= distributed.world_size()
-        distributed.all_reduce_gradients(p for p in self.unwrapped.parameters() if p.requires_grad)
+        self.gradients.finish()
         norm = self.accelerator.clip_grad_norm_(self.unwrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -229,6 +227,13 @@ class TrainStep:
                         f"the optimizer's {key} of {names[parameter]} has shape {list(shape)} instead of "
                         f"{list(parameter.shape)}"
                     )
+
+
+def _compile(model):
+    parts = model.image_encoder.trunk_parts
+    trainable = parts[1] if parts else model.image_encoder.backbone
+    if trainable is not None:
+        trainable.compile()
 
 
 def _pin(tensor):

@@ -135,9 +135,6 @@ assert not layer.weight.any()
 layer.running_mean.fill_(rank)
 distributed.average_batch_norm_stats(layer)
 assert layer.running_mean.tolist() == [0.5, 0.5]
-layer.weight.grad = torch.full((2,), 2.0) if rank else None  # no photo could be read on rank 0
-distributed.all_reduce_gradients([layer.weight])
-assert layer.weight.grad.tolist() == [2.0, 2.0]
 distributed.cleanup()
 """
 
@@ -145,6 +142,80 @@ distributed.cleanup()
 def test_collectives_keep_rank_order_and_accept_ranks_without_data(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
     run_script(*LAUNCHERS["torchrun"], tmp_path / "collectives.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+
+
+BUCKETS = """
+import torch
+import torch.distributed as dist
+from torch import nn
+from runtime import distributed
+from runtime.gradient_buckets import GradientBuckets
+
+distributed.init(torch.device("cpu"))
+rank = distributed.rank()
+torch.manual_seed(0)
+model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("scale", "first", "skipped", "unused", "last")})
+model["first"].weight.data = model["first"].weight.data.T  # a parameter that is not contiguous
+model["conv"] = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+buckets = GradientBuckets(model.parameters(), replicated=[model["scale"].weight], bucket_bytes=200)
+
+def backward(rows, conv, last=False):
+    rows = model["first"](torch.full((rows, 4), 1.0 + rank))
+    rows = model["last"](rows if rank else model["skipped"](rows))  # rank 1 skips a layer, as with layer dropout
+    loss = rows.square().sum() + (model["conv"](torch.ones(1, 2, 3, 3)).sum() if conv else 0)
+    if last:
+        buckets.start()
+    loss.backward()
+
+def two_passes(last):
+    backward(3, conv=rank == 0)  # no micro-batch of rank 1 uses conv
+    backward(2, conv=False, last=last)
+
+def rank_0_only(last):  # no photo of rank 1 could be read
+    if rank == 0:
+        backward(2, conv=True, last=last)
+
+def check(passes):
+    model.zero_grad()
+    model["scale"](torch.ones(1, 4)).sum().backward()  # the loss: each rank has the full gradient of the weight
+    passes(False)
+    local = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model["scale"](torch.ones(1, 4)).sum().backward()
+    passes(True)
+    sent = len(buckets._sent) if buckets._started else 0
+    buckets.finish()
+    for name, parameter in model.named_parameters():
+        expected = torch.zeros(parameter.shape)
+        if local[name] is not None:
+            expected.copy_(local[name])
+        ranks = torch.tensor(local[name] is not None).int()
+        dist.all_reduce(expected)
+        dist.all_reduce(ranks)
+        if not ranks:
+            assert parameter.grad is None, name
+            continue
+        torch.testing.assert_close(parameter.grad, expected / 2 if name == "scale.weight" else expected)
+        assert parameter.grad.stride() == parameter.stride(), name
+    assert model["unused"].weight.grad is None
+    return sent
+
+check(two_passes)
+check(rank_0_only)
+check(lambda last: None)
+sent = check(lambda last: backward(1, conv=True, last=last))
+print(f"rank {rank}: {sent} of {len(buckets._buckets)} buckets sent during the backward pass", flush=True)
+model["last"].requires_grad_(False)  # other buckets
+check(two_passes)
+distributed.cleanup()
+"""
+
+
+def test_buckets_of_gradients_are_sums_whatever_gradients_a_process_lacks(tmp_path):
+    (tmp_path / "buckets.py").write_text(BUCKETS)
+    done = run_script(*LAUNCHERS["torchrun"], tmp_path / "buckets.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+    sent = re.findall(r"rank (\d): (\d+) of (\d+) buckets", done.stdout)
+    assert sorted(rank for rank, *_ in sent) == ["0", "1"] and all(0 < int(some) < int(of) for _, some, of in sent)
 
 
 def test_collectives_of_a_single_process_return_their_input():
