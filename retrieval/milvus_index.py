@@ -25,6 +25,8 @@ MILVUS_BATCH_SIZE = 1000  # rows per request: Milvus accepts 64 MB
 MAX_NAME_BYTES, MAX_MATCHES = 4096, 16_384  # limits of Milvus
 FIELDS = ("id", "photo", "embedding")
 SYNCED, NAME = "milvus.json", "name"
+# After a lost connection gRPC waits up to two minutes before it tries again, also for a new client.
+GRPC_OPTIONS = {"grpc.max_reconnect_backoff_ms": 1000}
 TIMEOUT = 10  # seconds to wait for a server's answer
 
 
@@ -53,7 +55,8 @@ def search_milvus(gallery: Gallery, queries: np.ndarray, k: int, *, uri: str) ->
 def _search(milvus, gallery, ids, uri, queries, k):
     """Connect, synchronise and search; make a damaged file anew. Raises ConnectionError."""
     try:
-        client = milvus.MilvusClient(uri, token=os.environ.get("MILVUS_TOKEN", ""), timeout=TIMEOUT)
+        token = os.environ.get("MILVUS_TOKEN", "")
+        client = milvus.MilvusClient(uri, token=token, timeout=TIMEOUT, grpc_options=GRPC_OPTIONS)
         try:
             return _search_collection(milvus, client, gallery, ids, uri, queries, k)
         except milvus.MilvusException as error:
@@ -65,7 +68,11 @@ def _search(milvus, gallery, ids, uri, queries, k):
         finally:
             client.close()
     except milvus.MilvusException as error:
-        raise ConnectionError(f"Milvus at {uri}: {' '.join(error.message.split())}") from None
+        reason = " ".join(error.message.split()).rstrip(".")
+        what_to_do = "if the server has stopped, start it and run the same command again; what was added is kept"
+        if uri.endswith(".db"):
+            what_to_do = "without --index, the search needs no Milvus"
+        raise ConnectionError(f"Milvus at {uri}: {reason}; {what_to_do}") from None
 
 
 def _search_collection(milvus, client, gallery, ids, uri, queries, k):
@@ -97,23 +104,31 @@ def _sync_collection(milvus, client, gallery, ids, uri):
         photos = zip((ids[row] for row in rows), names, vectors, strict=True)
         # upsert: an insert that is repeated after a lost connection would store a photo twice
         client.upsert(collection, [dict(zip(FIELDS, photo, strict=True)) for photo in photos])
-    client.flush(collection)
+    if uri.endswith(".db"):  # a server has logged what it has accepted, and waits three seconds for a flush
+        client.flush(collection)
     print(f"Milvus at {display_text(uri)}: {len(new):,} photos added, {len(removed):,} removed", file=sys.stderr)
     write_text(gallery.store / SYNCED, json.dumps(synced_versions | {uri: gallery.version}) + "\n")
     return collection
 
 
 def _synced_versions(gallery):
-    """Return the gallery's version in each Milvus by its address, and as NAME the suffix of its collections there."""
-    versions = load_cached(gallery.store / SYNCED, _read_versions) or {}
-    return versions if NAME in versions or versions else {NAME: uuid.uuid4().hex[:8]}
+    """Return the gallery's version in each Milvus by its address, and as NAME the suffix of its collections there.
+
+    The suffix is written before a collection has that name: an interrupted synchronisation continues in it.
+    """
+    path = gallery.store / SYNCED
+    versions = load_cached(path, _read_versions)
+    if not versions:
+        versions = {NAME: uuid.uuid4().hex[:8]}
+        write_text(path, json.dumps(versions) + "\n")
+    return versions
 
 
 def _collection(gallery, uri, synced_versions):
     """Return the collection of a gallery.
 
     Two machines may have different photos at the same path and a server in common: there the name has a suffix that is
-    drawn once for each cache, so that neither removes the photos of the other.
+    drawn once for each cache, so that neither removes the photos of the other. Older caches have collections without.
     """
     name = f"photos_{gallery.store.name.rpartition('-')[2]}"
     return name if uri.endswith(".db") or NAME not in synced_versions else f"{name}_{synced_versions[NAME]}"
