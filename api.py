@@ -97,11 +97,13 @@ def load(
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
     cache_dir: str | Path | None = None,
     mirrored: bool | None = None,
+    embed_dims: int | None = None,
 ) -> Retriever:
     """Load a run's best checkpoint or a shared run (a folder, or OWNER/NAME on the hub), or a pretrained dual encoder.
 
     cache_dir: folder for embeddings of galleries; default: that of the run, else "cache". mirrored: read each photo
-    mirrored too, which takes twice as long; None reads photos as the run was trained for.
+    mirrored too, which takes twice as long; None reads photos as the run was trained for. embed_dims: use the first
+    values of embeddings only, for a run that was trained with nested_dims.
     """
     from retrieval.searcher import searcher_for_pretrained, searcher_for_run
     from runtime.run_dir import CONFIG, read_shared_config
@@ -110,9 +112,11 @@ def load(
     options["mirrored"] = mirrored
     folder = _find_run(source)
     if (folder / "log.jsonl").is_file() or (folder / "towers").is_dir():
-        return Retriever(searcher_for_run(folder, **options), read_shared_config(folder))
+        return Retriever(searcher_for_run(folder, embed_dims=embed_dims, **options), read_shared_config(folder))
     if folder.is_dir() and not any((folder / name).is_file() for name in (CONFIG, "open_clip_config.json")):
         raise ValueError(f"{folder} is neither a run nor a pretrained model: it has no {CONFIG}")
+    if embed_dims is not None:
+        raise ValueError(f"embed_dims needs a run that was trained with nested_dims, which {source} is not")
     return Retriever(searcher_for_pretrained(str(source), **options), Config(model=str(source)))
 
 

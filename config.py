@@ -67,6 +67,7 @@ class Config:
     distance: Literal["euclidean", "cosine"] = "euclidean"  # of the triplet term: between unit vectors, or 1 - cosine
     margin: float = 0.2  # in units of `distance`
     temperature: float = 0.07  # initial value of the learned temperature, which divides the cosines
+    nested_dims: tuple[int, ...] = ()  # also train the first 64, 128 ... values of embeddings alone (arXiv 2205.13147)
 
     # Optimisation
     epochs: int = 13  # passes over the training photos
@@ -116,9 +117,13 @@ class Config:
                 f"--image-size {self.image_size} times --eval-image-scale {self.eval_image_scale} is more than "
                 f"{MAX_IMAGE_SIZE:,} pixels: choose smaller ones"
             )
+        object.__setattr__(self, "nested_dims", tuple(sorted(set(self.nested_dims))))
         self._check_combinations()
 
     def _check_combinations(self):
+        if self.nested_dims and self.embed_dim_applies and self.nested_dims[-1] >= self.embed_dim:
+            found = f"got {self.nested_dims[-1]}; all values are trained anyway"
+            raise ValueError(f"--nested-dims must be below --embed-dim ({self.embed_dim}), {found}")
         if self.model is not None and (self.image_pooling, self.text_pooling) != ("own", "mean"):
             raise ValueError("--model has its own pooling: leave out --image-pooling and --text-pooling")
         if self.text_pooling == "own":
@@ -153,6 +158,11 @@ class Config:
         """Names of the image head and the text head in modules.HEADS."""
         default = "residual" if self.model is None else "none"
         return tuple(default if head == "auto" else head for head in (self.image_head, self.text_head))
+
+    @property
+    def embed_dim_applies(self) -> bool:
+        """Whether the shared space has embed_dim dimensions; the heads "none" and "adaptor" keep those of a tower."""
+        return not {"none", "adaptor"} & set(self.heads)
 
     @property
     def unfreeze_epoch(self) -> int:
@@ -266,6 +276,11 @@ MAX_IMAGE_SIZE = 2048  # pixels; a photo of this size alone takes 50 MB, and a b
 BOUNDS = (  # fields, description of the valid values, test
     ("batch_size", "from 2 to 1,000,000", lambda v: 2 <= v <= 1_000_000),  # a single photo has no negatives
     ("embed_dim", "from 1 to 65,536", lambda v: 1 <= v <= 65_536),
+    (
+        "nested_dims",
+        "numbers from 1 to 65,536, at most 32 of them",
+        lambda v: len(v) <= 32 and all(1 <= dim <= 65_536 for dim in v),
+    ),
     ("captions_per_image", "from 1 to 10,000", lambda v: 1 <= v <= 10_000),
     ("epochs", "from 1 to 1,000,000", lambda v: 1 <= v <= 1_000_000),
     ("unfreeze_image_stages unfreeze_text_layers", "from 1 to 10,000", lambda v: v is None or 1 <= v <= 10_000),

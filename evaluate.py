@@ -10,6 +10,7 @@ import tyro
 from config import Config
 from data.download import NOT_SHARED
 from models.hub_run import find_run, hub_name, output_folder
+from retrieval.embed_dims import check_embed_dims
 from runtime import cli
 from runtime.atomic_io import write_text
 from runtime.run_dir import METRICS, newest_finished_run, read_config, read_metrics, read_shared_config
@@ -37,6 +38,7 @@ class Flags:
     model: str | None = None  # evaluate a pretrained model (CLIP, SigLIP ...) instead of a run: a name or a folder
     split: Literal["train", "val", "test"] = "test"  # the split to evaluate on
     report: bool = False  # also write report.html: what the run finds and misses, and pairs that look wrong
+    embed_dims: int | None = None  # use the first values of embeddings, for a run trained with --nested-dims
     as_trained: bool = False  # preprocess photos as in training: ignore the run's --eval-image-scale and --tta-flip
     dataset: str | None = None  # evaluate on another data set than the run's: a name, folder or file
     zero_shot: Path | None = None  # classify the photos of a folder with one subfolder per class, named after the class
@@ -51,7 +53,11 @@ def main() -> None:
     flags = cli.parse_flags(Flags)
     if flags.report and flags.zero_shot is not None:
         raise ValueError("--report describes retrieval: leave out --zero-shot")
+    if flags.report and flags.embed_dims is not None:
+        raise ValueError("--report describes the search with all values: leave out --embed-dims")
     folder, config = resolve_run(flags)
+    if flags.model is None:
+        check_embed_dims(folder, flags.embed_dims)
     output = output_folder(folder, flags.runs_dir)
     read_metrics(output)  # report a damaged file before minutes of encoding
     if flags.zero_shot is not None:
@@ -63,6 +69,7 @@ def main() -> None:
     split = data.split(flags.split)
     name = flags.split if flags.dataset is None else f"{flags.split} of {Path(data.name).name}"
     name += ", as trained" if flags.as_trained else ""
+    name += dims_suffix(flags)
     pool = f"{flags.split} split of {data.name}, {len(split.paths):,} images, {len(split.captions):,} captions"
     print(display_text(f"{hub_name(folder) or folder}: {pool}"), flush=True)
     for line in (data.limit, describe_small_pool(flags.split, len(split.paths), len(split.captions))):
@@ -87,6 +94,8 @@ def resolve_run(flags: Flags) -> tuple[Path, Config]:
         config = read_shared_config(folder)
     elif flags.run is not None:
         raise ValueError("a run and --model exclude each other: give one of them")
+    elif flags.embed_dims is not None:
+        raise ValueError("--embed-dims needs a run that was trained with --nested-dims: leave out --model")
     elif flags.dataset is None and flags.zero_shot is None:
         raise ValueError("--model needs a data set to evaluate on: add --dataset NAME_OR_FOLDER")
     else:
@@ -105,7 +114,12 @@ def load_model(folder: Path, flags: Flags):
         return load_pretrained_encoder(flags.model, max_tokens=Config.max_tokens, **settings)
     from retrieval.encoder import load_encoder
 
-    return load_encoder(folder, as_trained=flags.as_trained, **settings)
+    return load_encoder(folder, as_trained=flags.as_trained, embed_dims=flags.embed_dims, **settings)
+
+
+def dims_suffix(flags: Flags) -> str:
+    """Return what a name in metrics.json says about --embed-dims."""
+    return "" if flags.embed_dims is None else f", {flags.embed_dims} values"
 
 
 def evaluate_retrieval(split, folder: Path, flags: Flags, classes: dict[Path, str] | None = None) -> dict[str, dict]:
@@ -231,7 +245,7 @@ def evaluate_zero_shot(folder: Path, flags: Flags) -> None:
     metrics = accuracy(probability, truth)
     print(format_accuracy(metrics))
     folder = output_folder(folder, flags.runs_dir)
-    update_metrics(folder, f"zero-shot {name}", metrics)
+    update_metrics(folder, f"zero-shot {name}{dims_suffix(flags)}", metrics)
     plot, title = folder / f"zero-shot-{name}.png", f"{folder.name} on {name}, top-1 {metrics['top1']:.1f} %"
     plot_confusion(confusion(probability, truth), labels, title, plot)
     print(display_text(f"saved {folder / METRICS} and {plot}"))

@@ -10,6 +10,7 @@ import tyro
 
 from config import Config
 from models.hub_run import find_run, hub_name, output_folder
+from retrieval.embed_dims import check_embed_dims
 from runtime import cli
 from runtime.run_dir import newest_finished_run
 from runtime.text import display_text, shell_argument
@@ -28,6 +29,7 @@ class Flags:
     """
 
     run: Annotated[Path | None, tyro.conf.Positional] = None  # a folder, or OWNER/NAME on the hub; default: newest run
+    embed_dims: int | None = None  # with --onnx: the first values only, for a run trained with --nested-dims
     onnx: bool = False  # both towers as ONNX, with the tokenizer
     transformers: bool = False  # a folder for from_pretrained and push_to_hub, if transformers has this kind of model
     share: Path | None = None  # the folder to write a shared run to
@@ -44,6 +46,8 @@ class Flags:
             raise ValueError("choose one of --onnx, --transformers, --share FOLDER and --hub OWNER/NAME")
         if self.out is not None and not (self.onnx or self.transformers):
             raise ValueError("--out is the folder of --onnx and --transformers: leave it out")
+        if self.embed_dims is not None and not self.onnx:
+            raise ValueError("--embed-dims needs --onnx: the other forms contain the whole model")
         if self.hub is None and (self.private or self.overwrite):
             raise ValueError("--private and --overwrite need --hub OWNER/NAME")
         if (self.onnx or self.transformers) and (self.license or self.data_license):
@@ -55,13 +59,19 @@ def main() -> None:
     folder = find_run(flags.run, "a run") if flags.run else newest_finished_run(flags.runs_dir)
     if flags.share is not None or flags.hub is not None:
         return share(folder, flags)
-    out = flags.out or output_folder(folder, flags.runs_dir) / ("onnx" if flags.onnx else "transformers")
+    embed_dims = check_embed_dims(folder, flags.embed_dims)
+    name = "transformers" if flags.transformers else "onnx" if embed_dims is None else f"onnx-{embed_dims}"
+    out = flags.out or output_folder(folder, flags.runs_dir) / name
     require_empty(out, "--out")
     from models.checkpoint import load_run
+    from models.truncation import truncate
     from retrieval.model_export import write_onnx, write_transformers
 
     write = write_onnx if flags.onnx else write_transformers
-    max_difference = write(load_run(folder), out)
+    run = load_run(folder)
+    if embed_dims is not None:
+        truncate(run.model, embed_dims)
+    max_difference = write(run, out)
     print(f"written to {display_text(out)}; its embeddings differ from PyTorch's by at most {max_difference:.1e}")
 
 

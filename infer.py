@@ -53,6 +53,7 @@ class Flags:
     find: Target | None = None  # default: captions for --image alone (no sentence, no --gallery), otherwise photos
     run: Path | None = None  # the run's folder, or OWNER/NAME on the hub; default: the newest finished run
     model: str | None = None  # search with a pretrained model (CLIP, SigLIP ...) instead of a run: a folder or hub name
+    embed_dims: int | None = None  # search with the first values of embeddings, for a run trained with --nested-dims
     split: Literal["train", "val", "test", "all"] | None = None  # part of the run's data set; default: test
     duplicates: bool = False  # with --gallery: list the photos that are the same picture; nothing is deleted
     duplicate_cosine: float = 0.96  # with --duplicates: photos with at least this cosine are the same picture
@@ -97,6 +98,8 @@ class Flags:
             raise ValueError("--index searches photos only: add --find photos")
         if self.model is not None and (self.run is not None or (self.gallery is None and not self.labels)):
             raise ValueError("--model replaces --run and has no data set: give --gallery or --labels, and no --run")
+        if self.model is not None and self.embed_dims is not None:
+            raise ValueError("--embed-dims needs a run that was trained with --nested-dims: leave out --model")
         if self.top_k < 1:
             raise ValueError(f"--top-k must be at least 1, got {self.top_k}")
         if self.out is not None and self.out.suffix.lower() not in PICTURE_SUFFIXES:
@@ -127,7 +130,10 @@ def main() -> None:
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
     options["mirrored"] = {"auto": None, "yes": True, "no": False}[flags.mirrored]
     run = None if flags.model else select_run(flags)
-    searcher = searcher_for_run(run, **options) if run else searcher_for_pretrained(flags.model, **options)
+    if run:
+        searcher = searcher_for_run(run, embed_dims=flags.embed_dims, **options)
+    else:
+        searcher = searcher_for_pretrained(flags.model, **options)
     if process_rank() > 0:  # of torchrun or accelerate launch: the first process answers
         return encode_share(flags, run, searcher)
     # Encoding a gallery may take hours: list it and encode the queries first, so that mistakes are reported before it.
@@ -149,14 +155,15 @@ def main() -> None:
         print(format_json(flags, query, matches) if flags.json else format_table(query, matches))
     save_picture(flags, pictures_folder(flags, run, searcher), queries, results)
     if any(query.sentence for query in queries):
-        prepare_next_search(run or flags.model, searcher)
+        prepare_next_search(run or flags.model, searcher, flags.embed_dims)
 
 
-def prepare_next_search(source: Path | str, searcher: Searcher) -> None:
+def prepare_next_search(source: Path | str, searcher: Searcher, embed_dims: int | None) -> None:
     """Export the text tower in the background, where someone waits for the next search."""
     if searcher.use_onnx and (is_terminal() or searcher.gallery_size >= EXPORT_FROM):
         folder, is_damaged = searcher.text_encoder_folder, searcher.export_is_damaged
-        export_in_background(source, searcher.store.parent, folder, is_damaged=is_damaged)
+        options = {"is_damaged": is_damaged, "embed_dims": embed_dims}
+        export_in_background(source, searcher.store.parent, folder, **options)
 
 
 def encode_share(flags: Flags, run: Path | None, searcher: Searcher) -> None:
@@ -179,7 +186,7 @@ def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
         return [match.item for match in matches]
 
     ask(answer, terminal_lines())
-    prepare_next_search(run or flags.model, searcher)
+    prepare_next_search(run or flags.model, searcher, flags.embed_dims)
 
 
 def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:

@@ -91,7 +91,7 @@ def assemble_model(
 ) -> CLIPModel:
     """Combine two towers, or a text tower alone, and the heads of a configuration into a CLIPModel."""
     image_head, text_head = config.heads
-    return CLIPModel(
+    model = CLIPModel(
         image_encoder,
         text_encoder,
         embed_dim=config.embed_dim,
@@ -101,6 +101,10 @@ def assemble_model(
         text_head=text_head,
         bias=bias,
     )
+    if config.nested_dims and config.nested_dims[-1] >= model.embed_dim:
+        found = f"got {config.nested_dims[-1]}; all values are trained anyway"
+        raise ValueError(f"--nested-dims must be below the {model.embed_dim} dimensions of the model, {found}")
+    return model
 
 
 def describe_model(model: CLIPModel) -> str:

@@ -8,6 +8,7 @@ trained on. Hubness is the mean cosine with the k nearest items of the query ban
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from retrieval.metrics import top_k
@@ -25,6 +26,10 @@ class QueryBank:
 
     image_emb: Tensor
     text_emb: Tensor
+
+    def truncated(self, dims: int) -> "QueryBank":
+        """Return the query bank for embeddings of which only the first `dims` values are used."""
+        return QueryBank(*(F.normalize(emb[:, :dims], dim=-1) for emb in (self.image_emb, self.text_emb)))
 
     def csls_images(self, emb: Tensor) -> Tensor:
         """Append minus half the hubness to images to search in: (N, D) unit rows -> (N, D + 1).

@@ -19,6 +19,7 @@ from data.tokenizer import pad, tokenize
 from dataset import AugmentedViews, ImageFiles
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
+from retrieval.embed_dims import check_embed_dims
 from runtime.device import autocast, pick_device, pick_precision, pick_workers
 from runtime.distributed import gather_rows, gather_tensors, shard_slice
 from runtime.launcher import num_processes, process_rank
@@ -230,15 +231,24 @@ def build_encoder(
 
 
 def load_encoder(
-    folder: Path, *, device: str, precision: str, as_trained: bool = False, text_only: bool = False
+    folder: Path,
+    *,
+    device: str,
+    precision: str,
+    as_trained: bool = False,
+    text_only: bool = False,
+    embed_dims: int | None = None,
 ) -> tuple[Encoder, CLIPModel]:
     """Load the Encoder and the model of a run's best checkpoint; with text_only without the image tower.
 
     The Encoder preprocesses images as the run's search does (eval_image_scale, tta_flip), or with as_trained as its
-    training did. Raises ValueError for a damaged query bank.
+    training did. embed_dims: embed into the first values only. Raises ValueError for a damaged query bank, and for a
+    width that the run was not trained with.
     """
     from models.checkpoint import load_run
+    from models.truncation import truncate
 
+    embed_dims = check_embed_dims(folder, embed_dims)
     run = load_run(folder, text_only=text_only)
     encoder = build_encoder(
         run.model,
@@ -252,7 +262,11 @@ def load_encoder(
     if not as_trained:
         preprocess = encoder.preprocess.scaled(run.config.eval_image_scale)
         encoder = replace(encoder, preprocess=preprocess, tta_flip=run.config.tta_flip)
-    return replace(encoder, query_bank=_load_query_bank(run)), run.model
+    query_bank = _load_query_bank(run)
+    if embed_dims is not None:
+        truncate(run.model, embed_dims)
+        query_bank = query_bank and query_bank.truncated(embed_dims)
+    return replace(encoder, query_bank=query_bank), run.model
 
 
 def _load_query_bank(run):

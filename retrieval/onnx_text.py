@@ -30,11 +30,14 @@ def is_available() -> bool:
     return all(importlib.util.find_spec(name) for name in ("onnxruntime", "tokenizers"))
 
 
-def export_in_background(source: Path | str, cache_dir: Path, folder: Path, *, is_damaged: bool = False) -> None:
+def export_in_background(
+    source: Path | str, cache_dir: Path, folder: Path, *, is_damaged: bool = False, embed_dims: int | None = None
+) -> None:
     """Start a process that writes `folder` for the next search, unless it exists or cannot be written.
 
-    source: the run's folder, or the name or folder of a pretrained model. is_damaged: replace a folder that exists. The
-    process has a low priority, and goes on if this one ends. The environment variable NO_BACKGROUND_EXPORT prevents it.
+    source: the run's folder, or the name or folder of a pretrained model. is_damaged: replace a folder that exists.
+    embed_dims: the first values of a run's embeddings that are used, None for all. The process has a low priority, and
+    goes on if this one ends. The environment variable NO_BACKGROUND_EXPORT prevents it.
     """
     can_export = all(importlib.util.find_spec(name) for name in EXPORT_LIBRARIES)
     is_done = (folder.is_dir() and not is_damaged) or refusal_file(folder).is_file()
@@ -50,8 +53,9 @@ def export_in_background(source: Path | str, cache_dir: Path, folder: Path, *, i
         return
     lock.release()
     source = os.path.abspath(source) if os.path.exists(source) else source
+    dims = [] if embed_dims is None else [str(embed_dims)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "retrieval.onnx_text_export", str(source), os.path.abspath(cache_dir)],
+        [sys.executable, "-m", "retrieval.onnx_text_export", str(source), os.path.abspath(cache_dir), *dims],
         cwd=Path(__file__).parents[1],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,

@@ -89,12 +89,15 @@ def prepare(searcher: Searcher) -> bool:
 
 
 def main() -> None:
-    """Prepare a run or a pretrained model: `python -m retrieval.onnx_text_export RUN_OR_MODEL CACHE_DIR`."""
-    source, cache_dir = sys.argv[1:]
+    """Prepare a run or a pretrained model: `python -m retrieval.onnx_text_export RUN_OR_MODEL CACHE_DIR [DIMS]`."""
+    source, cache_dir, *dims = sys.argv[1:]
     options = {"device": "cpu", "precision": "float32", "cache_dir": Path(cache_dir)}
     folder = Path(source)
     is_run = (folder / BEST).is_file() or (is_shared_run(folder) and (folder / TOWERS).is_dir())
-    prepare(searcher_for_run(Path(source), **options) if is_run else searcher_for_pretrained(source, **options))
+    if is_run:
+        prepare(searcher_for_run(folder, embed_dims=int(dims[0]) if dims else None, **options))
+    else:
+        prepare(searcher_for_pretrained(source, **options))
 
 
 if __name__ == "__main__":

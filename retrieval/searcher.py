@@ -17,6 +17,7 @@ import numpy as np
 from config import Config
 from data.archives import set_index_folder
 from retrieval import onnx_text
+from retrieval.embed_dims import check_embed_dims
 from retrieval.embedding_store import Gallery, ImageList, open_gallery, writable
 from retrieval.gallery_settings import ReadingSettings, gallery_folder
 from retrieval.gallery_shards import has_shards
@@ -309,24 +310,35 @@ def _matches(scores, indices, items):
 
 
 def searcher_for_run(
-    folder: Path, *, device: str, precision: str, cache_dir: Path | None, mirrored: bool | None = None
+    folder: Path,
+    *,
+    device: str,
+    precision: str,
+    cache_dir: Path | None,
+    mirrored: bool | None = None,
+    embed_dims: int | None = None,
 ) -> Searcher:
     """Return the Searcher of a run's best checkpoint. cache_dir None is the cache of the run's configuration.
 
     mirrored: whether photos are read a second time, mirrored; None reads them as the run was trained for (tta_flip).
+    embed_dims: search with the first values of embeddings only. Raises ValueError for a width that the run was not
+    trained with.
     """
+    embed_dims = check_embed_dims(folder, embed_dims)
 
     def load(text_only: bool = False):
         from retrieval.encoder import load_encoder
 
-        options = {"device": device, "precision": precision, "text_only": text_only}
+        options = {"device": device, "precision": precision, "text_only": text_only, "embed_dims": embed_dims}
         return _load(lambda: load_encoder(folder, **options), settings)
 
     config = read_shared_config(folder)
     settings = ReadingSettings(precision, None if mirrored == config.tta_flip else mirrored)
-    use_onnx = _onnx_fits(device, precision)
+    use_onnx, key = _onnx_fits(device, precision), weights_key(folder)
+    if embed_dims is not None:
+        key = digest([key, f"embed_dims={embed_dims}"])
     cache_dir = Path(cache_dir or config.cache_dir)
-    return Searcher(weights_key(folder), load, cache_dir=cache_dir, use_onnx=use_onnx, settings=settings)
+    return Searcher(key, load, cache_dir=cache_dir, use_onnx=use_onnx, settings=settings)
 
 
 def _load(load, settings):

@@ -54,7 +54,9 @@ def _format_field(name: str, annotation: object, default: object, text: str) -> 
     elif get_origin(annotation) is Literal:
         flag = f"{flag} {{{','.join(map(str, get_args(annotation)))}}}"
     elif get_origin(annotation) is tuple:
-        flag, default = f"{flag} {{{','.join(get_args(get_args(annotation)[0]))}}} ...", " ".join(default) or "none"
+        item = get_args(annotation)[0]
+        choices = f"{{{','.join(get_args(item))}}}" if get_origin(item) is Literal else item.__name__.upper()
+        flag, default = f"{flag} {choices} ...", " ".join(map(str, default)) or "none"
     value = f"{default:.4g}" if isinstance(default, float) else default
     lines = textwrap.wrap(f"{text} [{value}]", width=WIDTH)
     indent = " " * COLUMN

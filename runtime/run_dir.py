@@ -150,7 +150,9 @@ def _check_type(name, value):
     if get_origin(annotation) is Literal:
         valid = value in options
     elif get_origin(annotation) is tuple:
-        valid = isinstance(value, list) and all(item in get_args(options[0]) for item in value)
+        allowed = get_args(options[0])  # () for a type that is no Literal
+        valid = isinstance(value, list)
+        valid = valid and all(item in allowed if allowed else type(item) is options[0] for item in value)
     else:
         valid = annotation is object or type(value) in options or (float in options and type(value) is int)
     if not valid:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from losses import (
@@ -42,6 +43,7 @@ class Objective:
     margin: float = 0.2  # in units of `distance`
     cosine_margin: float = 0.0  # of "cosine": negatives below this cosine add no loss
     softness: float = 0.2  # of "soft": share of the similarities in the targets, in 0..1
+    nested_dims: tuple[int, ...] = ()  # the loss is the mean over these prefixes of the embeddings and all values
 
     def __post_init__(self):
         if self.name not in OBJECTIVES:
@@ -111,23 +113,39 @@ def objective_loss(
 ) -> LossTerms:
     """Add the objective's main term and alpha times its triplet term, in float32 under autocast too.
 
+    With nested_dims, each term is the mean over those prefixes of the embeddings, as unit rows, and the whole ones
+    (Matryoshka representation learning, arXiv 2205.13147, eq. 1 with equal weights).
+
     image_emb (B,D), text_emb (M,D) unit rows; ids as in losses.PairIds, text_ids is () or its last two fields. With
     alpha 0 the triplet term is reported, but has no gradient and costs no backward pass. chunk_size: captions scored at
     a time, in memory O((B + M) * D + B * chunk_size), with recomputation in the backward pass; None scores all at once.
     """
-    term, ids = OBJECTIVES[objective.name], PairIds(image_ids, caption_image_ids, *text_ids)
+    ids = PairIds(image_ids, caption_image_ids, *text_ids)
+    settings = {"temperature": temperature, "bias": bias, "alpha": alpha, "chunk_size": chunk_size}
     with torch.autocast(image_emb.device.type, enabled=False):
         image_emb, text_emb = at_least_float32(image_emb), at_least_float32(text_emb)
-        if chunk_size is not None and term.chunked is not None:
-            chunks = ChunkedPairs(image_emb, text_emb, ids, temperature, chunk_size)
-            main = term.chunked(chunks, objective, temperature, bias)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
-                triplet = chunked_triplet(chunks, objective)
-        else:
-            sim, positives, weights = image_emb @ text_emb.T, positive_mask(*ids), ids.caption_weights()  # (B, M)
-            main = term.plain(Pairs(image_emb, text_emb, sim, positives, weights), objective, temperature, bias)
-            triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective, weights)
-        return LossTerms(main + alpha * triplet, main, triplet)
+        terms = [_loss_terms(image_emb, text_emb, ids, objective, **settings)]
+        for dims in objective.nested_dims:
+            prefixes = (F.normalize(emb[:, :dims], dim=-1) for emb in (image_emb, text_emb))
+            terms.append(_loss_terms(*prefixes, ids, objective, **settings))
+        if len(terms) == 1:
+            return terms[0]
+        return LossTerms(*(torch.stack(values).mean() for values in zip(*terms, strict=True)))
+
+
+def _loss_terms(image_emb, text_emb, ids, objective, *, temperature, bias, alpha, chunk_size):
+    """Compute objective_loss without nested_dims."""
+    term = OBJECTIVES[objective.name]
+    if chunk_size is not None and term.chunked is not None:
+        chunks = ChunkedPairs(image_emb, text_emb, ids, temperature, chunk_size)
+        main = term.chunked(chunks, objective, temperature, bias)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and alpha != 0):
+            triplet = chunked_triplet(chunks, objective)
+    else:
+        sim, positives, weights = image_emb @ text_emb.T, positive_mask(*ids), ids.caption_weights()  # (B, M)
+        main = term.plain(Pairs(image_emb, text_emb, sim, positives, weights), objective, temperature, bias)
+        triplet = triplet_loss(sim if alpha else sim.detach(), positives, objective, weights)
+    return LossTerms(main + alpha * triplet, main, triplet)
 
 
 def triplet_loss(sim: Tensor, positives: Tensor, objective: Objective, caption_weights: Tensor | None = None) -> Tensor:

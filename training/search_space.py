@@ -27,6 +27,7 @@ NOT_SEARCHED = {
         *("name", "runs_dir", "cache_dir", "device", "precision", "compile", "num_workers", "cache_images"),
         *("save_every_steps", "micro_batch_size"),
     ),
+    "its value is a list, and a range has single values": ("nested_dims", "report_to"),
 }
 ABBREVIATED = {"learning_rate": "lr", "lr": "lr", "rate": "lr"}  # what people write: how the settings begin
 

@@ -72,6 +72,7 @@ class TrainStep:
             margin=config.margin,
             cosine_margin=config.cosine_margin,
             softness=config.softness,
+            nested_dims=config.nested_dims,
         )
         self.first_micro_batch = distributed.rank() * micro_batches
         self.accelerator = Accelerator(

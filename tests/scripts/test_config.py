@@ -46,6 +46,8 @@ def test_every_field_is_a_flag_of_its_name(field):
         argv, value = [flag if not default else f"--no-{flag[2:]}"], not default
     elif isinstance(default, float):
         argv, value = [flag, "0.5"], 0.5
+    elif field.type == tuple[int, ...]:
+        argv, value = [flag, "17", "19"], (17, 19)
     elif isinstance(default, int) or "int" in str(field.type):
         argv, value = [flag, "17"], 17
     elif isinstance(default, tuple):
@@ -217,6 +219,7 @@ def test_help_lists_most_used_flags_first_then_groups_with_choices_and_defaults_
         assert re.search(rf"^  --{field.name.replace('_', '-')} {re.escape(choices)}(?:$|  )", text, re.MULTILINE)
     assert text.count("{") == len(literals) + 1  # --report-to takes several
     assert "--report-to {tensorboard,wandb,trackio,mlflow} ...\n" in text and "trackers [none]" in text
+    assert "--nested-dims INT ..." in text
 
 
 def test_prefix_of_several_flags_suggests_all_of_them(capsys):
