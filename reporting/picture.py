@@ -5,9 +5,10 @@ import io
 import sys
 
 from data.image_io import load_image
+from data.storage import file_stamp
 from reporting.fonts import INSTALL_HINT, font_file
 from runtime.atomic_io import replace_file
-from runtime.text import display_text
+from runtime.text import display_text, format_examples
 
 TILE, GAP = 288, 14  # pixels: side of a photo, distance
 TITLE_SIZE, LABEL_SIZE = 24, 15  # pixels: height of the letters
@@ -21,6 +22,7 @@ class Picture:
 
     def __init__(self):
         self.items, self.width, self.height = [], 0, 0
+        self.lost = []  # photos that could not be drawn, with the reason
         self.missing_glyphs, self.fonts = False, {}
 
     def font(self, text, size):
@@ -46,10 +48,18 @@ class Picture:
         return len(lines) * size * LINE
 
     def photo(self, position, path, *, frame=False):
-        """Add a photo in a square of TILE pixels; with a frame, it is the query."""
-        image = _thumbnail(path)
+        """Add a photo in a square of TILE pixels; with a frame, it is the query.
+
+        A photo that cannot be read is a grey square with the reason, and `save` reports it.
+        """
+        image, problem = _thumbnail(path)
         offset = [start + (TILE - side) // 2 for start, side in zip(position, image.size, strict=True)]
         self._add(position, TILE, TILE, ("photo", image, offset, frame))
+        if problem:
+            self.lost.append(f"{path}: {problem}")
+            lines = wrap(self, display_text(problem), LABEL_SIZE, TILE - 2 * GAP, 5)
+            top = position[1] + (TILE - len(lines) * LABEL_SIZE * LINE) / 2
+            self.lines((position[0] + GAP, top), lines, LABEL_SIZE, SOFT)
 
     def box(self, position, width, height, colour):
         """Add a filled rectangle."""
@@ -76,10 +86,16 @@ class Picture:
         return image
 
     def save(self, path):
-        """Write the picture to a file whose suffix is the format. Reports on stderr if a character is in no font."""
+        """Write the picture to a file whose suffix is the format.
+
+        Reports on stderr the photos that could not be drawn, and if a character is in no font.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         image = self.image()
         replace_file(path, lambda temporary: _save(image, temporary, path.suffix.lower()))
+        if self.lost:
+            photos = "1 photo" if len(self.lost) == 1 else f"{len(self.lost):,} photos"
+            print(f"{photos} could not be drawn: {format_examples(self.lost)}", file=sys.stderr)
         if self.missing_glyphs:
             shown = display_text(path)
             print(f"{shown} shows boxes for characters that no installed font has; {INSTALL_HINT}", file=sys.stderr)
@@ -118,13 +134,16 @@ def _fitting(font, text, width):
 
 
 def _thumbnail(path):
+    """Return a photo that fits into a tile and None, or an empty tile and why the photo cannot be read."""
     from PIL import Image, ImageOps
 
     try:
-        image = Image.fromarray(load_image(path, TILE))
-    except OSError:  # deleted or replaced since the search
-        image = Image.new("RGB", (TILE, TILE), (230, 230, 230))
-    return ImageOps.contain(image, (TILE, TILE))
+        return ImageOps.contain(Image.fromarray(load_image(path, TILE)), (TILE, TILE)), None
+    except OSError as error:
+        reason = "the photo was deleted or moved after the search"
+        if file_stamp(path) is not None:
+            reason = f"the photo can no longer be read: {str(error).removeprefix(f'{path}: ')}"
+        return Image.new("RGB", (TILE, TILE), (230, 230, 230)), reason
 
 
 def _save(image, path, suffix):

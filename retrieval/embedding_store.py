@@ -250,29 +250,39 @@ def _prepare(path, journal):
 
 def _append(base, journal, new, stamps, encode):
     """Encode the new photos and return the journal with them; each batch is written to disk, rows before records."""
-    rows_file, path = base.with_suffix(".npy"), base.with_suffix(".jsonl")
     records, checksum = journal.records, journal.checksum
     num_rows, num_before = sum(len(record) == 3 for record in records), len(records)
     try:
         names = iter(new)
         for rows, reasons in encode(new) if new else ():
-            if len(rows):
-                if not num_rows:  # also in place of a file that an interruption left without its header
-                    create_embeddings(rows_file, rows.shape[1])
-                append_embeddings(rows_file, num_rows, rows)
-                num_rows += len(rows)
             batch = [
                 [name, *stamps[name], *filter(None, [reason])] for reason, name in zip(reasons, names, strict=False)
             ]
             lines, checksum = to_lines(batch, checksum)
-            with path.open("ab") as file:
-                file.write(lines)
+            try:
+                _write_batch(base, num_rows, rows, lines)
+            except OSError as error:
+                done = f"{len(records) - num_before:,} of {len(new):,} photos are encoded and saved"
+                advice = "make space, or choose another disk with --cache-dir, and run the same command again"
+                raise OSError(f"cannot write {base.parent}: {error.strerror or error}; {done}; {advice}") from None
+            num_rows += len(rows)
             records += batch
             journal = journal._replace(size=journal.size + len(lines), checksum=checksum)
     except KeyboardInterrupt:
         done = f"{len(records) - num_before:,} of {len(new):,} photos encoded and saved"
         raise KeyboardInterrupt(f"{done}; run the same command again to continue") from None
     return journal
+
+
+def _write_batch(base, num_rows, rows, lines):
+    """Write a batch: its rows at row `num_rows`, then the lines of its records."""
+    rows_file = base.with_suffix(".npy")
+    if len(rows):
+        if not num_rows:  # also in place of a file that an interruption left without its header
+            create_embeddings(rows_file, rows.shape[1])
+        append_embeddings(rows_file, num_rows, rows)
+    with base.with_suffix(".jsonl").open("ab") as file:
+        file.write(lines)
 
 
 def _read(store, dim=None):

@@ -149,13 +149,19 @@ def _answer(catalog, run, gallery, photos, matches, like=None):
     thumbnails = [
         (image, f"{_caption(match)}\n{folder}") for (match, image), folder in zip(shown, folders, strict=True)
     ]
-    return thumbnails, describe_search(len(shown), photos, like), Found(run, gallery, names)
+    line = describe_search(len(shown), photos, like, lost=len(matches) - len(shown))
+    return thumbnails, line, Found(run, gallery, names)
 
 
-def describe_search(shown: int, photos, like: Path | None = None) -> str:
-    """Return the line about a search, as HTML: how many photos it shows, and how many it compared."""
+def describe_search(shown: int, photos, like: Path | None = None, lost: int = 0) -> str:
+    """Return the line about a search, as HTML: how many photos it shows, and how many it compared.
+
+    lost: how many of the photos found can no longer be read.
+    """
     what = f" photos like {display_filename(like)}" if like is not None else ""
     text = f"The best {shown:,}{what} of {len(photos.names):,} photos searched"
+    if lost:
+        text += f"; {lost:,} more were found, but deleted or changed since they were encoded"
     if photos.unreadable:
         text += f"; {format_skipped(len(photos.unreadable))}"
     return f'<p role="status">{escape(text)}.</p>'

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,13 +55,35 @@ def test_several_queries_have_one_row_each(matches, tmp_path):
     assert Image.open(tmp_path / "rows.png").height > 3 * TILE
 
 
-def test_deleted_photo_leaves_an_empty_tile(matches, tmp_path):
+def test_tile_and_a_line_say_that_a_photo_was_deleted_or_damaged_after_the_search(
+    matches, tmp_path, capsys, monkeypatch
+):
     matches[1].item.unlink()
     matches[2].item.write_bytes(b"no photo")
+    written, text = [], picture.Picture.text
+    monkeypatch.setattr(
+        picture.Picture, "text", lambda self, at, line, *rest: written.append(line) or text(self, at, line, *rest)
+    )
 
     plot_photos([("a red square", None, matches)], tmp_path / "found.png")
 
     assert has_colour(tmp_path / "found.png", (230, 230, 230))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"2 photos could not be drawn: {matches[1].item}: the photo was deleted or moved after the ")
+    assert f"{matches[2].item}: the photo can no longer be read: not an image" in line
+    tiles = " ".join(written)
+    assert "the photo was deleted or moved" in tiles and "the photo can no longer be read" in tiles
+
+
+def test_photo_of_an_archive_that_was_deleted_after_the_search_is_reported(matches, tmp_path, capsys):
+    archive = tmp_path / "photos.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(matches[0].item, "a.png")
+    plot_photos([("red", None, [Match(0.5, archive / "a.png")])], tmp_path / "found.png")
+    assert capsys.readouterr().err == ""
+    archive.unlink()
+    plot_photos([("red", None, [Match(0.5, archive / "a.png")])], tmp_path / "found.png")
+    assert capsys.readouterr().err.startswith(f"1 photo could not be drawn: {archive}/a.png: the photo was deleted")
 
 
 @pytest.mark.parametrize("text", ["word " * 400, "w" * 3000, "a\x1b[2Jb\nc", "", "x\u202ey"])

@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import one_line_error, open_data_of, run_in_process
+from helpers import one_line_error, open_data_of, run_in_process, write_image_folder
 
 from models.checkpoint import load_state, save_state
+from retrieval.embedding_store import list_images, open_gallery
+from runtime import cli
 from runtime.run_dir import read_log
 from training import trainer
 from training.trainer import train
@@ -105,6 +109,33 @@ def test_training_on_a_full_disk_reports_the_saved_epoch_and_resumes_from_it(tin
     train(config, open_data_of(config), folder)
     resumed = load_state(folder / "last.pt")["model"]
     assert all(torch.equal(tensor, resumed[key]) for key, tensor in expected.items())
+
+
+def test_disk_that_fills_up_while_photos_are_encoded_keeps_what_was_encoded(disk, tmp_path, capsys):
+    photos = write_image_folder(tmp_path / "gallery", 24) / "Images"
+    names, dim, encoded = list(list_images(photos).stamps), 20_000, []
+
+    def encode(new):  # four photos in a batch, with 160 kB of rows
+        for start in range(0, len(new), 4):
+            encoded.append(new[start : start + 4])
+            rows = [np.full(dim, names.index(name), np.float32) for name in encoded[-1]]
+            yield np.stack(rows), [None] * len(rows)
+
+    for free_bytes, saved in ((0, 0), (200_000, 4), (350_000, 8), (500_000, 12), (550_000, 12)):
+        shutil.rmtree(disk / "store", ignore_errors=True)
+        (disk / "filler").unlink(missing_ok=True)
+        fill(disk, free_bytes)
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(lambda: open_gallery(disk / "store", list_images(photos), encode))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert exit_info.value.code == 2 and "No space left on device" in line and "--cache-dir" in line, line
+        assert not saved or f"{saved} of 24 photos are encoded and saved; make space" in line, (free_bytes, line)
+        (disk / "filler").unlink()
+        encoded.clear()
+        gallery = open_gallery(disk / "store", list_images(photos), encode)
+        assert list(itertools.chain(*encoded)) == names[saved:]
+        assert gallery.names == names and gallery.embeddings[:, -1].tolist() == list(range(24))
+        del gallery  # it has mapped the file, and the disk could not be unmounted
 
 
 @pytest.fixture

@@ -60,5 +60,6 @@ def test_names_of_photos_are_text_and_no_html():
     html = describe_photo('a/<script>"x"</script>\x1b.jpg', "<i>folder</i>", "original?name=%22&run=x")
     assert "<script>" not in html and "<i>" not in html and "\x1b" not in html and "name=%22&amp;run=x" in html
     gallery = types.SimpleNamespace(names=["a"] * 3_000, unreadable={"b": "cut off"})
+    assert "2 more were found, but deleted" in describe_search(10, gallery, lost=2)
     html = describe_search(12, gallery, Path("/x/<b>.jpg"))
     assert "The best 12 photos like &lt;b&gt;.jpg of 3,000 photos searched; 1 photo could not be read" in html
