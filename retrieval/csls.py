@@ -72,7 +72,9 @@ def make_query_bank(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tens
     images = torch.linspace(0, len(image_emb) - 1, min(len(image_emb), MAX_BANK_IMAGES)).long()
     selected = torch.zeros(len(image_emb), dtype=torch.bool)
     selected[images] = True
-    return {"image_emb": image_emb[images].half(), "text_emb": text_emb[selected[caption_image_ids]].half()}
+    captions = selected[caption_image_ids.cpu()].nonzero().squeeze(1)
+    rows = (image_emb[images.to(image_emb.device)], text_emb[captions.to(text_emb.device)])
+    return dict(zip(("image_emb", "text_emb"), (emb.half() for emb in rows), strict=True))
 
 
 def load_query_bank(state: dict[str, Tensor] | None, dim: int | None = None) -> QueryBank | None:

@@ -20,7 +20,7 @@ from dataset import AugmentedViews, ImageFiles
 from modules import CLIPModel
 from retrieval.csls import QueryBank, load_query_bank
 from retrieval.embed_dims import check_embed_dims
-from runtime.device import autocast, pick_device, pick_precision, pick_workers
+from runtime.device import autocast, pick_device, pick_precision, pick_workers, to_device
 from runtime.distributed import gather_rows, gather_tensors, shard_slice
 from runtime.launcher import num_processes, process_rank
 from runtime.progress import Progress
@@ -63,6 +63,7 @@ class Encoder:
     cache_images: bool = False
     tta_flip: bool = False  # test-time augmentation: average the embeddings of each image and its horizontal flip
     query_bank: QueryBank | None = None  # for CSLS; None for a run with a small validation split
+    rows_on_device: bool = False  # for few images, as in validation: the rows stay on the device, without waits
     vocabulary: int | None = None  # number of token ids that the text tower takes; None: not checked
 
     @property
@@ -92,7 +93,7 @@ class Encoder:
     def encode_images(
         self, paths: Sequence[Path], desc: str, loader: DataLoader | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Encode images -> rows (N, F) of the readable ones in order, float32 on the CPU; readable (len(paths),) bool.
+        """Encode images -> rows (N, F) of the readable ones in order, float32; readable (len(paths),) bool.
 
         Each process encodes its shard, and all of them return all rows. desc names them for the progress; loader
         as in encode_split.
@@ -101,21 +102,21 @@ class Encoder:
         batches = list(self.encode_image_batches(shard, desc) if loader is None else self._encode_all(loader, desc))
         rows = [batch for batch, _ in batches if len(batch)]
         readable = [reason is None for _, reasons in batches for reason in reasons]
-        local = [torch.cat(rows) if rows else torch.empty(0), torch.tensor(readable, dtype=torch.bool)]
+        local = [self._concatenate(rows), torch.tensor(readable, dtype=torch.bool)]
         (all_rows, _), (all_readable, _) = gather_tensors(local)
         return all_rows, all_readable
 
     def encode_image_batches(self, paths: Sequence[Path], desc: str) -> Iterator[tuple[Tensor, list[str | None]]]:
         """Yield batches of images as they are encoded.
 
-        A batch is the rows (b, F) of its readable images, float32 on the CPU, and for each image None or the reason
-        why it cannot be read.
+        A batch is the rows (b, F) of its readable images, float32, and for each image None or the reason why it cannot
+        be read.
         """
         yield from self._encode_all(self.image_loader(paths), desc)
 
     def _encode_all(self, loader, desc):
         for pixels, reasons in _show_progress(loader, len(loader.dataset), desc, "photos", lambda batch: len(batch[1])):
-            yield torch.empty(0) if pixels is None else self.embed_pixels(pixels), reasons
+            yield self._concatenate([]) if pixels is None else self.embed_pixels(pixels), reasons
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """Encode preprocessed images (B, 3, H, W) uint8 -> rows (B, F) float32, with tta_flip as in search."""
@@ -151,12 +152,27 @@ class Encoder:
 
     @torch.inference_mode()
     def run(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-        """Apply `function`, a part of the model, on this Encoder's device and under its autocast; output on the CPU."""
+        """Apply `function`, a part of the model, on this Encoder's device and under its autocast.
+
+        The output is on the CPU, or with rows_on_device on the device.
+        """
         with autocast(self.device, self.precision):
-            return function(*(rows.to(self.device, non_blocking=rows.is_pinned()) for rows in inputs)).cpu()
+            output = function(*(to_device(rows, self.device) for rows in inputs))
+        return output if self.rows_on_device else output.cpu()
+
+    def gather(self, batches: Sequence[Tensor]) -> Tensor:
+        """Concatenate batches of rows that `run` returned, of all processes in rank order."""
+        return gather_rows(self._concatenate(batches))[0]
+
+    def _concatenate(self, batches):
+        return torch.cat(batches) if batches else torch.empty(0, device=self._rows_device)
+
+    @property
+    def _rows_device(self):
+        return self.device if self.rows_on_device else torch.device("cpu")
 
     def encode_captions(self, captions: Sequence[str], desc: str) -> Tensor:
-        """Encode captions -> rows (M, H) in order, float32 on the CPU. Captions of similar length share a batch.
+        """Encode captions -> rows (M, H) in order, float32. Captions of similar length share a batch.
 
         Each process encodes its shard, and all of them return all rows. desc names them for the progress.
         """
@@ -170,8 +186,8 @@ class Encoder:
         for batch in _show_progress(batches, len(token_ids), desc, "captions", len):
             input_ids, attention_mask = pad([token_ids[m] for m in batch], self.tokenizer.pad_token_id)
             rows.append(self.run(self.encode_text, input_ids, attention_mask).float())
-        local_rows = torch.cat(rows)[torch.from_numpy(np.argsort(order))] if rows else torch.empty(0)
-        return gather_rows(local_rows)[0]
+        local_rows = self._concatenate(rows)
+        return gather_rows(local_rows[to_device(torch.from_numpy(np.argsort(order)), local_rows.device)])[0]
 
     def _check_ids(self, token_ids, captions):
         """Raise ValueError if the tokenizer returned ids beyond the text tower's: a stranger's run may have both."""

@@ -1,9 +1,13 @@
 """Retrieval metrics over the full pool, computed chunk by chunk. The search itself is exact_search.top_k."""
 
+from collections.abc import Iterator
+from itertools import count, repeat
+
 import torch
 from torch import Tensor
 
 from retrieval.exact_search import check_shapes, cosines, full_chunk, top_k
+from runtime.distributed import all_reduce_sum, rank, world_size
 
 __all__ = ["retrieval_metrics", "top_k"]
 
@@ -22,19 +26,22 @@ def retrieval_metrics(
     caption_image_ids: Tensor,
     ks: tuple[int, ...] = (1, 5, 10),
     chunk_size: int = CHUNK_SIZE,
+    *,
+    shared: bool = False,
 ) -> dict[str, float]:
     """Rank the full pool in both directions. A tie counts against the model, so a collapsed model scores 0.
 
     image_emb (N,D), text_emb (M,D) unit rows; caption_image_ids (M,): row of image_emb that each caption belongs to.
     Returns i2t_R@k, t2i_R@k, i2t_mAP@10, t2i_mAP@10, rsum in percent and the median ranks i2t_medR, t2i_medR.
     The rank of an image is the rank of its best caption. An image without captions is a candidate, but not a query.
+    shared: all processes call this with the same rows, each scores a share of the blocks, and all return the same.
     Raises ValueError if the inputs cannot be ranked. Memory beyond the inputs: O(chunk_size**2 + N + M*D).
     """
     check_shapes(image_emb, text_emb, chunk_size)
     check_inputs(image_emb, text_emb, caption_image_ids, ks)
     # No metric depends on the order of the captions. Sorting makes the captions of one image adjacent.
     caption_image_ids, order = caption_image_ids.to(image_emb.device, torch.int64).sort(stable=True)
-    i2t_above, t2i_above = _count_negatives_above(image_emb, text_emb[order], caption_image_ids, chunk_size)
+    i2t_above, t2i_above = _count_negatives_above(image_emb, text_emb[order], caption_image_ids, chunk_size, shared)
     i2t_rank, average_precision = _rank_images(caption_image_ids.cpu(), i2t_above.cpu())  # MPS has no float64
     t2i_rank = 1 + t2i_above.cpu()
     metrics = {f"i2t_R@{k}": percent(i2t_rank <= k) for k in ks} | {f"t2i_R@{k}": percent(t2i_rank <= k) for k in ks}
@@ -86,14 +93,16 @@ def _rank_images(caption_image_ids: Tensor, negatives_above: Tensor) -> tuple[Te
 
 
 def _count_negatives_above(
-    image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int
+    image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int, shared: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Count for each caption's positive pair the negative captions and the negative images that score as high.
 
     image_emb (N,D), text_emb (M,D), caption_image_ids (M,) ascending -> captions of other images (M,), other images
-    (M,), both int64.
+    (M,), both int64. shared as in retrieval_metrics.
     """
-    threshold = _positive_scores(image_emb, text_emb, caption_image_ids, chunk_size) - TIE_TOLERANCE
+    own = _own_blocks(shared)
+    threshold = _positive_scores(image_emb, text_emb, caption_image_ids, chunk_size, own)
+    threshold = (all_reduce_sum(threshold) if shared else threshold) - TIE_TOLERANCE
     position = _position_in_group(caption_image_ids)
     caption_index = torch.arange(len(caption_image_ids), device=caption_image_ids.device)
     captions_above, images_above = torch.zeros_like(caption_image_ids), torch.zeros_like(caption_image_ids)
@@ -107,6 +116,8 @@ def _count_negatives_above(
         thresholds[row, column] = threshold[positives]
         above = torch.zeros_like(thresholds, dtype=torch.int64)
         for text_start in range(0, len(caption_image_ids), chunk_size):
+            if not next(own):
+                continue
             texts = slice(text_start, text_start + chunk_size)
             sim = score_block(image_emb, text_emb, image_start, text_start, chunk_size)
             masked = slice(max(positives.start, text_start), min(positives.stop, text_start + chunk_size))
@@ -115,7 +126,12 @@ def _count_negatives_above(
                 above[:, j] += count_at_least(sim, thresholds[:, j, None], 1)
             images_above[texts] += count_at_least(sim, threshold[texts], 0)
         captions_above[positives] = above[row, column]
-    return captions_above, images_above
+    return (all_reduce_sum(captions_above), all_reduce_sum(images_above)) if shared else (captions_above, images_above)
+
+
+def _own_blocks(shared):
+    """Yield for one block after another whether this process scores it."""
+    return (number % world_size() == rank() for number in count()) if shared else repeat(True)
 
 
 def count_at_least(sim: Tensor, threshold: Tensor, dim: int) -> Tensor:
@@ -123,12 +139,19 @@ def count_at_least(sim: Tensor, threshold: Tensor, dim: int) -> Tensor:
     return torch.ge(sim, threshold, out=torch.empty_like(sim)).sum(dim).long()  # a CPU sums floats faster than bools
 
 
-def _positive_scores(image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int) -> Tensor:
-    """Score each caption with its own image -> (M,), in the same blocks as its negatives, so that rounding agrees."""
-    scores = torch.empty(len(caption_image_ids), device=caption_image_ids.device)
+def _positive_scores(
+    image_emb: Tensor, text_emb: Tensor, caption_image_ids: Tensor, chunk_size: int, own: Iterator[bool]
+) -> Tensor:
+    """Score each caption with its own image -> (M,), in the same blocks as its negatives, so that rounding agrees.
+
+    A caption whose block is not this process's own has the score 0.
+    """
+    scores = torch.zeros(len(caption_image_ids), device=caption_image_ids.device)
     for text_start in range(0, len(caption_image_ids), chunk_size):
         image_rows = caption_image_ids[text_start : text_start + chunk_size]
         for image_start in (image_rows // chunk_size * chunk_size).unique_consecutive().tolist():
+            if not next(own):
+                continue
             columns = ((image_rows >= image_start) & (image_rows < image_start + chunk_size)).nonzero().squeeze(1)
             sim = score_block(image_emb, text_emb, image_start, text_start, chunk_size)
             scores[text_start + columns] = sim[image_rows[columns] - image_start, columns]

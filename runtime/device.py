@@ -62,6 +62,18 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=precision, enabled=precision != torch.float32)
 
 
+def pin(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor in pinned memory, from which a copy to a GPU needs no wait; on other devices unchanged."""
+    if device.type != "cuda" or tensor.is_cuda or tensor.is_pinned():
+        return tensor
+    return tensor.pin_memory()
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device; to a GPU from pinned memory, without a wait."""
+    return pin(tensor, device).to(device, non_blocking=device.type == "cuda")
+
+
 def pick_workers(num_workers: int, device: torch.device) -> int:
     """Return the number of DataLoader workers; a negative `num_workers` selects it automatically.
 

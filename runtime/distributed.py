@@ -122,6 +122,13 @@ def all_reduce_max(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Replace `value` in place by its sum over all processes, and return it."""
+    if _is_distributed():
+        dist.all_reduce(value)
+    return value
+
+
 def gather_batch_norm_stats(model: nn.Module) -> list[dict[str, Tensor]]:
     """Return the running statistics of each process, on the CPU.
 

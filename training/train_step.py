@@ -10,6 +10,7 @@ from losses import LossTerms, PairIds
 from modules import CLIPModel
 from retrieval.encoder import Encoder
 from runtime import distributed
+from runtime.device import to_device
 from runtime.gradient_buckets import GradientBuckets
 from training.dataloader import MicroBatchPasses
 from training.gradcache import IDS, TEXT_IDS, cached_backward
@@ -151,9 +152,8 @@ class TrainStep:
         return tuple(micro_batches and map(self._move, micro_batches) for micro_batches in passes)
 
     def _move(self, micro_batch):
-        pin = _pin if self.device.type == "cuda" else lambda tensor: tensor
         return {
-            key: pin(value).to(self.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            key: to_device(value, self.device) if isinstance(value, torch.Tensor) else value
             for key, value in micro_batch.items()
         }
 
@@ -235,7 +235,3 @@ def _compile(model):
     trainable = parts[1] if parts else model.image_encoder.backbone
     if trainable is not None:
         trainable.compile()
-
-
-def _pin(tensor):
-    return tensor if tensor.is_cuda or tensor.is_pinned() else tensor.pin_memory()

@@ -23,7 +23,7 @@ from retrieval.encoder import Encoder, build_training_encoder
 from retrieval.metrics import describe_small_pool, retrieval_metrics
 from runtime import distributed
 from runtime.atomic_io import write_text
-from runtime.device import memory_advice, pick_device
+from runtime.device import memory_advice, pick_device, to_device
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
 from runtime.progress import Progress, TimeLeft
 from runtime.run_dir import BAD_BATCH, CURVES, LAST, LOG, STEPS, epochs_without_gain, has_ended, read_log
@@ -294,9 +294,9 @@ class Trainer:
         with self.signals.immediately():
             embeddings = self.embed_validation()
             self.query_bank = make_query_bank(*embeddings)
-            embeddings = [rows.to(self.encoder.device) for rows in embeddings] if rank() == 0 else []
+            embeddings = [to_device(rows, self.encoder.device) for rows in embeddings]
             self.val_embeddings = embeddings if self.trackers.trackers else None
-            return broadcast_object(retrieval_metrics(*embeddings) if embeddings else None)
+            return broadcast_object(retrieval_metrics(*embeddings, shared=True))
 
     def _report_unreadable(self):
         unreadable = sorted(set(all_gather_list(sorted(self.state.unreadable))))

@@ -128,6 +128,15 @@ assert ids[0].tolist() == [0, 1, 2, 0, 1] and ids[1] == [0, 3][rank]
 slices = [[slice(0, 2), slice(0, 0)], [slice(2, 5), slice(0, 0)]][rank]
 assert [distributed.shard_slice(5), distributed.shard_slice(0)] == slices
 assert distributed.all_gather_list([rank]) == [0, 1] and distributed.broadcast_object(f"of {rank}") == "of 0"
+from retrieval.metrics import retrieval_metrics
+generator = torch.Generator().manual_seed(0)
+for images, captions, chunk_size in ((11, 37, 4), (3, 5, 1024), (1, 1, 2)):  # shares that do not divide
+    ids = torch.randint(images, (captions,), generator=generator)
+    image_emb = torch.nn.functional.normalize(torch.randn(images, 6, generator=generator))
+    text_emb = torch.nn.functional.normalize(image_emb[ids] + torch.randn(captions, 6, generator=generator))
+    text_emb[::3] = text_emb[0].clone()  # ties
+    alone = retrieval_metrics(image_emb, text_emb, ids, chunk_size=chunk_size)
+    assert retrieval_metrics(image_emb, text_emb, ids, chunk_size=chunk_size, shared=True) == alone
 layer = torch.nn.BatchNorm1d(2)
 torch.nn.init.constant_(layer.weight, rank)
 distributed.broadcast_parameters(layer)
