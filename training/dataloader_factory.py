@@ -21,7 +21,7 @@ from runtime import distributed
 from runtime.text import wrap
 from training.dataloader import EpochSampler, ImageCaptionLoader
 from training.feature_cache import cache_image_features, cache_text_features
-from training.feature_loader import CachedFeatureLoader, CachedSplit, add_flipped_captions, embed_cached_split
+from training.feature_loader import CachedFeatureLoader, CachedSplit, CachedValidation, add_flipped_captions
 
 
 def build_batches(
@@ -42,7 +42,9 @@ def build_batches(
     if config.views:
         return _build_cached(config, model, encoder, train, val, first_epoch)
     loader = encoder.image_loader(val.paths[distributed.shard_slice(len(val.paths))], persistent=True)
-    return _build_from_images(config, encoder, train), partial(embed_split, encoder, val, loader)
+    return _build_from_images(config, encoder, train), partial(
+        embed_split, replace(encoder, rows_on_device=True), val, loader
+    )
 
 
 def _sampler(config, images):
@@ -96,7 +98,7 @@ def _build_cached(config, model, encoder, train, val, first_epoch):
         pad_id=encoder.tokenizer.pad_token_id,
         device=encoder.device,
     )
-    return loader, partial(embed_cached_split, model, encoder, cached_val)
+    return loader, CachedValidation(model, replace(encoder, rows_on_device=True), cached_val)
 
 
 def _build_from_images(config, encoder, split):

@@ -4,6 +4,7 @@ captions.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,11 +16,11 @@ from data.tokenizer import Tokens, pad
 from dataset import flip_caption, is_flipped, sample_captions
 from modules import CLIPModel
 from retrieval.encoder import IMAGE_BATCH, Embeddings, Encoder
-from runtime.distributed import gather_rows, shard_slice
+from runtime.device import pin
+from runtime.distributed import shard_slice
 from training.dataloader import EpochSampler, MicroBatchPasses, length_groups
 from training.feature_cache import CachedImageFeatures
-
-MAX_DEVICE_BYTES = 2**30  # smaller features stay on the device; larger ones are copied there batch by batch
+from training.feature_rows import FeatureRows, prefetch
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,12 @@ class CachedFeatureLoader:
     ):
         self.paths, self.readable = cached.split.paths, np.flatnonzero(cached.images.readable)
         self.sampler, self.captions_per_image, self.pad_id = sampler, captions_per_image, pad_id
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.flipped_rows, self.tokens, self.views = cached.flipped_rows, cached.tokens, cached.images.views
         self.pairs = cached.repeats
         self.repeats = cached.repeats is not None and cached.repeats.has_texts  # as in ImageCaptionLoader
-        self.images, self.frozen_epochs = _to_device_if_small(cached.images.rows, device), frozen_epochs
-        self.texts = None if cached.texts is None else _to_device_if_small(cached.texts, device)
+        self.images, self.frozen_epochs = FeatureRows(cached.images.rows, device), frozen_epochs
+        self.texts = None if cached.texts is None else FeatureRows(cached.texts, device)
         self.first_caption = np.searchsorted(cached.split.caption_image_ids, np.arange(len(self.paths) + 1))
 
     def __len__(self):
@@ -85,11 +86,31 @@ class CachedFeatureLoader:
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[MicroBatchPasses]:
         """Iterate over the batches of an epoch, starting at number `first_batch`."""
         self.sampler.set_epoch(epoch, first_batch)
+        if self.on_gpu:
+            yield from self._prefetched()
+            return
         for micro_batches in self.sampler:
             if len(micro_batches) == 1:
                 yield [self._micro_batch(micro_batches[0])], None
             else:  # gathering rows twice is cheap; keeping all of a batch would need much memory
                 yield map(self._micro_batch, micro_batches), map(self._micro_batch, micro_batches)
+
+    def _prefetched(self):
+        """Yield the same batches, prepared by a thread: the step waits neither for the disk nor for copies."""
+        count = self.sampler.micro_batches
+        repeat = 1 if count == 1 else 2
+        stream = prefetch(self._pinned, (keys for batch in self.sampler for _ in range(repeat) for keys in batch))
+        for _ in range(self.sampler.first_batch, len(self)):
+            passes = [map(self._finish, islice(stream, count)) for _ in range(repeat)]
+            yield passes[0], (passes[1] if repeat == 2 else None)
+
+    def _pinned(self, keys):
+        batch = self._micro_batch(keys)
+        return {k: pin(v, self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _finish(self, batch):
+        rows = {"image_features": self.images, "text_features": self.texts}
+        return {key: rows[key].finish(value) if key in rows else value for key, value in batch.items()}
 
     def _micro_batch(self, keys):
         images, views, captions = zip(*(self._draw(*key) for key in keys), strict=True)
@@ -97,7 +118,7 @@ class CachedFeatureLoader:
         ids = images if self.pairs is None else self.pairs.photo_ids[images]
         batch = {
             "unreadable": [],
-            "image_features": self.images[torch.from_numpy(images * self.views + views)],
+            "image_features": self.images.gather(images * self.views + views),
             "image_ids": torch.from_numpy(ids),
             "caption_image_ids": torch.from_numpy(np.repeat(ids, [len(rows) for rows in captions])),
         }
@@ -109,7 +130,7 @@ class CachedFeatureLoader:
         )
         epoch, _ = keys[0]
         if self.texts is not None and (self.tokens is None or epoch < self.frozen_epochs):
-            return batch | {"text_features": self.texts[torch.from_numpy(caption_rows)]}
+            return batch | {"text_features": self.texts.gather(caption_rows)}
         captions = [self.tokens[row] for row in caption_rows]
         ids, mask = pad(captions, self.pad_id)
         batch |= {"input_ids": ids, "attention_mask": mask}
@@ -123,29 +144,33 @@ class CachedFeatureLoader:
         return image, view, captions
 
 
-def embed_cached_split(model: CLIPModel, encoder: Encoder, cached: CachedSplit) -> Embeddings:
-    """Embed a validation split from its cached features, sharded over the processes; the first view of each image."""
-    readable, caption_image_ids = cached.images.readable, cached.split.caption_image_ids
-    rows, captions = np.flatnonzero(readable) * cached.images.views, np.flatnonzero(readable[caption_image_ids])
+class CachedValidation:
+    """Embeds a validation split from its cached features, sharded over the processes; the first view of each image."""
 
-    def project_image(features):
-        return model.project_image(model.image_encoder.forward_trainable(features))
+    def __init__(self, model: CLIPModel, encoder: Encoder, cached: CachedSplit):
+        self.model, self.encoder, self.cached = model, encoder, cached
+        self.images = FeatureRows(cached.images.rows, encoder.device)
+        self.texts = None if cached.texts is None else FeatureRows(cached.texts, encoder.device)
 
-    image_emb = _embed(encoder, project_image, cached.images.rows, rows)
-    if cached.texts is not None and model.text_encoder.is_frozen:
-        text_emb = _embed(encoder, model.project_text, cached.texts, captions)
-    else:
-        text_emb = encoder.encode_captions([cached.split.captions[m] for m in captions], "val")
-    new_row = np.cumsum(readable) - 1
-    return image_emb, text_emb, torch.from_numpy(new_row[caption_image_ids[captions]])
+    def __call__(self) -> Embeddings:
+        model, encoder, images, split = self.model, self.encoder, self.cached.images, self.cached.split
+        readable, caption_image_ids = images.readable, split.caption_image_ids
+        rows, captions = np.flatnonzero(readable) * images.views, np.flatnonzero(readable[caption_image_ids])
 
+        def project_image(features):
+            return model.project_image(model.image_encoder.forward_trainable(features))
 
-def _embed(encoder, function, features, rows):
-    """Apply `function` to these rows of features, batch by batch -> float32 embeddings of all processes."""
-    rows = torch.from_numpy(rows[shard_slice(len(rows))])
-    batches = [encoder.run(function, features[batch]).float() for batch in rows.split(IMAGE_BATCH)]
-    return gather_rows(torch.cat(batches) if batches else torch.empty(0))[0]
+        image_emb = self._embed(project_image, self.images, rows)
+        if self.texts is not None and model.text_encoder.is_frozen:
+            text_emb = self._embed(model.project_text, self.texts, captions)
+        else:
+            text_emb = encoder.encode_captions([split.captions[m] for m in captions], "val")
+        new_row = np.cumsum(readable) - 1
+        return image_emb, text_emb, torch.from_numpy(new_row[caption_image_ids[captions]])
 
-
-def _to_device_if_small(rows, device):
-    return rows.to(device) if rows.numel() * rows.element_size() < MAX_DEVICE_BYTES else rows
+    def _embed(self, function, features, rows):
+        """Apply `function` to these rows of features, batch by batch -> float32 embeddings of all processes."""
+        rows = rows[shard_slice(len(rows))]
+        batches = [rows[start : start + IMAGE_BATCH] for start in range(0, len(rows), IMAGE_BATCH)]
+        gathered = (prefetch if self.encoder.device.type == "cuda" else map)(features.gather, batches)
+        return self.encoder.gather([self.encoder.run(function, features.finish(batch)).float() for batch in gathered])
