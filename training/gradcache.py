@@ -58,13 +58,10 @@ def cached_backward(
     terms, gradients = _embedding_gradients(local, local_ids, sizes, objective, backward)
     del local
     for number, (pair, gradient) in enumerate(zip(with_graph, gradients, strict=True), 1):
-        if [rows.shape for rows in pair] != [rows.shape for rows in gradient]:
-            raise ValueError(
-                "a photo could be read once and not again within a step: do not change the data set during training"
-            )
         if number == len(sizes):
             before_last()
-        _backward(pair, gradient)
+        with _freeze_batch_norm_stats(model, enabled=True):  # with gradient checkpointing, this computes again
+            _backward(pair, gradient)
     return terms
 
 
@@ -78,6 +75,10 @@ def _concatenate(embeddings, ids, n_ids, *, device):
 
 def _backward(embeddings, gradients):
     """Backpropagate through the embeddings that have a graph: a frozen tower without a trainable head has none."""
+    if [rows.shape for rows in embeddings] != [rows.shape for rows in gradients]:
+        raise ValueError(
+            "a photo could be read once and not again within a step: do not change the data set during training"
+        )
     pairs = [(rows, grad) for rows, grad in zip(embeddings, gradients, strict=True) if rows.requires_grad]
     if pairs:
         torch.autograd.backward(*zip(*pairs, strict=True))
