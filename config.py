@@ -91,6 +91,7 @@ class Config:
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ()  # experiment trackers
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # "auto" selects the GPU if there is one
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"  # of the encoders; the loss is in float32
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     compile: bool = False  # torch.compile the image tower: faster steps after compilation; needs a C++ compiler
     num_workers: int = -1  # processes that load photos; -1 selects by the number of cores and the device
 

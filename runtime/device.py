@@ -22,7 +22,20 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device; use auto or cpu")
     if name == "cpu":
         keep_freed_memory()
+    elif name == "cuda":
+        _set_cuda_backends()
     return torch.device(name)
+
+
+def _set_cuda_backends():
+    """Compute float32 in full, where PyTorch's default mixes TF32 convolutions with exact products of matrices.
+
+    Towers compute in bfloat16 or float16 anyway, unless --precision float32 asks for float32. cuDNN chooses its
+    algorithms by rules: those that it would choose by timing can differ between two starts, and a resumed run then
+    would not continue exactly.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = False
 
 
 def use_own_gpu() -> None:

@@ -15,7 +15,9 @@ from training.gradcache import TEXT_IDS
 
 MAX_PADDING, MAX_GROUPS = 1.1, 12  # padded tokens per token of a batch's captions, and groups of captions, on a GPU
 MIN_GROUPED = 64  # fewer captions are encoded at once: more kernels would take longer than the padding
-MAX_BATCH_BYTES = 2**28  # of a batch's decoded images; the images of a larger batch are read twice
+# Bytes of a batch's decoded images in this process; the images of a larger batch are decoded twice. For a GPU more are
+# kept: the loader is slower than the step, and such machines have more memory.
+MAX_BATCH_BYTES, MAX_GPU_BATCH_BYTES = 2**28, 2**31
 
 
 def length_groups(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -75,8 +77,8 @@ class ImageCaptionLoader:
     """The batches of an epoch: `loader.epoch(e)` iterates over them, len(loader) is their number.
 
     A batch is two passes over its micro-batches, or one pass and None if it is a single micro-batch. If the images of a
-    batch exceed MAX_BATCH_BYTES, the second pass reads them again; it yields the same, since an item depends only on
-    its key (epoch, index).
+    batch exceed MAX_BATCH_BYTES (for a GPU MAX_GPU_BATCH_BYTES), the second pass reads them again; it yields the same,
+    since an item depends only on its key (epoch, index).
     """
 
     def __init__(
@@ -91,7 +93,8 @@ class ImageCaptionLoader:
     ):
         """pin_memory: whether the batches are for a GPU. epochs: epochs from 0 that are read in advance of `epoch`."""
         batch_bytes = 3 * dataset.preprocess.size**2 * sampler.images_per_process
-        self.sampler, self.reread = sampler, sampler.micro_batches > 1 and batch_bytes > MAX_BATCH_BYTES
+        most_bytes = MAX_GPU_BATCH_BYTES if pin_memory else MAX_BATCH_BYTES
+        self.sampler, self.reread = sampler, sampler.micro_batches > 1 and batch_bytes > most_bytes
         self.paths, self.repeats = dataset.paths, dataset.repeats is not None and dataset.repeats.has_texts
         self.micro_batch_sampler = MicroBatchSampler(sampler, repeat=2 if self.reread else 1, epochs=epochs)
         self._stream = self._next = None  # the running iteration; (epoch, number) of the batch that it yields next

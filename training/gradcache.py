@@ -60,7 +60,7 @@ def cached_backward(
     for number, (pair, gradient) in enumerate(zip(with_graph, gradients, strict=True), 1):
         if number == len(sizes):
             before_last()
-        with _freeze_batch_norm_stats(model, enabled=True):  # with gradient checkpointing, this computes again
+        with _keep_batch_norm_stats(model):  # with gradient checkpointing, this computes activations again
             _backward(pair, gradient)
     return terms
 
@@ -113,3 +113,17 @@ def _freeze_batch_norm_stats(model: nn.Module, *, enabled: bool) -> Iterator[Non
     finally:
         for norm in tracking:
             norm.track_running_stats = True
+
+
+@contextmanager
+def _keep_batch_norm_stats(model: nn.Module) -> Iterator[None]:
+    """Let batch norms compute as in training, and save the same tensors, but not change their running statistics."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracking = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
+    for norm, *_ in tracking:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, momentum, batches in tracking:
+            norm.momentum, norm.num_batches_tracked = momentum, batches

@@ -7,11 +7,13 @@ from accelerate import Accelerator
 
 from config import Config
 from losses import LossTerms, PairIds
+from models.activation_checkpoints import recompute_activations
 from modules import CLIPModel
 from retrieval.encoder import Encoder
 from runtime import distributed
 from runtime.device import to_device
 from runtime.gradient_buckets import GradientBuckets
+from runtime.text import wrap
 from training.dataloader import MicroBatchPasses
 from training.gradcache import IDS, TEXT_IDS, cached_backward
 from training.objectives import Objective, objective_loss
@@ -76,16 +78,10 @@ class TrainStep:
             nested_dims=config.nested_dims,
         )
         self.first_micro_batch = distributed.rank() * micro_batches
-        self.accelerator = Accelerator(
-            mixed_precision=ACCELERATE_NAMES[encoder.precision], cpu=encoder.device.type == "cpu"
-        )
-        optimizer = build_optimizer(
-            model,
-            lr_image=config.lr_image,
-            lr_text=config.lr_text,
-            lr_heads=config.lr_heads,
-            weight_decay=config.weight_decay,
-        )
+        precision, on_cpu = ACCELERATE_NAMES[encoder.precision], encoder.device.type == "cpu"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu)
+        rates = {"lr_image": config.lr_image, "lr_text": config.lr_text, "lr_heads": config.lr_heads}
+        optimizer = build_optimizer(model, **rates, weight_decay=config.weight_decay)
         # Not for the checkpoint, whose groups replace these.
         modules = [group.pop("module").removesuffix("_encoder") for group in optimizer.param_groups]
         self.rate_names = [f"lr_{module}" for module in modules]
@@ -95,6 +91,8 @@ class TrainStep:
             total_steps=config.epochs * steps_per_epoch,
             towers_start=config.freeze_epochs * steps_per_epoch,
         )
+        if config.gradient_checkpointing and (line := recompute_activations(model)):
+            print(wrap(line), flush=True)
         if config.compile:
             _compile(model)
         # Each process computes the full gradient of these two, but only its own share of all others.

@@ -147,6 +147,8 @@ def test_batch_that_exceeds_the_memory_limit_is_read_twice_and_is_identical(path
     monkeypatch.setattr(dataloader_module, "MAX_BATCH_BYTES", 2**30)
     in_memory = ImageCaptionLoader(dataset, sampler, pad_id=0, num_workers=0, pin_memory=False)
     assert rereading.reread and not in_memory.reread and len(read_twice) == len(rereading)
+    monkeypatch.setattr(dataloader_module, "MAX_BATCH_BYTES", 1)  # of a CPU; for a GPU more is kept
+    assert not ImageCaptionLoader(dataset, sampler, pad_id=0, num_workers=0, pin_memory=True).reread
     for (first, second), (expected, repeated) in zip(read_twice, in_memory.epoch(3), strict=True):
         assert expected is repeated and len(first) == len(second) == len(expected) == 2
         equal = [batches_equal(x, y) and batches_equal(x, z) for x, y, z in zip(first, second, expected, strict=True)]
