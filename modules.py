@@ -58,20 +58,20 @@ class GeneralizedPooling(nn.Module):
 
     def _weights(self, lengths, max_length):
         """Return the weight of each rank for sequences of these lengths: (M,) -> (M, max_length)."""
-        distinct, inverse = lengths.unique(return_inverse=True)  # sequences of equal length have the same weights
-        codes = _position_codes(max_length, device=lengths.device).expand(len(distinct), -1, -1)
-        packed = nn.utils.rnn.pack_padded_sequence(codes, distinct.cpu(), batch_first=True, enforce_sorted=False)
+        ranks, on_gpu = torch.arange(max_length, device=lengths.device), lengths.is_cuda
+        if on_gpu:  # all possible lengths: finding those of the batch would be a wait
+            distinct, inverse = torch.arange(max_length, 0, -1), max_length - lengths
+        else:  # sequences of equal length have the same weights
+            distinct, inverse = lengths.unique(return_inverse=True)
+        # sinusoidal codes of the ranks (arXiv 1706.03762, section 3.5)
+        rate = torch.exp(torch.arange(0, GPO_POSITIONS, 2, device=ranks.device) * (-math.log(10000.0) / GPO_POSITIONS))
+        codes = torch.stack([(ranks[:, None] * rate).sin(), (ranks[:, None] * rate).cos()], 2).flatten(1)
+        codes = codes.expand(len(distinct), -1, -1)
+        packed = nn.utils.rnn.pack_padded_sequence(codes, distinct.cpu(), batch_first=True, enforce_sorted=on_gpu)
         hidden, _ = nn.utils.rnn.pad_packed_sequence(self.gru(packed)[0], batch_first=True, total_length=max_length)
         scores = self.score((hidden[..., :GPO_HIDDEN] + hidden[..., GPO_HIDDEN:]) / 2).squeeze(-1)  # (distinct, L)
-        padding = torch.arange(max_length, device=lengths.device) >= distinct[:, None]
+        padding = ranks >= (ranks.flip(0) + 1 if on_gpu else distinct)[:, None]
         return scores.float().masked_fill(padding, -torch.inf).softmax(1)[inverse]
-
-
-def _position_codes(length, *, device):
-    """Return sinusoidal codes of the ranks, (length, GPO_POSITIONS) (arXiv 1706.03762, section 3.5)."""
-    rank = torch.arange(length, device=device).unsqueeze(1)
-    rate = torch.exp(torch.arange(0, GPO_POSITIONS, 2, device=device) * (-math.log(10000.0) / GPO_POSITIONS))
-    return torch.stack([(rank * rate).sin(), (rank * rate).cos()], 2).flatten(1)
 
 
 # Name -> factory: from a tower's `dim` to a pooling (M, L, D), (M, L) -> (M, D).

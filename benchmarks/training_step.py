@@ -70,7 +70,7 @@ def measure(
     """Measure one training step; of a small batch the second step, since the first one includes the warm-up."""
     import torch
 
-    from benchmarks.training import build_step, drop_unreadable
+    from benchmarks.training import build_step, drop_unreadable, synchronize
     from config import default_config
     from data.loading import Split
 
@@ -91,9 +91,11 @@ def measure(
     data = _SingleSplitData(Split(paths, captions, caption_image_ids))
     step, batches = build_step(config, data)
     for number in range(2 if size <= 256 else 1):
+        synchronize()
         started = time.perf_counter()
         for passes in batches.epoch(number):
             step(drop_unreadable(passes), number)
+        synchronize()
         seconds = time.perf_counter() - started
     peak = torch.cuda.max_memory_allocated() if step.device.type == "cuda" else peak_bytes()
     embeddings = 4 * config.embed_dim * size * (1 + CAPTIONS_PER_IMAGE)

@@ -81,3 +81,17 @@ def test_image_pooling_accepts_feature_maps_in_either_layout_and_skips_prefix_to
     torch.testing.assert_close(pool(feature_map.permute(0, 2, 3, 1)), feature_map.mean((2, 3)))
     tokens = torch.randn(2, 6, 3)
     torch.testing.assert_close(pool(tokens, prefix_tokens=2), tokens[:, 2:].mean(1))
+
+
+@pytest.mark.parametrize("lengths", [[1, 7, 7, 3], [7], [2, 2, 1]])
+def test_gpo_on_a_gpu_asks_for_no_lengths_and_has_the_same_weights_and_gradients(lengths, monkeypatch):
+    torch.manual_seed(0)
+    module, lengths = GeneralizedPooling(4), torch.tensor(lengths)
+    expected = module._weights(lengths, 7)
+    grads = torch.autograd.grad(expected.square().sum(), [*module.parameters()])
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.Tensor, "unique", None)
+    weights = module._weights(lengths, 7)
+    torch.testing.assert_close(weights, expected)
+    for actual, grad in zip(torch.autograd.grad(weights.square().sum(), [*module.parameters()]), grads, strict=True):
+        torch.testing.assert_close(actual, grad)
