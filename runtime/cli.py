@@ -130,11 +130,26 @@ def _run(main):
         _discard_stdout()
         sys.exit(141)
     except (ValueError, OSError) as error:
-        if sys.flags.dev_mode:
-            raise
-        prefix = f"process {process_rank()}: " if process_rank() > 0 else ""
-        print(f"{prefix}error: {display_text(' '.join(str(error).split()))}", file=sys.stderr)
-        sys.exit(2)
+        _exit_with_line(error, str(error))
+    except (RuntimeError, MemoryError) as error:  # NotImplementedError too
+        _exit_with_line(error, _describe_failure(error))
+
+
+def _describe_failure(error):
+    """Describe an error of a GPU, of memory and the like; None for others, and without PyTorch."""
+    if "torch" not in sys.modules:
+        return "out of memory: close other programs" if isinstance(error, MemoryError) else None
+    from runtime.device_errors import describe_failure
+
+    return describe_failure(error)
+
+
+def _exit_with_line(error, line):
+    if line is None or sys.flags.dev_mode:
+        raise error
+    prefix = f"process {process_rank()}: " if process_rank() > 0 else ""
+    print(f"{prefix}error: {display_text(' '.join(line.split()))}", file=sys.stderr)
+    sys.exit(2)
 
 
 class SafeStream:
@@ -175,6 +190,8 @@ def _to_one_line(message: str, flags: Sequence[str]) -> str:
     sections = " ".join("\n" if line and set(line) <= set("─-") else line for line in lines[1:]).split("\n")
     sections = [section for section in sections if section.strip()]
     text = re.sub(r"^Error parsing (?:\w+: )?", "", " ".join(sections[0].split()))
+    if gpu := re.search(r"invalid choice 'cuda:(\d+)'", text):
+        text += f"; choose a GPU with CUDA_VISIBLE_DEVICES={gpu[1]} and --device cuda"
     if unknown := re.match(r"Unrecognized options: (--[\w-]+)", text):
         extended = [flag for flag in flags if flag.startswith(f"{unknown[1]}-")]
         closest = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0.5)

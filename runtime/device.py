@@ -18,13 +18,34 @@ def pick_device(name: str) -> torch.device:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(device for device, is_available in available.items() if is_available)
+    if name not in available:
+        kind, _, number = name.partition(":")
+        choice = f"CUDA_VISIBLE_DEVICES={number} and --device cuda" if kind == "cuda" and number else "auto or cpu"
+        raise ValueError(f"--device {name}: it takes auto, cuda, mps or cpu; use {choice}")
     if not available[name]:
-        raise ValueError(f"--device {name}: PyTorch {torch.__version__} finds no such device; use auto or cpu")
+        raise ValueError(f"--device {name}: {_reason_against(name)}; use auto or cpu")
     if name == "cpu":
         keep_freed_memory()
     elif name == "cuda":
         _set_cuda_backends()
     return torch.device(name)
+
+
+def _reason_against(name):
+    """Return why PyTorch finds no device with that name."""
+    version = f"PyTorch {torch.__version__}"
+    if name == "cuda" and torch.version.cuda is None and torch.version.hip is None:
+        return f"this {version} was built without CUDA"
+    if name == "cuda" and os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        value = os.environ["CUDA_VISIBLE_DEVICES"].strip()
+        return f"CUDA_VISIBLE_DEVICES is {value or 'empty'}, which hides all GPUs: unset it"
+    if name == "cuda":
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # no driver, or one that is too old
+            reason = str(error).partition("\n")[0].partition(". Please")[0].rstrip(".")
+            return f"{version} finds no such device ({reason})"
+    return f"{version} finds no such device"
 
 
 def _set_cuda_backends():
@@ -100,23 +121,6 @@ def pick_workers(num_workers: int, device: torch.device) -> int:
 def usable_cores() -> int:
     """Return the number of cores that this process may use, which a container or a job scheduler can limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def memory_advice(error: Exception, images: int) -> str | None:
-    """Return what to do if `error` means that memory ran out with this many images at a time, else None."""
-    # A GPU raises torch.OutOfMemoryError; PyTorch's CPU allocator raises a plain RuntimeError.
-    allocators = "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(name in str(error) for name in allocators):
-        return (
-            f"out of memory with {images} images at a time: lower --micro-batch-size (the loss still covers all images "
-            f"of --batch-size) to {max(1, images // 2)} or less"
-        )
-    if isinstance(error, getattr(torch, "AcceleratorError", ())):
-        reason = str(error).partition("\n")[0]
-        return f"the GPU failed ({reason}): check that no other program uses it, and its driver"
-    if "DataLoader worker" in str(error):
-        return "a process that loads photos was killed, probably because memory ran out: lower --num-workers"
-    return None
 
 
 def _cpu_supports_bfloat16():

@@ -11,13 +11,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from runtime.launcher import num_processes, processes_on_this_machine
+
 
 def init(device: torch.device) -> None:
-    """Initialize the process group and assign each process its own GPU; without a launcher this does nothing."""
+    """Initialize the process group and assign each process its own GPU; without a launcher this does nothing.
+
+    Raises ValueError if the processes of this machine are more than its GPUs, or if GPUs cannot communicate.
+    """
     from accelerate import PartialState
 
+    if device.type == "cuda" and num_processes() > 1:
+        _check_gpus(processes_on_this_machine(), torch.cuda.device_count())
     # Rank 0 may wait for hours until another run has cached the features that this one needs too.
     PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
+
+
+def _check_gpus(processes, gpus):
+    if processes > gpus:
+        raise ValueError(
+            f"the launcher started {processes} processes on this machine, which has {gpus} "
+            f"{'GPU' if gpus == 1 else 'GPUs'}: start as many as GPUs, or pass --device cpu"
+        )
+    if not (dist.is_available() and dist.is_nccl_available()):
+        raise ValueError(
+            "several GPUs need NCCL, which this PyTorch does not have (on Windows none has): use Linux or WSL 2, or "
+            "start one process without a launcher"
+        )
 
 
 def cleanup() -> None:

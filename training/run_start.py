@@ -1,8 +1,12 @@
 """The start of a run: checks, a new run's folder, or the checkpoint from which a run continues."""
 
+import os
+import shutil
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from config import ARCHITECTURE, Config
@@ -12,6 +16,7 @@ from models.checkpoint import load_run, save_state, split_frozen
 from models.encoders import copy_towers, save_towers
 from models.factory import apply_config, build_model
 from modules import CLIPModel
+from runtime.device_errors import COMPILE_NEEDS
 from runtime.distributed import broadcast_object, rank, world_size
 from runtime.run_dir import (
     BEST,
@@ -54,6 +59,19 @@ def check_batch_size(config: Config, images: int) -> None:
         nearest = nearest if size > processes else f"{processes}"
         raise ValueError(f"--batch-size {size} cannot be divided among {processes} processes: use {nearest}")
     check_images_per_step(images, size, processes)
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raise ValueError if --compile cannot work: PyTorch would find that out only in the first step."""
+    if device.type == "cuda":
+        missing = find_spec("triton") is None and "Triton is not installed"
+    else:
+        names = (
+            [os.environ["CXX"]] if os.environ.get("CXX") else ["cl"] if os.name == "nt" else ["g++", "clang++", "c++"]
+        )
+        missing = not any(map(shutil.which, names)) and f"there is no C++ compiler ({', '.join(names)})"
+    if missing:
+        raise ValueError(f"--compile: {missing}; {COMPILE_NEEDS}; install it, or leave --compile out")
 
 
 def _new_run(config, data, locks):

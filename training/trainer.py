@@ -23,7 +23,8 @@ from retrieval.encoder import Encoder, build_training_encoder
 from retrieval.metrics import describe_small_pool, retrieval_metrics
 from runtime import distributed
 from runtime.atomic_io import write_text
-from runtime.device import memory_advice, pick_device, to_device
+from runtime.device import pick_device, to_device
+from runtime.device_errors import describe_failure, memory_advice
 from runtime.distributed import all_gather_list, broadcast_object, rank, world_size
 from runtime.progress import Progress, TimeLeft
 from runtime.run_dir import BAD_BATCH, CURVES, LAST, LOG, STEPS, epochs_without_gain, has_ended, read_log
@@ -34,7 +35,7 @@ from training.dataloader import MicroBatchPasses
 from training.dataloader_factory import build_batches
 from training.objectives import OBJECTIVES, Objective
 from training.run_metadata import describe_launch
-from training.run_start import check_batch_size, open_run, record_launch
+from training.run_start import check_batch_size, open_run, record_launch, require_compiler
 from training.step_log import StepLog
 from training.trackers import Trackers, draw_matches, require_packages
 from training.train_state import TrainState
@@ -54,7 +55,10 @@ def train(config: Config, data: CaptionData, resume: Path | None) -> Path:
 
 
 def _train(config, data, resume, locks):
-    distributed.init(pick_device(config.device))
+    device = pick_device(config.device)
+    distributed.init(device)
+    if config.compile:
+        require_compiler(device)
     images = len(data.split("train").paths)
     check_batch_size(config, images)  # before anything is written
     Objective(config.objective)  # so is an unknown name
@@ -145,7 +149,8 @@ class Trainer:
                     self._report_epoch(record)
                 self.writer.wait()
             except (RuntimeError, MemoryError) as error:
-                if not (advice := memory_advice(error, self.images_at_a_time)):
+                advice = memory_advice(error, self.images_at_a_time) or describe_failure(error)
+                if not advice:
                     raise
                 raise ValueError(f"{advice}; {self._describe_saved()}") from None
             except OSError as error:
