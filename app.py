@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from config import Config
-from retrieval.searcher import check_index
+from retrieval.search_flags import check_index
 from runtime import cli
 from runtime.text import display_text
 from webui import login

@@ -7,31 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
 from config import Config
-from data.download import refuse_address
-from data.records import UNDECODED, decode_text
-from models.hub_run import find_run, hub_name, output_folder
-from retrieval.embedding_store import ImageList, list_images, list_split_images
-from retrieval.onnx_text import export_in_background
-from retrieval.searcher import (
-    SLUG_LENGTH,
-    Searcher,
-    Target,
-    check_index,
-    combine_queries,
-    search_captions,
-    search_images,
-    searcher_for_pretrained,
-    searcher_for_run,
-)
+from retrieval.search_flags import Target, check_index
 from runtime import cli
 from runtime.launcher import process_rank
 from runtime.run_dir import newest_finished_run, read_shared_config
 from runtime.text import display_text, slug
+
+if TYPE_CHECKING:
+    from retrieval.embedding_store import ImageList
+    from retrieval.searcher import Searcher
 
 EXPORT_FROM = 1000  # photos of a gallery; for smaller ones the text tower is exported only on a terminal
 MAX_LABEL = 200  # characters, as on the page
@@ -84,7 +73,7 @@ class Flags:
             raise ValueError("--queries FILE must be used alone: put the sentence into the file")
         if self.query is not None and not self.query.strip():
             raise ValueError("the sentence is empty")
-        if self.query is not None and UNDECODED.search(self.query):
+        if self.query is not None and has_undecoded(self.query):
             raise ValueError("the sentence contains bytes that are not UTF-8 text")
         if self.gallery is not None and self.find == "captions":
             raise ValueError("--gallery has no captions: remove --gallery or --find captions")
@@ -116,6 +105,13 @@ class Query(NamedTuple):
         return " + ".join(str(value) for value in (self.image, self.sentence) if value is not None)
 
 
+def has_undecoded(text: str) -> bool:
+    """Return whether a text contains bytes that are not UTF-8."""
+    from data.records import UNDECODED
+
+    return UNDECODED.search(text) is not None
+
+
 def is_terminal() -> bool:
     """Return whether a person can be asked for queries."""
     return sys.stdin.isatty() and sys.stdout.isatty()
@@ -129,6 +125,8 @@ def main() -> None:
     queries = read_queries(flags) if has_query else []
     options = {"device": flags.device, "precision": flags.precision, "cache_dir": flags.cache_dir}
     options["mirrored"] = {"auto": None, "yes": True, "no": False}[flags.mirrored]
+    from retrieval.searcher import searcher_for_pretrained, searcher_for_run
+
     run = None if flags.model else select_run(flags)
     if run:
         searcher = searcher_for_run(run, embed_dims=flags.embed_dims, **options)
@@ -158,21 +156,23 @@ def main() -> None:
         prepare_next_search(run or flags.model, searcher, flags.embed_dims)
 
 
-def prepare_next_search(source: Path | str, searcher: Searcher, embed_dims: int | None) -> None:
+def prepare_next_search(source: Path | str, searcher: "Searcher", embed_dims: int | None) -> None:
     """Export the text tower in the background, where someone waits for the next search."""
     if searcher.use_onnx and (is_terminal() or searcher.gallery_size >= EXPORT_FROM):
+        from retrieval.onnx_text import export_in_background
+
         folder, is_damaged = searcher.text_encoder_folder, searcher.export_is_damaged
         options = {"is_damaged": is_damaged, "embed_dims": embed_dims}
         export_in_background(source, searcher.store.parent, folder, **options)
 
 
-def encode_share(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+def encode_share(flags: Flags, run: Path | None, searcher: "Searcher") -> None:
     """Encode a share of the photos that the first process searches, and print nothing."""
     if not flags.labels and not searches_captions(flags):
         searcher.gallery(list_photos(flags, run))
 
 
-def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+def ask_for_queries(flags: Flags, run: Path | None, searcher: "Searcher") -> None:
     """Ask for sentences on the terminal and print the photos of each, until Ctrl-D."""
     from retrieval.prompt import ask, terminal_lines
 
@@ -189,9 +189,10 @@ def ask_for_queries(flags: Flags, run: Path | None, searcher: Searcher) -> None:
     prepare_next_search(run or flags.model, searcher, flags.embed_dims)
 
 
-def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
+def list_duplicates(flags: Flags, run: Path | None, searcher: "Searcher") -> None:
     """Print the groups of photos of a gallery that are the same picture."""
     from retrieval.duplicates import duplicate_groups
+    from retrieval.embedding_store import list_images
 
     photos = list_images(flags.gallery.expanduser())
     report(flags, f"comparing the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
@@ -213,6 +214,9 @@ def list_duplicates(flags: Flags, run: Path | None, searcher: Searcher) -> None:
 
 def read_queries(flags: Flags) -> list[Query]:
     """Read the queries. Raises FileNotFoundError for a missing photo or file, ValueError for an unusable file."""
+    from data.download import refuse_address
+    from data.records import decode_text
+
     refuse_address(flags.image, "--image")
     refuse_address(flags.gallery, "--gallery")
     if flags.image is not None and not flags.image.is_file():
@@ -223,7 +227,7 @@ def read_queries(flags: Flags) -> list[Query]:
         raise FileNotFoundError(f"no such file: {flags.queries} (--queries)")
     queries = []
     for number, line in enumerate(decode_text(flags.queries).splitlines(), start=1):
-        if UNDECODED.search(line):
+        if has_undecoded(line):
             raise ValueError(f"{flags.queries}, line {number}: bytes that are not UTF-8 text; save the file as UTF-8")
         if line.strip():
             queries.append(Query(line.strip(), None))
@@ -234,16 +238,22 @@ def read_queries(flags: Flags) -> list[Query]:
 
 def select_run(flags: Flags) -> Path:
     """Return the folder given with --run, or that of the newest finished run."""
+    from models.hub_run import find_run
+
     return find_run(flags.run, "--run") if flags.run else newest_finished_run(flags.runs_dir)
 
 
 def model_name(flags: Flags, run: Path | None) -> str | Path:
     """Return the name of the model for messages: the run's folder or its name on the hub, or that of --model."""
+    from models.hub_run import hub_name
+
     return flags.model if run is None else hub_name(run) or run
 
 
-def pictures_folder(flags: Flags, run: Path | None, searcher: Searcher) -> Path:
+def pictures_folder(flags: Flags, run: Path | None, searcher: "Searcher") -> Path:
     """Return the folder that contains matches/: that of the run, or the cache for a pretrained model."""
+    from models.hub_run import output_folder
+
     return output_folder(run, flags.runs_dir) if run else searcher.store.parent
 
 
@@ -276,6 +286,8 @@ def report(flags: Flags, line: str) -> None:
 
 def describe_split(split: str, kind: str, count: int, total: int, run: Path, others: str) -> str:
     """Describe how many of the photos or captions of a run's data set are searched, and how to search others."""
+    from models.hub_run import hub_name
+
     run = hub_name(run) or run
     if split == "all":
         return f"searching all {total:,} {kind} of {run}"
@@ -288,8 +300,10 @@ def searches_captions(flags: Flags) -> bool:
     return flags.find == "captions" or (flags.find is None and photo_alone)
 
 
-def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable:
+def photo_search(flags: Flags, run: Path | None, searcher: "Searcher") -> Callable:
     """List the photos to search, and return a function from queries (Q, F) to their matches."""
+    from retrieval.searcher import search_images
+
     photos = list_photos(flags, run)
     encoded = searcher.encoded_gallery(photos)
     searcher.text_only = encoded is not None and flags.image is None and (flags.query or flags.queries) is not None
@@ -301,8 +315,10 @@ def photo_search(flags: Flags, run: Path | None, searcher: Searcher) -> Callable
     return search
 
 
-def list_photos(flags: Flags, run: Path | None) -> ImageList:
+def list_photos(flags: Flags, run: Path | None) -> "ImageList":
     """List the photos of --gallery, or of a split of the run's data set, and report how many they are."""
+    from retrieval.embedding_store import list_images, list_split_images
+
     if flags.gallery is not None:
         photos = list_images(flags.gallery.expanduser())
         report(flags, f"searching the {len(photos.stamps):,} photos of {flags.gallery} with {model_name(flags, run)}")
@@ -317,9 +333,10 @@ def list_photos(flags: Flags, run: Path | None) -> ImageList:
     return photos
 
 
-def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:
+def caption_search(flags: Flags, run: Path, searcher: "Searcher") -> Callable:
     """Read the captions to search, and return a function from queries (Q, F) to their matches."""
     from data.loading import open_run_data
+    from retrieval.searcher import search_captions
 
     data = open_run_data(run, read_shared_config(run), flags.data_dir, flags.split or "test")
     split, total = flags.split or "test", data.table.caption.nunique()
@@ -328,8 +345,10 @@ def caption_search(flags: Flags, run: Path, searcher: Searcher) -> Callable:
     return lambda queries: search_captions(queries, searcher.embed_captions(captions), captions, flags.top_k)
 
 
-def encode_queries(searcher: Searcher, queries: list[Query], target: Target):
+def encode_queries(searcher: "Searcher", queries: list[Query], target: Target):
     """Encode queries to search photos or captions -> (Q, F). Prints the searcher's warnings about the sentences."""
+    from retrieval.searcher import combine_queries
+
     sentences = [query.sentence for query in queries if query.sentence is not None]
     for line in chain.from_iterable(map(searcher.warnings, sentences)):
         print(display_text(line), file=sys.stderr)
@@ -363,6 +382,8 @@ def save_picture(flags: Flags, folder: Path, queries: list[Query], results: list
         from reporting.list_picture import plot_captions as plot
     else:
         from reporting.match_picture import plot_photos as plot
+
+    from retrieval.searcher import SLUG_LENGTH
 
     name = queries[0].sentence or queries[0].image.stem
     picture = flags.out or folder / "matches" / f"{slug(name, max_length=SLUG_LENGTH) or 'query'}.png"

@@ -4,13 +4,12 @@ Models are loaded at first use. A sentence needs none if its text tower was expo
 then not even imported.
 """
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -23,6 +22,7 @@ from retrieval.gallery_settings import ReadingSettings, gallery_folder
 from retrieval.gallery_shards import has_shards
 from retrieval.model_key import digest, dual_encoder_key, weights_key
 from retrieval.onnx_text import OnnxTextEncoder, text_encoder_folder
+from retrieval.search_flags import Target
 from runtime.atomic_io import replace_file
 from runtime.cache import load_cached, require
 from runtime.launcher import num_processes, process_rank
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from retrieval.encoder import Encoder
 
 SLUG_LENGTH = 40  # characters
-Target = Literal["photos", "captions"]  # what to search in
 
 
 # What transformers imports with its models, and a text tower does not use: 3 of the 4 seconds of importing them.
@@ -383,10 +382,3 @@ def searcher_for_pretrained(
     config_path = str(next(path for path in paths if isinstance(path, str)))  # .../snapshots/COMMIT/config.json
     key = digest([source, Path(config_path).parent.name])
     return Searcher(key, lambda **_: loaded, cache_dir=cache_dir, settings=settings)
-
-
-def check_index(name: str) -> None:
-    """Raise ValueError unless `name` is one that ann_index.py accepts."""
-    if not re.fullmatch(r"faiss|int8|binary|milvus|.+\.db|https?://.+", name):
-        known = "faiss, int8, binary, milvus, a file FILE.db or an http(s) address"
-        raise ValueError(f"--index must be {known}, got {name}")

@@ -15,6 +15,7 @@ from typing import TextIO, TypeVar
 
 import tyro
 
+from runtime.deferred_import import deferred_import
 from runtime.launcher import process_rank
 from runtime.text import CONTROL, display_text
 
@@ -30,8 +31,18 @@ def parse_flags(cls: type[T], *, default: T | None = None, argv: Sequence[str] |
     An invalid flag prints a one-line error and exits with code 2.
     """
     options = {} if default is None else {"default": default}
+    _import_typeguard()
     with _one_line_errors(cls):
         return tyro.cli(cls, args=argv, config=(tyro.conf.AvoidSubcommands,), **options)
+
+
+def _import_typeguard():
+    """Import a library of tyro without unittest.mock and asyncio, which it imports for classes that are not used here.
+
+    This is a sixth of the time that --help takes.
+    """
+    with deferred_import(("unittest",)), contextlib.suppress(ImportError):
+        import typeguard  # noqa: F401
 
 
 def parse_known_flags(cls: type[T]) -> tuple[T, list[str]]:

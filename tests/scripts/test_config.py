@@ -381,6 +381,13 @@ def test_help_lists_the_flags_without_slow_imports(script, tmp_path):
     assert "import time" in done.stderr and not re.search(r"\| +(torch|pandas|transformers)$", done.stderr, re.M)
 
 
+@pytest.mark.parametrize("flag", ["--help", "--qeury"])
+def test_help_and_a_wrong_flag_of_infer_import_neither_numpy_nor_asyncio(flag, tmp_path):
+    done = run_script("-X", "importtime", "infer.py", flag, cwd=tmp_path, check=False)
+    assert "import time" in done.stderr and done.returncode == (0 if flag == "--help" else 2)
+    assert not re.search(r"\| +(numpy|asyncio)$", done.stderr, re.M)
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
