@@ -160,6 +160,10 @@ def _exit_with_line(error, line):
         raise error
     prefix = f"process {process_rank()}: " if process_rank() > 0 else ""
     print(f"{prefix}error: {display_text(' '.join(line.split()))}", file=sys.stderr)
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        sys.stderr.flush()
+        os._exit(2)  # the usual end would wait for the other processes, or be aborted while a message is under way
     sys.exit(2)
 
 

@@ -1,5 +1,7 @@
 """Errors of GPUs, of memory, of compilers and of lost processes, as one line each that says what to do."""
 
+import re
+
 import torch
 
 # A GPU raises torch.OutOfMemoryError; PyTorch's CPU allocator raises a plain RuntimeError.
@@ -34,6 +36,7 @@ def describe_failure(error: BaseException) -> str | None:
     if isinstance(error, getattr(torch, "AcceleratorError", ())) or reason.startswith(("CUDA error", "CUDA driver")):
         return f"the GPU failed ({reason}): check that no other program uses it, and its driver, or pass --device cpu"
     if isinstance(error, RuntimeError) and any(sign in message for sign in LOST):
+        reason = re.sub(r"^\[[^]]*\] ", "", reason.partition(". This is")[0])
         return f"the connection to another process was lost ({reason}): see what that one printed"
     return None
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from runtime.launcher import num_processes, processes_on_this_machine
 
+MAX_WAIT = timedelta(minutes=30)  # in training; no step, validation or checkpoint takes as long
+
 
 def init(device: torch.device) -> None:
     """Initialize the process group and assign each process its own GPU; without a launcher this does nothing.
@@ -25,6 +27,14 @@ def init(device: torch.device) -> None:
         _check_gpus(processes_on_this_machine(), torch.cuda.device_count())
     # Rank 0 may wait for hours until another run has cached the features that this one needs too.
     PartialState(cpu=device.type == "cpu", timeout=timedelta(hours=12))
+
+
+def limit_waiting(limit: timedelta = MAX_WAIT) -> None:
+    """Let a process fail that has waited this long for the others: a machine without power sends no message."""
+    if _is_distributed():
+        # older versions of PyTorch have only the private function
+        set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+        set_timeout(limit, None)
 
 
 def _check_gpus(processes, gpus):

@@ -204,7 +204,11 @@ def _compute(encoder, tower, images, name, path):
             )
             views = f" in {images.views} views each" if images.views > 1 else ""
             _report_once(f"{len(images):,} photos{views}", name, path, row_bytes * len(images))
-        all_gather_list([])  # barrier: the file exists now
+        if not all(all_gather_list([temporary.exists()])):  # this is a barrier too
+            raise ValueError(
+                f"--cache-dir {display_text(path.parent.parent)} is not the same folder on all machines: share it "
+                "between them, or pass --cached-views 0"
+            )
         unreadable = all_gather_list(_write_shard(encoder, tower, images, f"{name}, once", temporary, row_bytes))
         if rank() == 0:
             _finish(temporary, path, example, unreadable)

@@ -81,6 +81,7 @@ def _train(config, data, resume, locks):
     trainer = Trainer(config, folder, model, encoder, data, state)
     if rank() == 0:  # only once all settings have been checked against the run
         record_launch(folder, config, describe_launch(data, pick_device(config.device)))
+    distributed.limit_waiting()  # the features are cached now
     folder = trainer.fit()
     distributed.cleanup()
     return folder

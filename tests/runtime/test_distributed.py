@@ -144,13 +144,27 @@ assert not layer.weight.any()
 layer.running_mean.fill_(rank)
 distributed.average_batch_norm_stats(layer)
 assert layer.running_mean.tolist() == [0.5, 0.5]
-distributed.cleanup()
+import time
+from datetime import timedelta
+def wait():
+    distributed.limit_waiting(timedelta(seconds=1))
+    if rank:
+        time.sleep(3)  # as a machine without power: it sends nothing
+        os._exit(0)
+    distributed.all_reduce_sum(torch.ones(3))
+import os
+from runtime import cli
+cli.run(wait)
 """
 
 
 def test_collectives_keep_rank_order_and_accept_ranks_without_data(tmp_path):
     (tmp_path / "collectives.py").write_text(COLLECTIVES)
-    run_script(*LAUNCHERS["torchrun"], tmp_path / "collectives.py", cwd=tmp_path, GLOO_SOCKET_IFNAME="lo")
+    launched = [*LAUNCHERS["torchrun"], tmp_path / "collectives.py"]
+    done = run_script(*launched, cwd=tmp_path, check=False, GLOO_SOCKET_IFNAME="lo")
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "the connection to another process was lost (Timed out waiting" in line, done.stderr
+    assert re.search(r"exitcode +: 2 ", done.stderr)
 
 
 BUCKETS = """

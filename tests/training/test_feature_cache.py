@@ -320,6 +320,12 @@ def test_error_leaves_no_temporary_files(cache, split, monkeypatch):
     assert {path.suffix for path in (cache.cache_dir / "features").glob(".*")} == {".lock"}
 
 
+def test_cache_that_the_machines_do_not_share_is_refused(cache, split, monkeypatch):
+    monkeypatch.setattr("training.feature_cache.reserve_file", lambda *_, **__: None)  # written on another machine
+    with pytest.raises(ValueError, match=r"--cache-dir .* is not the same folder on all machines.*--cached-views 0"):
+        cache(split)
+
+
 def test_features_that_exceed_the_free_disk_space_are_refused(cache, split, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 100}))
     with pytest.raises(ValueError, match=r"the cached features need 0.0 GB.*lower --cached-views"):
