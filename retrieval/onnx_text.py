@@ -17,6 +17,9 @@ import numpy as np
 SETTINGS, TOKENIZER, MODEL = "settings.json", "tokenizer.json", "text.onnx"
 VERSION = 1  # of the folder's content
 INPUTS = ("input_ids", "attention_mask")
+# ONNX Runtime rearranges the weights for faster products when it opens a file. That takes as long as it saves in ten
+# sentences, and a command has one.
+PREPACK_AFTER = 10
 EXPORT_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -90,7 +93,6 @@ class OnnxTextEncoder:
     """A text tower with its head, run on the CPU. Raises an exception of any type if `folder` is damaged."""
 
     def __init__(self, folder: Path):
-        import onnxruntime
         from tokenizers import Tokenizer
 
         settings = json.loads((folder / SETTINGS).read_text("utf-8"))
@@ -99,12 +101,29 @@ class OnnxTextEncoder:
         self.max_tokens, self.csls = int(settings["max_tokens"]), bool(settings["csls"])
         self.dual_encoder = bool(settings["dual_encoder"])
         self.tokenizer = QueryTokenizer(Tokenizer.from_file(str(folder / TOKENIZER)), settings["special_tokens"])
+        self.folder, self.remaining = folder, PREPACK_AFTER
+        self.session = self._open_session(prepacked=False)
+
+    def _open_session(self, *, prepacked):
+        import onnxruntime
+
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
+        if not prepacked:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        path = str(self.folder / MODEL)
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def _count(self, sentences):
+        """Open the session anew with rearranged weights before the sentence with which that pays."""
+        if self.remaining > 0:
+            self.remaining -= sentences
+            if self.remaining <= 0:
+                self.session = self._open_session(prepacked=True)
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
         """Encode sentences, truncated to max_tokens -> unit rows (Q, D) float32."""
+        self._count(len(sentences))
         rows = []
         for sentence in sentences:  # one at a time: padding would cost more than the few calls
             ids = np.array([self.tokenizer.ids(sentence, self.max_tokens)], np.int64)

@@ -65,6 +65,15 @@ def test_embeddings_are_those_of_pytorch(workdir):
         np.testing.assert_allclose(emb, expected, atol=1e-4)
 
 
+def test_many_sentences_have_the_embeddings_of_few(workdir):
+    few, many = searcher(workdir).onnx_text_encoder, searcher(workdir).onnx_text_encoder
+    expected = np.concatenate([few.encode([sentence]) for sentence in SENTENCES])
+    session = many.session
+    for _ in range(3):  # 4, 8 and 12 sentences
+        np.testing.assert_allclose(many.encode(SENTENCES), expected, atol=1e-6)
+    assert few.session is not many.session is not session
+
+
 def test_matches_and_warnings_are_those_of_pytorch(workdir):
     exported, loaded = searcher(workdir), pytorch_searcher(workdir)
     photos = list_images(workdir / "holiday")
