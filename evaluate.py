@@ -84,7 +84,9 @@ def main() -> None:
 
         everything = open_data(config, flags.data_dir)  # all splits, while an evaluation needs one
         encoder, _ = load_model(folder, flags)
-        print(f"report: {display_text(write_report(folder, everything, encoder, flags.split, output))}")
+        frozen = flags.model is None and config.freeze_image and config.freeze_text
+        report = write_report(folder, everything, encoder, flags.split, output, frozen=frozen)
+        print(f"report: {display_text(report)}")
 
 
 def resolve_run(flags: Flags) -> tuple[Path, Config]:

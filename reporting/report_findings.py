@@ -33,10 +33,10 @@ def _gap(report, log):
         f"and {val:.1f} on validation photos"
     )
     if train - val > GAP:
-        return [
-            f"The model remembers its training pairs: {figures}. More photos help most; otherwise train fewer epochs, "
-            "raise --dropout, or freeze the towers (--freeze-image --freeze-text)."
-        ]
+        remedies = "train fewer epochs, raise --dropout, or freeze the towers (--freeze-image --freeze-text)"
+        if report["frozen"]:
+            remedies = "train fewer epochs, or raise --dropout and --image-feature-dropout"
+        return [f"The model remembers its training pairs: {figures}. More photos help most; otherwise {remedies}."]
     if train - val < GAP / 3 and train < 60:
         return [f"The model has room to learn: {figures}. Train longer, or train more of the towers."]
     return [f"Training and validation are in balance: {figures}."]

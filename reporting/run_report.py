@@ -70,11 +70,17 @@ class Pool:
 
 
 def write_report(
-    folder: Path, data: CaptionData, encoder: Encoder, split: str = "test", output: Path | None = None
+    folder: Path,
+    data: CaptionData,
+    encoder: Encoder,
+    split: str = "test",
+    output: Path | None = None,
+    *,
+    frozen: bool = False,
 ) -> Path:
     """Write report.html about a split, with what the other splits explain, into `output`, by default the run's folder.
 
-    Return its path.
+    frozen: whether only the heads were trained. Return the report's path.
     """
     from jinja2 import Environment, FileSystemLoader
 
@@ -84,6 +90,7 @@ def write_report(
         "dataset": Path(data.name).name,
         "sizes": [(name, *(len(rows) for rows in pool.rows(name))) for name in SPLITS],
         "curves": _file_url(folder / CURVES),
+        "frozen": frozen,
     }
     content["findings"] = findings(content, read_log(folder))
     template = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)

@@ -172,8 +172,9 @@ def test_report_is_one_page_without_addresses_and_escapes_what_it_shows(pool, tm
     assert page.count("<h1>") == 1 and 'lang="en"' in page and page.count("data:image/jpeg") > 20
 
 
-def test_findings_name_memorised_training_pairs(pool):
-    report = build_report(pool, "test")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_findings_name_memorised_training_pairs(pool, frozen):
+    report = build_report(pool, "test") | {"frozen": frozen}
     rows = {row["split"]: row for row in report["recall"]["rows"][1:]}
     rows["train"]["t2i"][0] = analysis.Recall(95, 90, 99)
     rows["val"]["t2i"][0] = analysis.Recall(30, 25, 35)
@@ -181,7 +182,8 @@ def test_findings_name_memorised_training_pairs(pool):
     texts = findings(report, [])
 
     assert any("95.0 on training photos and 30.0 on validation photos" in text for text in texts)
-    assert any("--freeze-image" in text for text in texts)
+    assert any("--freeze-image" in text for text in texts) != frozen  # frozen towers cannot be frozen again
+    assert any("--dropout" in text for text in texts)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +208,7 @@ def test_findings_name_memorised_training_pairs(pool):
     ],
 )
 def test_findings_count_in_the_singular_and_the_plural(pool, count, expected):
-    report = build_report(pool, "test")
+    report = build_report(pool, "test") | {"frozen": False}
     pair = {"first": {"name": "a.png"}, "second": {"name": "b.png"}}
     report["pairs"] = {"clear": count, "listed": [(f"{n}.png", "a dog", 0) for n in range(count)]}
     report |= {"duplicates": [pair] * count, "repeated": [("a dog", 3)] * count}
