@@ -137,7 +137,11 @@ def _train(config):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     folder = Path(config.runs_dir) / config.name
     resume = folder if (folder / LAST).exists() else None
-    train(config if resume is None else read_config(folder), open_data(config), resume)
+    try:
+        train(config if resume is None else read_config(folder), open_data(config), resume)
+    except ValueError as error:  # killed after its last checkpoint: nothing is left but its log, which this completes
+        if "has already trained" not in str(error):
+            raise
 
 
 def _check_files(folder, position):
