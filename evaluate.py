@@ -75,7 +75,11 @@ def main() -> None:
     for line in (data.limit, describe_small_pool(flags.split, len(split.paths), len(split.captions))):
         if line:
             print(display_text(line), flush=True)
-    for scoring, metrics in evaluate_retrieval(split, folder, flags, data.photo_classes()).items():
+    encoder, model = load_model(folder, flags)
+    encoded = encoder.encode_split(split, flags.split)
+    for scoring, metrics in evaluate_retrieval(
+        encoder, model, split, encoded, folder, flags, data.photo_classes()
+    ).items():
         print(f"{scoring}\n{table(metrics)}" if scoring else table(metrics))
         save_metrics(output, f"{name}, {scoring}" if scoring else name, metrics)
     if flags.report:
@@ -83,9 +87,8 @@ def main() -> None:
         from reporting.run_report import write_report
 
         everything = open_data(config, flags.data_dir)  # all splits, while an evaluation needs one
-        encoder, _ = load_model(folder, flags)
         frozen = flags.model is None and config.freeze_image and config.freeze_text
-        report = write_report(folder, everything, encoder, flags.split, output, frozen=frozen)
+        report = write_report(folder, everything, encoder, flags.split, output, frozen=frozen, encoded=(split, encoded))
         print(f"report: {display_text(report)}")
 
 
@@ -124,16 +127,17 @@ def dims_suffix(flags: Flags) -> str:
     return "" if flags.embed_dims is None else f", {flags.embed_dims} values"
 
 
-def evaluate_retrieval(split, folder: Path, flags: Flags, classes: dict[Path, str] | None = None) -> dict[str, dict]:
-    """Return the retrieval metrics of a split by scoring: "" for the cosine, and WITH_CSLS if the run has a query bank.
+def evaluate_retrieval(
+    encoder, model, split, encoded, folder: Path, flags: Flags, classes: dict[Path, str] | None = None
+) -> dict[str, dict]:
+    """Return the retrieval metrics of an encoded split by scoring.
 
-    WITH_CSLS is omitted on the split that the query bank was made from. If more than MAX_REPEATED of the captions are
-    at several photos, the result also contains ANY_PHOTO, and prints why. classes: photo -> class name, for accuracy.
+    The scorings are "" for the cosine, and WITH_CSLS if the run has a query bank, but not on the split that this bank
+    was made from. If more than MAX_REPEATED of the captions are at several photos, the result also
+    contains ANY_PHOTO, and prints why. classes: photo -> class name, for accuracy.
     """
     from retrieval.metrics import retrieval_metrics
 
-    encoder, model = load_model(folder, flags)
-    encoded = encoder.encode_split(split, flags.split)
     scorings = {"": (encoded.image_emb, encoded.text_emb)}
     if encoder.query_bank is not None and not (flags.split == "val" and _is_training_data(flags.dataset, folder)):
         scorings[WITH_CSLS] = encoder.query_bank.csls_pair(encoded.image_emb, encoded.text_emb)

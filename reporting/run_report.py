@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from data.image_io import load_image
-from data.loading import CaptionData
+from data.loading import CaptionData, Split
 from data.splits import SPLITS
 from data.tokenizer import tokenize
 from models.hub_run import hub_name
 from reporting import report_analysis as analysis
 from reporting.pair_quality import mismatch_scores
 from reporting.report_findings import findings
-from retrieval.encoder import Encoder
+from retrieval.encoder import EncodedSplit, Encoder
 from retrieval.exact_search import top_k
 from retrieval.metrics import retrieval_ranks
 from runtime.atomic_io import write_text
@@ -77,14 +77,16 @@ def write_report(
     output: Path | None = None,
     *,
     frozen: bool = False,
+    encoded: tuple[Split, EncodedSplit] | None = None,
 ) -> Path:
     """Write report.html about a split, with what the other splits explain, into `output`, by default the run's folder.
 
-    frozen: whether only the heads were trained. Return the report's path.
+    frozen: whether only the heads were trained. encoded: a split and its rows, if `encoder` has encoded it already.
+    Return the report's path.
     """
     from jinja2 import Environment, FileSystemLoader
 
-    pool = encode_pool(data, encoder)
+    pool = encode_pool(data, encoder, encoded)
     content = build_report(pool, split) | {
         "run": hub_name(folder) or folder.name,
         "dataset": Path(data.name).name,
@@ -100,12 +102,13 @@ def write_report(
     return report
 
 
-def encode_pool(data: CaptionData, encoder: Encoder) -> Pool:
-    """Encode all splits; unreadable photos are reported and left out."""
+def encode_pool(data: CaptionData, encoder: Encoder, known: tuple[Split, EncodedSplit] | None = None) -> Pool:
+    """Encode all splits but the known one; unreadable photos are reported and left out."""
     emb, text, ids, paths, captions, splits = [], [], [], [], [], []
     for name in SPLITS:
         split = data.split(name)
-        encoded = encoder.encode_split(split, name)
+        is_known = known is not None and _has_same_items(known[0], split)
+        encoded = known[1] if is_known else encoder.encode_split(split, name)
         ids.append(encoded.caption_image_ids + len(paths))
         emb.append(encoded.image_emb)
         text.append(encoded.text_emb)
@@ -114,6 +117,11 @@ def encode_pool(data: CaptionData, encoder: Encoder) -> Pool:
         splits += [name] * len(encoded.image_emb)
     token_ids = tokenize(encoder.tokenizer, captions, max_tokens=encoder.max_tokens, cache_dir=encoder.cache_dir)
     return Pool(torch.cat(emb), torch.cat(text), torch.cat(ids), paths, captions, splits, token_ids)
+
+
+def _has_same_items(first, second):
+    ids = (first.caption_image_ids, second.caption_image_ids)
+    return first.paths == second.paths and list(first.captions) == list(second.captions) and np.array_equal(*ids)
 
 
 def build_report(pool: Pool, split: str) -> dict:

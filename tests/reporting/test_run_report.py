@@ -16,6 +16,7 @@ from reporting import run_report
 from reporting.pair_quality import mismatch_scores
 from reporting.report_findings import findings
 from reporting.run_report import Pool, build_report
+from retrieval.encoder import Encoder
 from retrieval.metrics import retrieval_metrics, retrieval_ranks
 
 TOPICS, PER_TOPIC, CAPTIONS = 12, 6, 4
@@ -156,7 +157,7 @@ def test_near_duplicates_are_in_different_splits(pool):
 def test_report_is_one_page_without_addresses_and_escapes_what_it_shows(pool, tmp_path, monkeypatch):
     pool.paths[1].write_bytes(b"no photo")
     (tmp_path / "data" / "run").mkdir(parents=True)
-    monkeypatch.setattr(run_report, "encode_pool", lambda data, encoder: pool)
+    monkeypatch.setattr(run_report, "encode_pool", lambda data, encoder, known: pool)
     log = [{"epoch": n, "rsum": rsum} for n, rsum in ((1, 300.0), (2, 420.0), (3, 400.0), (4, 390.0))]
     monkeypatch.setattr(run_report, "read_log", lambda folder: log)
 
@@ -235,9 +236,17 @@ def test_evaluate_writes_the_report_of_a_run(tmp_path, monkeypatch):
     flags += ["--batch-size", 8, "--epochs", 2, "--num-workers", 0, "--precision", "float32"]
     assert run_in_process("train.py", "--dataset", "my_photos", *flags, "--name", "run").returncode == 0
 
+    encode_split, encoded = Encoder.encode_split, []
+
+    def record(encoder, split, name, *arguments):
+        encoded.append(name)
+        return encode_split(encoder, split, name, *arguments)
+
+    monkeypatch.setattr(Encoder, "encode_split", record)
     done = run_in_process("evaluate.py", "runs/run", "--report", "--precision", "float32")
 
     assert done.returncode == 0, done.stderr
+    assert encoded == ["test", "train", "val"]  # each split once
     assert "report: runs/run/report.html" in done.stdout
     page = (tmp_path / "runs" / "run" / "report.html").read_text("utf-8")
     assert "run on my_photos" in page and "Curves of loss" in page and "photo_0" in page
