@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 import tyro
 
 from config import Config
-from retrieval.search_flags import Target, check_index
+from retrieval.search_flags import MAX_LABEL, Target, check_index
 from runtime import cli
 from runtime.launcher import process_rank
 from runtime.run_dir import newest_finished_run, read_shared_config
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from retrieval.searcher import Searcher
 
 EXPORT_FROM = 1000  # photos of a gallery; for smaller ones the text tower is exported only on a terminal
-MAX_LABEL = 200  # characters, as on the page
 PICTURE_SUFFIXES = (".png", ".jpg", ".pdf", ".svg")
 
 

@@ -1,12 +1,12 @@
 """Locate a data set: draw the sample set, download a named data set, or use a folder or file on disk."""
 
-import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.storage import is_folder, single_folder
+from runtime.launcher import process_rank
 from runtime.text import display_text
 
 KAGGLE = {
@@ -82,7 +82,7 @@ def refuse_address(value: str | Path | None, flag: str) -> None:
 
 def _say_which(dataset):
     """Print which of the two is used if a folder has the name of a data set, before a download begins."""
-    if dataset in NAMES and Path(dataset).exists() and int(os.environ.get("RANK", 0)) == 0:
+    if dataset in NAMES and Path(dataset).exists() and process_rank() == 0:
         what = "drawn here" if dataset == "sample" else "downloaded from Kaggle"
         copy = "" if dataset == "sample" else f", or --data-dir {dataset} to use it as a copy of {dataset}"
         message = (

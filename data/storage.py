@@ -22,6 +22,7 @@ from typing import BinaryIO, NamedTuple
 
 from data import archives
 from data.file_patterns import expand_pattern, pattern_root
+from runtime.launcher import process_rank
 from runtime.text import display_text, format_examples
 
 MAX_DEPTH = 64  # levels of folders that are listed
@@ -280,6 +281,6 @@ def _without_heif(folder, entries):
 
 def report(message: str) -> None:
     """Print a line on stderr: once, and by the first process only."""
-    if message not in _printed and int(os.environ.get("RANK", 0)) == 0:
+    if message not in _printed and process_rank() == 0:
         _printed.add(message)
         print(display_text(message), file=sys.stderr, flush=True)

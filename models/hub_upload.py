@@ -63,7 +63,7 @@ def upload_error(name: str, error: Exception) -> Exception:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):
         return ValueError(
-            f"the hub does not let this login write to {name}: check the owner, or log in with a token with write "
+            f"the hub refuses to write to {name} with this token: check the owner, or log in with a token with write "
             f"access (hf auth login): {reason}"
         )
     return ConnectionError(f"{name} could not be written on {constants.ENDPOINT}: {reason}; try again")

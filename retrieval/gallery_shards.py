@@ -115,7 +115,7 @@ def _encode_shard(store, folder, names, update):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock").acquire(timeout=0):
-            if has_shards(store):  # while the lock is held, no other process deletes the shards
+            if has_shards(store):  # other processes delete shards only with this lock
                 update(folder, names)
             return True
     except Timeout:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from runtime.launcher import process_rank
+
 SETTINGS, TOKENIZER, MODEL = "settings.json", "tokenizer.json", "text.onnx"
 VERSION = 1  # of the folder's content
 INPUTS = ("input_ids", "attention_mask")
@@ -76,7 +78,7 @@ def export_run_in_background(folder: Path, cache_dir: Path) -> None:
     """
     from retrieval.model_key import weights_key
 
-    if os.environ.get("RANK", "0") != "0":
+    if process_rank() > 0:
         return
     try:
         export_in_background(folder, cache_dir, text_encoder_folder(cache_dir, weights_key(folder)))

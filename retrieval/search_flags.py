@@ -4,6 +4,7 @@ import re
 from typing import Literal
 
 Target = Literal["photos", "captions"]  # what to search in
+MAX_LABEL = 200  # characters of a label, in infer.py and on the page
 
 
 def check_index(name: str) -> None:

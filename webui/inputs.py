@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from data.image_io import load_image, open_image
+from retrieval.search_flags import MAX_LABEL
 from webui.temp_folder import uploaded_file
 
 MAX_PIXELS = 50_000_000  # of a photo: 150 MB when decoded
 MAX_SENTENCE = 2_000  # characters
-MAX_LABELS, MAX_LABEL = 1_000, 200  # labels of a request, characters of a label
+MAX_LABELS = 1_000  # labels of a request
 MAX_MATCHES = 60
 
 
