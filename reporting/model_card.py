@@ -11,7 +11,7 @@ from data.splits import SPLITS
 from models.checkpoint import Run
 from models.hf_hub import OPENAI_NAMES
 from models.hub_run import CARD
-from models.shared_settings import is_public_dataset, public_config, public_launches
+from models.shared_settings import public_config, public_launches
 from runtime.atomic_io import write_text
 from runtime.run_dir import BEST, METRICS, QUERY_BANK, read_launches, read_log, read_metrics
 from runtime.text import display_text
@@ -74,7 +74,7 @@ def write_model_card(run: Run, folder: Path, name: str, *, command: str, license
         "name": name,
         "run": shlex.quote(command),
         "dataset": dataset,
-        "is_public": is_public_dataset(run.config.dataset) and not config.dataset.startswith(NOT_SHARED),
+        "is_public": not config.dataset.startswith(NOT_SHARED),
         "launch": launches[-1] if launches else {},
         "sizes": [(split, sizes[split]) for split in SPLITS if split in sizes],
         "rows": rows,

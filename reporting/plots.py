@@ -236,10 +236,8 @@ def plot_confusion(counts: "Tensor", labels: Sequence[str], title: str, path: Pa
     _save(figure, path)
 
 
-def _figure(width, height, *, rows=1, columns=1, heights=None):
-    return _pyplot().subplots(
-        rows, columns, figsize=(width, height), height_ratios=heights, layout="constrained", squeeze=False
-    )
+def _figure(width, height, *, rows=1, columns=1):
+    return _pyplot().subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
 def _mosaic(width, rows, heights):

@@ -203,16 +203,12 @@ def photo_input(gr, label: str, elem_id: str):
     return photo
 
 
-def make_thumbnails(matches: list) -> list:
-    """Return a thumbnail of each photo found, with its score and name; photos that no longer exist are skipped."""
-    return [(image, _caption(match)) for match, image in _load_thumbnails(matches)]
-
-
 def _caption(match):
     return f"{match.score:.3f}  {display_filename(match.item)}"
 
 
 def _load_thumbnails(matches):
+    """Return each match with a thumbnail of its photo; photos that no longer exist are skipped."""
     with ThreadPoolExecutor() as pool:
         images = list(pool.map(_thumbnail, [match.item for match in matches]))
     return [(match, image) for match, image in zip(matches, images, strict=True) if image is not None]

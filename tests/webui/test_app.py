@@ -28,7 +28,7 @@ from retrieval.searcher import Match
 from webui.catalog import RUN_PHOTOS, Catalog
 from webui.inputs import MAX_PIXELS, check_upload
 from webui.page import import_gradio
-from webui.search_tab import make_thumbnails
+from webui.search_tab import _caption, _load_thumbnails
 
 SENTENCE, MATCH = "a yellow circle left of a red cross", "scene_164.png"
 QUICK = ["--image-encoder", "test_resnet", "--image-size", 48, "--captions-per-image", 2]
@@ -576,9 +576,9 @@ def test_missing_gradio_is_an_error_with_the_install_command(monkeypatch):
 
 def test_thumbnails_are_small_and_skip_deleted_photos(tmp_path):
     Image.new("RGB", (3000, 1000), "red").save(tmp_path / "wide.jpg")
-    thumbnails = make_thumbnails([Match(0.5, tmp_path / "deleted.jpg"), Match(0.25, tmp_path / "wide.jpg")])
-    ((image, caption),) = thumbnails
-    assert image.width == 512 and caption == "0.250  wide.jpg"
+    thumbnails = _load_thumbnails([Match(0.5, tmp_path / "deleted.jpg"), Match(0.25, tmp_path / "wide.jpg")])
+    ((match, image),) = thumbnails
+    assert image.width == 512 and _caption(match) == "0.250  wide.jpg"
 
 
 def test_catalog_contains_its_runs_and_folders_and_nothing_else(tmp_path, monkeypatch):
