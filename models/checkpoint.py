@@ -217,7 +217,7 @@ def load_run(folder: Path, checkpoint: str = BEST, *, text_only: bool = False) -
     config = read_config(folder)
     text_only = text_only and not _image_tower_sets_dim(config)
     if checkpoint == BEST and is_shared_run(folder):
-        weights, state = read_weights(folder)
+        weights, state = read_weights(folder, skip=IMAGE_PARTS if text_only else ())
     else:
         weights, state = _read_checkpoint(folder, checkpoint, mmap=text_only)
     if text_only:

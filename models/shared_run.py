@@ -49,17 +49,17 @@ if TYPE_CHECKING:
 FORMAT = 1
 
 
-def read_weights(folder: Path) -> tuple[dict[str, Tensor], dict]:
+def read_weights(folder: Path, *, skip: tuple[str, ...] = ()) -> tuple[dict[str, Tensor], dict]:
     """Read the weights of a shared run, and the entries that best.pt has beside them: epoch, query_bank.
 
-    Raises ValueError for a newer format, pickled weights beside it, and a file that is damaged or does not match its
-    checksum.
+    skip: prefixes of the names of tensors that are not read. Raises ValueError for a newer format, pickled weights
+    beside it, and a file that is damaged or does not match its checksum.
     """
     check_regular_files(folder)
     if (folder / BEST).exists():
         raise ValueError(f"{folder} has two sets of weights, {WEIGHTS} and {BEST}: move one of them away")
     shared = read_shared_record(folder)
-    weights = _read_tensors(folder / WEIGHTS)
+    weights = _read_tensors(folder / WEIGHTS, skip)
     bank = _read_tensors(folder / QUERY_BANK) if (folder / QUERY_BANK).exists() else None
     return weights, {"epoch": shared.get("epoch"), "query_bank": bank}
 
@@ -77,12 +77,12 @@ def read_shared_record(folder: Path) -> dict:
     return shared
 
 
-def _read_tensors(path):
+def _read_tensors(path, skip=()):
     """Read a safetensors file; it contains no code, and a tensor takes no more memory than its bytes in the file."""
     verify_checksum(path)
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(skip)}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{path} cannot be used: it is truncated, damaged or not safetensors ({reason})") from None
