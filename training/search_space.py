@@ -25,7 +25,7 @@ NOT_SEARCHED = {
     "the luckiest seed is not a better setting; --seeds repeats the best one with several": ("seed",),
     "it changes where and how fast a run trains, and not what it learns": (
         *("name", "runs_dir", "cache_dir", "device", "precision", "compile", "num_workers", "cache_images"),
-        *("save_every_steps", "micro_batch_size", "gradient_checkpointing"),
+        *("save_every_steps", "log_every_steps", "micro_batch_size", "gradient_checkpointing"),
     ),
     "its value is a list, and a range has single values": ("nested_dims", "report_to"),
 }

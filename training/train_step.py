@@ -34,11 +34,11 @@ class StepMetrics:
         values: dict[str, torch.Tensor],
         image_ids: torch.Tensor,
         pairs: int,
-        rates: dict[str, float] | None = None,
+        rates: dict[str, float],
     ):
         """rates: the learning rates of this step, "lr_image" and so on."""
         self.step, self.image_ids, self.pairs, self.names = step, image_ids, pairs, tuple(values)
-        self.rates = rates or {}
+        self.rates = rates
         stacked = torch.stack([value.detach().float() for value in values.values()])
         self.values = stacked.to("cpu", non_blocking=stacked.is_cuda)
         self.event = torch.cuda.Event() if stacked.is_cuda else None

@@ -153,9 +153,9 @@ class Trainer:
                 advice = memory_advice(error, self.images_at_a_time) or describe_failure(error)
                 if not advice:
                     raise
-                raise ValueError(f"{advice}; {self._describe_saved()}") from None
+                raise ValueError(f"{advice}; {self.writer.describe()}") from None
             except OSError as error:
-                raise OSError(f"{error}; {self._describe_saved()}") from None
+                raise OSError(f"{error}; {self.writer.describe()}") from None
             except Stopped as stop:
                 raise Stopped(stop.signum, self._save_and_describe()) from None
             finally:
@@ -256,7 +256,7 @@ class Trainer:
             write_text(path, text + "\n")
         return (
             f"{nonfinite} at step {step}, epoch {epoch}, with the photos {format_examples(photos)} (all: {path}): "
-            f"lower the learning rates, or try --precision float32; {self._describe_saved()}"
+            f"lower the learning rates, or try --precision float32; {self.writer.describe()}"
         )
 
     def _epoch_record(self) -> dict:
@@ -350,12 +350,8 @@ class Trainer:
         if self.state.meters.steps:
             self._save_last()
         self.writer.wait()
-        described = self._describe_saved()
+        described = self.writer.describe()
         return described[0].upper() + described[1:]
-
-    def _describe_saved(self) -> str:
-        """Describe the last checkpoint and how to continue, for a message."""
-        return self.writer.describe()
 
     def _restore(self, state: dict):
         try:
