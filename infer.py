@@ -304,12 +304,14 @@ def photo_search(flags: Flags, run: Path | None, searcher: "Searcher") -> Callab
     from retrieval.searcher import search_images
 
     photos = list_photos(flags, run)
-    encoded = searcher.encoded_gallery(photos)
-    searcher.text_only = encoded is not None and flags.image is None and (flags.query or flags.queries) is not None
+    gallery = searcher.encoded_gallery(photos)
+    searcher.text_only = gallery is not None and flags.image is None and (flags.query or flags.queries) is not None
 
     def search(queries):
-        is_open = encoded is not None and encoded.embeddings.shape[1] == queries.shape[1]
-        return search_images(queries, encoded if is_open else searcher.gallery(photos), flags.top_k, flags.index)
+        nonlocal gallery
+        if gallery is None or gallery.embeddings.shape[1] != queries.shape[1]:
+            gallery = searcher.gallery(photos)
+        return search_images(queries, gallery, flags.top_k, flags.index)
 
     return search
 

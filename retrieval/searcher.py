@@ -282,11 +282,13 @@ def search_images(queries: np.ndarray, gallery: Gallery, k: int, index: str | No
             f"the rows in {gallery.store} have {dim} values, those of the model {queries.shape[1]}: delete that "
             "folder; the photos are then encoded again"
         )
-    if index is not None:
+    if index is None:
+        nearest = _top_k(queries, gallery.embeddings, k)
+    else:
         from retrieval.ann_index import search_index
 
-        return _matches(*search_index(index, gallery, queries, k), gallery.paths)
-    found = _matches(*_top_k(queries, gallery.embeddings, k), gallery.names)
+        nearest = search_index(index, gallery, queries, k)
+    found = _matches(*nearest, gallery.names)
     return [[Match(match.score, gallery.root / match.item) for match in matches] for matches in found]
 
 
